@@ -1,0 +1,61 @@
+# `make help` lists the targets. Override from the command line: make test VENV=/path/to/venv WORKERS=4
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+
+# Idle OpenMP threads that spin slow a shared machine down many times over.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help .venv demo test lint types imports docs format check clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(STAMP)  ## create the virtual environment and install everything into it
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "== install into $(VENV) (once, and again when pyproject.toml or constraints.txt change)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pictures in out/demo
+	@mkdir -p out/demo
+	@$(BIN)/python examples/semantic_segmentation.py --output_dir out/demo
+
+test: $(STAMP)  ## run the tests
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(STAMP)  ## ruff: rules and layout
+	@echo "== ruff"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+
+types: $(STAMP)  ## pyright on src
+	@echo "== pyright"
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(STAMP)  ## import-linter: the floors of the house
+	@echo "== import-linter"
+	@$(BIN)/lint-imports --no-cache --no-logo
+
+docs: $(STAMP)  ## build the site into docs/_build/html; a warning is an error
+	@echo "== sphinx"
+	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+
+format: $(STAMP)  ## let ruff repair what it can
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+
+check: lint types imports docs test  ## all of the above: what CI runs
+
+clean:  ## remove build results and caches; the virtual environment stays
+	@rm -rf out/demo dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

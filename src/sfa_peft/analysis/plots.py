@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of a selection (the paper's Fig. 5). matplotlib is imported inside functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
+    """Draw the share of selected weights by block, a line for each role.
+
+    Args:
+        rows: What `selection_summary` returned.
+        path: Where to write the picture; its ending decides the format.
+
+    Returns:
+        The path.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    path = Path(path)
+    roles = list(dict.fromkeys(row["role"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    for role in roles:
+        chosen = [row for row in rows if row["role"] == role]
+        known = all(row["layer"] is not None for row in chosen)
+        blocks = sorted({row["layer"] for row in chosen}) if known else range(len(chosen))
+        shares = []
+        for ordinal in blocks:
+            same = [r for r in chosen if r["layer"] == ordinal] if known else [chosen[ordinal]]
+            shares.append(100 * sum(r["selected"] for r in same) / sum(r["numel"] for r in same))
+        axes.plot([b + 1 for b in blocks], shares, marker="o", label=role or "other")
+    axes.set(xlabel="block", ylabel="selected weights, %", ylim=(0, None))
+    axes.set_title("Where the selected weights are")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    figure.savefig(partial, dpi=120)
+    plt.close(figure)
+    partial.replace(path)
+    return path

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Numbers out of a live model: what the budget became, and where the selected weights are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..errors import TargetError
+from ..tuner.layer import SFALayer
+from ..tuner.model import find_pool
+
+#: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
+_PAPER_CLASSES = 1000
+
+
+@dataclass(frozen=True)
+class BudgetReport:
+    """What a budget was solved to, counted on the live model.
+
+    Attributes:
+        backbone: Parameters of the backbone without any head, the budget's denominator.
+        allowed: Most parameters the budget allows.
+        external: Parameters of the external adapters.
+        internal: Pretrained weights that are or will be selected.
+        selected: Pretrained weights selected so far.
+        head: Parameters trained and saved whole; not counted.
+        adapter_dim: Common width d, 0 without external adapters.
+        widths: Widths of the external adapters by stage (None: no known stage).
+        paper_backbone: Backbone with a final norm and a 1000-class head, as the paper counts; None
+            where the width of the last stage is not known.
+    """
+
+    backbone: int
+    allowed: int
+    external: int
+    internal: int
+    selected: int
+    head: int
+    adapter_dim: int
+    widths: dict[int | None, list[int]]
+    paper_backbone: int | None
+
+    @property
+    def share(self) -> float:
+        """Trainable share of the backbone, head not counted."""
+        return (self.external + self.internal) / self.backbone
+
+    def __str__(self) -> str:
+        trained = self.external + self.internal
+        lines = [
+            f"backbone            {self.backbone:>14,}",
+            f"budget              {self.allowed:>14,}  {self.allowed / self.backbone:8.3%}",
+            f"  external adapters {self.external:>14,}  {self.external / self.backbone:8.3%}"
+            f"  (d = {self.adapter_dim})",
+            f"  selected weights  {self.internal:>14,}  {self.internal / self.backbone:8.3%}"
+            f"  ({self.selected:,} selected so far)",
+            f"  together          {trained:>14,}  {self.share:8.3%}",
+            f"task head           {self.head:>14,}  (not counted)",
+        ]
+        if self.paper_backbone:
+            lines.append(
+                f"counted as in the paper, with a {_PAPER_CLASSES}-class head: "
+                f"{trained / self.paper_backbone:.3%} of {self.paper_backbone:,}"
+            )
+        for stage, widths in self.widths.items():
+            where = "widths" if stage is None else f"widths, stage {stage + 1}"
+            lines.append(f"{where}: {len(widths)} x {_range(widths)}")
+        return "\n".join(lines)
+
+
+def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetReport:
+    """Return what the budget of an adapter was solved to; print it for a table.
+
+    Raises:
+        TargetError: If the model has no such SFA adapter.
+    """
+    layers = _layers(model, adapter_name)
+    resolved = _resolved(model, adapter_name)
+    widths: dict[int | None, list[int]] = defaultdict(list)
+    external = 0
+    for layer in layers:
+        if adapter_name in layer.sfa_down:
+            down, up = layer.sfa_down[adapter_name], layer.sfa_up[adapter_name]
+            widths[layer.stage].append(down.weight.shape[0])  # pyright: ignore
+            external += sum(p.numel() for m in (down, up) for p in m.parameters())
+    pool = find_pool(model, adapter_name)
+    return BudgetReport(
+        backbone=resolved["total"],
+        allowed=resolved["allowed"],
+        external=external,
+        internal=0 if pool is None else pool.values.numel(),
+        selected=0 if pool is None else pool.num_assigned,
+        head=_head_parameters(model, adapter_name),
+        adapter_dim=resolved["adapter_dim"],
+        widths=dict(widths),
+        paper_backbone=_paper_backbone(layers, resolved["total"]),
+    )
+
+
+def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
+    """Return one row per weight tensor that may be selected from, in model order.
+
+    Each row has `name`, `role` (attn_in, attn_out, mlp_in, mlp_out or None), `layer` (ordinal of
+    the block, None if unknown), `numel`, `selected` (entries) and `share` (selected / numel).
+
+    Raises:
+        TargetError: If the model has no such SFA adapter.
+    """
+    _layers(model, adapter_name)
+    pool = find_pool(model, adapter_name)
+    if pool is None:
+        return []
+    rows = []
+    for layer, spans in zip(pool.layers, pool.layout(), strict=True):
+        numel = layer.get_base_layer().weight.numel()
+        selected = sum(b - a for a, b in spans)
+        rows.append(
+            {
+                "name": layer.name,
+                "role": layer.role,
+                "layer": layer.block,
+                "numel": numel,
+                "selected": selected,
+                "share": selected / numel,
+            }
+        )
+    return rows
+
+
+def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
+    layers = [m for m in model.modules() if isinstance(m, SFALayer) and m._has(adapter_name)]
+    if not layers:
+        raise TargetError(
+            f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
+            "get_peft_model(model, SFAConfig(...))."
+        )
+    return layers
+
+
+def _resolved(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    config = model.peft_config[adapter_name]  # pyright: ignore
+    return config._resolved  # pyright: ignore
+
+
+def _head_parameters(model: nn.Module, adapter_name: str) -> int:
+    return sum(
+        p.numel()
+        for m in model.modules()
+        if isinstance(m, AuxiliaryTrainingWrapper)
+        for n, p in m.named_parameters()
+        if f".{adapter_name}." in f".{n}."
+    )
+
+
+def _paper_backbone(layers: list[SFALayer], total: int) -> int | None:
+    last = [layer for layer in layers if layer.role == "mlp_out"]
+    if not last:
+        return None
+    features = last[-1].get_base_layer().weight.shape[0]
+    return total + 2 * features + _PAPER_CLASSES * (features + 1)
+
+
+def _range(widths: list[int]) -> str:
+    low, high = min(widths), max(widths)
+    return f"{low}" if low == high else f"{low} to {high}"

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One budget for two adapters: (beta, rho) or (beta, d) to widths and a number of weights.
+
+Plain arithmetic over sizes; knows no model. What is solved here never exceeds the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from .config import DEFAULT_RHO
+from .errors import BudgetError
+
+
+@dataclass(frozen=True)
+class BudgetPlan:
+    """What a budget was solved to.
+
+    Attributes:
+        total: Parameters of the backbone, the paper's norm of theta(T).
+        allowed: floor(beta * total): the most that may be trained, head not counted.
+        adapter_dim: The common width d; 0 without external adapters.
+        widths: Width min(d, D) of each external adapter by layer name.
+        external: Parameters of all external adapters.
+        internal: Number of pretrained weights to select.
+        eligible: Number of pretrained weights that may be selected.
+    """
+
+    total: int
+    allowed: int
+    adapter_dim: int
+    widths: Mapping[str, int]
+    external: int
+    internal: int
+    eligible: int
+
+
+def adapter_parameters(features: int, width: int, bias: bool) -> int:
+    """Return the parameters of one external adapter (Eq. 3) of `width` on `features` features."""
+    return 2 * features * width + (width + features if bias else 0)
+
+
+def external_parameters(outputs: Mapping[str, int], adapter_dim: int, bias: bool) -> int:
+    """Return the parameters of all external adapters at width d (each layer has min(d, D))."""
+    if adapter_dim == 0:
+        return 0
+    return sum(adapter_parameters(size, min(adapter_dim, size), bias) for size in outputs.values())
+
+
+def solve_budget(
+    *,
+    budget: float,
+    rho: float | None,
+    adapter_dim: int | None,
+    bias: bool,
+    total: int,
+    outputs: Mapping[str, int],
+    eligible: int,
+) -> BudgetPlan:
+    """Solve (beta, rho) or (beta, d) to the largest d and number of weights within the budget.
+
+    Args:
+        budget: beta, in (0, 1].
+        rho: Share for the external adapters, in [0, 1]; None for the default.
+        adapter_dim: d, instead of `rho`.
+        bias: Whether external adapters have biases.
+        total: Parameters of the backbone.
+        outputs: Number of output features D of each layer that gets an external adapter.
+        eligible: Number of pretrained weights that may be selected.
+
+    Raises:
+        BudgetError: If not even the narrowest (or the asked) external adapters fit, or nothing
+            at all does; the message names the smallest budget that works.
+    """
+    # A decimal fraction is taken as written: 0.3 of 10 is 3, whatever binary floats make of it.
+    allowed = math.floor(Fraction(str(budget)) * total)
+    if adapter_dim is not None:
+        dim = _given_width(adapter_dim, outputs, bias, budget, allowed, total)
+    else:
+        share = DEFAULT_RHO if rho is None and outputs else (rho or 0.0)
+        dim = _widest(share, outputs, bias, budget, total)
+    external = external_parameters(outputs, dim, bias)
+    wants_internal = rho != 1
+    internal = min(allowed - external, eligible) if wants_internal else 0
+    if external + internal < 1:
+        raise BudgetError(
+            f"budget={budget}: {budget} of {total} parameters is less than one weight. "
+            f"The smallest budget that works here is {_ceil_share(1, total)}."
+        )
+    widths = {name: min(dim, size) for name, size in outputs.items()} if dim else {}
+    return BudgetPlan(total, allowed, dim, widths, external, internal, eligible)
+
+
+def _given_width(
+    dim: int, outputs: Mapping[str, int], bias: bool, budget: float, allowed: int, total: int
+) -> int:
+    if not outputs:
+        raise BudgetError(_no_place("adapter_dim", dim))
+    cost = external_parameters(outputs, dim, bias)
+    if cost > allowed:
+        raise BudgetError(
+            f"adapter_dim={dim}: the external adapters alone have {cost} parameters, but "
+            f"budget={budget} of {total} allows {allowed}. The smallest budget that works is "
+            f"{_ceil_share(cost, total)}; or lower adapter_dim."
+        )
+    return dim
+
+
+def _widest(
+    rho: float, outputs: Mapping[str, int], bias: bool, budget: float, total: int
+) -> int:
+    if rho == 0:
+        return 0
+    if not outputs:
+        raise BudgetError(_no_place("rho", rho))
+    allowed = math.floor(Fraction(str(rho)) * Fraction(str(budget)) * total)
+    narrowest = external_parameters(outputs, 1, bias)
+    if narrowest > allowed:
+        smallest = _ceil_share(math.ceil(narrowest / Fraction(str(rho))), total)
+        hint = f"The smallest budget that works is {smallest}" if smallest <= 1 else "None does"
+        raise BudgetError(
+            f"budget={budget}, rho={rho}: external adapters of width 1 already have {narrowest} "
+            f"parameters, but their share of {total} is {allowed}. {hint}; or use rho=0 for "
+            "selected weights only."
+        )
+    low, high = 1, max(outputs.values())  # d beyond the widest layer changes nothing
+    while low < high:
+        middle = (low + high + 1) // 2
+        if external_parameters(outputs, middle, bias) <= allowed:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _no_place(name: str, value: float) -> str:
+    return (
+        f"{name}={value} asks for external adapters, but none of the targeted layers ends an "
+        "attention or MLP sub-layer. Name the layers that get one in external_modules, or use rho=0."
+    )
+
+
+def _ceil_share(parameters: int, total: int) -> float:
+    """Smallest share with six digits after the point that allows `parameters` of `total`."""
+    return math.ceil(Fraction(parameters * 10**6, max(total, 1))) / 10**6

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files out of sparse changes. Knows no model."""

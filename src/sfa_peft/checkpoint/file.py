@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an adapter folder holds, and the checks that it is whole and fits before it is used.
+
+`adapter_model.safetensors` holds external adapters and head under their module paths, and on the
+first adapted layer the selection as two tensors of equal length: `sfa_pool` (float values of the
+change) and `sfa_slots` (int64 position of each value, -1 for a value not assigned yet). A position
+counts the eligible weights of the layers listed in `adapter_config.json` under `resolved.layers`,
+one after the other, each in C order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "adapter_model.safetensors"
+#: safetensors' own limit; a larger header length is damage, not a header.
+_MAX_HEADER_BYTES = 100_000_000
+
+
+def check_complete(folder: str | Path) -> None:
+    """Check that the tensors' file of a local adapter folder is all there.
+
+    Args:
+        folder: The adapter folder; nothing is checked where it has no safetensors file.
+
+    Raises:
+        AdapterFileError: If the header is damaged or the file is shorter or longer than it says.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.is_file():
+        return
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little") if size >= 8 else -1
+        if header_size < 0 or header_size > min(_MAX_HEADER_BYTES, size - 8):
+            raise AdapterFileError(
+                f"{path}: cut short or damaged: the file has {size} bytes, too few for its own "
+                "header. Copy or save the adapter again."
+            )
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise AdapterFileError(
+                f"{path}: the header is damaged ({error}). Copy or save the adapter again."
+            ) from error
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        raise AdapterFileError(
+            f"{path}: cut short or damaged: its header announces {expected} bytes, the file has "
+            f"{size}. Copy or save the adapter again."
+        )
+
+
+def check_resolved(resolved: Mapping[str, Any]) -> None:
+    """Check the version and the fields of `SFAConfig.resolved` as read from a file.
+
+    Raises:
+        AdapterFileError: If the version is unknown or a field is missing.
+    """
+    version = resolved.get("format")
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
+            f"reads {FORMAT_VERSION}. Upgrade sfa-peft."
+        )
+    missing = {"total", "allowed", "adapter_dim", "internal", "layers", "external"} - set(resolved)
+    if missing:
+        raise AdapterFileError(
+            f"adapter_config.json: `resolved` lacks {', '.join(sorted(missing))}; damaged or "
+            "written by hand? Save the adapter again."
+        )
+
+
+def check_layers(saved: Sequence[Sequence[Any]], found: Mapping[str, Sequence[int]]) -> None:
+    """Check that every layer of a saved adapter is in the model, with the shape it had.
+
+    Args:
+        saved: (name, shape) of the layers that stored positions refer to.
+        found: Shapes of the model's layers that could be adapted, by name.
+
+    Raises:
+        AdapterFileError: Naming the first layer that differs.
+    """
+    for name, shape in saved:
+        if name not in found:
+            raise AdapterFileError(
+                f"Adapter of another model? It changes `{name}`, which this model does not have. "
+                "Load it onto the model (and head) it was trained on."
+            )
+        if list(found[name]) != list(shape):
+            raise AdapterFileError(
+                f"Adapter of another model? `{name}` has shape {list(found[name])} here, the "
+                f"adapter was trained on {list(shape)}. Load it onto the model it was trained on."
+            )
+
+
+def check_selection(name: str, slots: Tensor, values: Tensor, num_weights: int) -> None:
+    """Check the two tensors of a saved selection against each other and the model.
+
+    Args:
+        name: Where they were found, for the message.
+        slots: Positions, int64, -1 only at the end.
+        values: Values of the change, one per position.
+        num_weights: Number of eligible weights in the model.
+
+    Raises:
+        AdapterFileError: If lengths, type, range, order or values are wrong.
+    """
+    if slots.dtype != torch.int64 or slots.ndim != 1 or values.shape != slots.shape:
+        raise AdapterFileError(
+            f"{name}: expected two flat tensors of one length, positions int64; got "
+            f"{slots.dtype} {list(slots.shape)} and {values.dtype} {list(values.shape)}."
+        )
+    assigned = int((slots >= 0).sum())
+    used = slots[:assigned]
+    if slots.numel() and (int(slots.min()) < -1 or int(slots.max()) >= num_weights):
+        raise AdapterFileError(
+            f"{name}: position {int(slots.max())} (lowest {int(slots.min())}) but the model has "
+            f"{num_weights} eligible weights; adapter of another model?"
+        )
+    if bool((used < 0).any()) or used.unique().numel() != assigned:
+        raise AdapterFileError(f"{name}: positions repeat or have gaps; the file is damaged.")
+    if not bool(torch.isfinite(values).all()):
+        raise AdapterFileError(f"{name}: values are NaN or infinite; the file is damaged.")

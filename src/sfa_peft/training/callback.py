@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SFACallback`: the selector as a callback of `transformers.Trainer`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import SelectionError
+from .selector import SFASelector
+
+#: File of the selector's state in a Trainer checkpoint.
+STATE_NAME = "sfa_selector.pt"
+
+
+class SFACallback(TrainerCallback):
+    """Drive the selection from the Trainer's events.
+
+    Each update step counts once, however many micro-batches it has. Logs carry `sfa_round` and
+    `sfa_selected` (the selected share of the weights to select). A checkpoint carries the
+    selector's state, so that a resumed run goes on with the same scores.
+
+    Args:
+        adapter_name: The adapter; None for the active one.
+        resume_from_checkpoint: Folder to resume from, needed only where it is not
+            `<output_dir>/checkpoint-<step>`.
+    """
+
+    def __init__(
+        self, adapter_name: str | None = None, resume_from_checkpoint: str | None = None
+    ) -> None:
+        self.adapter_name = adapter_name
+        self.resume_from_checkpoint = resume_from_checkpoint
+        self.selector: SFASelector | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Plan the rounds of the run; on resuming take up its state."""
+        if args.fp16:
+            raise SelectionError(
+                "fp16 training scales the loss by a factor that changes from step to step, which "
+                "scores do not undo yet. Use bf16=True, or full precision."
+            )
+        self.selector = SFASelector(
+            kwargs["model"], total_steps=state.max_steps, adapter_name=self.adapter_name
+        )
+        if state.global_step > 0 and self.selector.pool is not None:
+            self._resume(args, state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count an update step: gradients are still there and the learning rate is still its own."""
+        if self.selector is not None:
+            self.selector.step(kwargs.get("optimizer"))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add round and selected share to a training log."""
+        logs = kwargs.get("logs")
+        if self.selector is None or self.selector.schedule is None or not logs or "loss" not in logs:
+            return
+        entry = {"sfa_round": self.selector.round, "sfa_selected": self.selector.selected_share}
+        logs.update(entry)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(entry)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the selector's state into the checkpoint."""
+        if self.selector is None or self.selector.schedule is None or not state.is_world_process_zero:
+            return
+        folder = _checkpoint(args, state.global_step)
+        if folder.is_dir():
+            partial = folder / (STATE_NAME + ".partial")
+            torch.save(self.selector.state_dict(), partial)
+            partial.replace(folder / STATE_NAME)
+
+    def _resume(self, args: TrainingArguments, step: int) -> None:
+        assert self.selector is not None  # noqa: S101 (set by the caller)
+        folder = Path(self.resume_from_checkpoint or _checkpoint(args, step))
+        path = folder / STATE_NAME
+        if not self.selector.config.selects_while_training:
+            return
+        if not path.is_file():
+            raise SelectionError(
+                f"Cannot resume the selection at step {step}: {path} is missing. Give the "
+                "checkpoint's folder: SFACallback(resume_from_checkpoint=...)."
+            )
+        self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SFASelector`: grows an adapter's selection while a training loop runs (Alg. 1)."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SFAConfig
+from ..errors import SelectionError
+from ..selection.schedule import Schedule, make_schedule
+from ..selection.scores import AccumulatedGradient, non_finite, reduce_over_ranks
+from ..selection.topk import streaming_topk
+from ..tuner.delta import Pool
+from ..tuner.model import find_pool
+from .late_entries import correct_late_entries, supports_late_entries
+
+logger = logging.getLogger(__name__)
+
+
+class SFASelector:
+    """The state of one run: counts update steps, scores, and picks at the end of each round.
+
+    Call `step` once after every `optimizer.step()`, before the learning rate and the gradients
+    change::
+
+        selector = SFASelector(model, total_steps=T)
+        loss.backward(); optimizer.step(); selector.step(optimizer); optimizer.zero_grad()
+
+    Args:
+        model: A model with an SFA adapter (also inside DistributedDataParallel).
+        total_steps: T, update steps of the run; None takes it from the config.
+        adapter_name: The adapter; None for the active one.
+
+    Raises:
+        SelectionError: If there is no such adapter, T is unknown, or no pick fits into T.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, total_steps: int | None = None, adapter_name: str | None = None
+    ) -> None:
+        model = getattr(model, "module", model) if not hasattr(model, "peft_config") else model
+        self.adapter_name = adapter_name or _active_adapter(model)
+        self.config = _config(model, self.adapter_name)
+        self.pool: Pool | None = find_pool(model, self.adapter_name)
+        self.update_steps = 0
+        self.schedule: Schedule | None = None
+        self._accumulators: dict[str, AccumulatedGradient] = {}
+        self._warned = False
+        if self.pool is None or not self.config.selects_while_training:
+            return  # external adapters only, or everything selected by get_peft_model
+        if not self.pool.is_empty:
+            self.pool.needs_selector = False
+            return  # a finished selection trains on as it is (load_state_dict resumes a run)
+        self.schedule = make_schedule(
+            total_steps if total_steps is not None else self.config.total_steps,
+            self.config.selection_steps,
+            self.pool.values.numel(),
+        )
+        self.pool.needs_selector = False
+        self._observe()
+
+    @property
+    def selected(self) -> int:
+        """Number of pretrained weights selected so far."""
+        return 0 if self.pool is None else self.pool.num_assigned
+
+    @property
+    def selected_share(self) -> float:
+        """Share of the weights to select that are selected so far, 0 to 1."""
+        return 1.0 if self.pool is None else self.selected / self.pool.values.numel()
+
+    @property
+    def round(self) -> int:
+        """Number of the present round, from 1; 0 where nothing is selected while training."""
+        if self.schedule is None:
+            return 0
+        return min(self.update_steps // self.schedule.selection_steps + 1, self.schedule.num_rounds)
+
+    def step(self, optimizer: Any = None) -> bool:
+        """Count one update step; pick at the end of a round.
+
+        Args:
+            optimizer: The optimizer that just stepped. With Adam or AdamW, weights that joined
+                late get the bias correction of their own age; None leaves that out.
+
+        Returns:
+            Whether this step ended with a pick.
+
+        Raises:
+            SelectionError: If too few weights have a finite gradient to pick from.
+        """
+        if self.schedule is None or self.pool is None:
+            return False
+        self.update_steps += 1
+        if optimizer is not None:
+            self._correct(optimizer)
+        if not self.schedule.is_pick(self.update_steps):
+            return False
+        self._pick()
+        return True
+
+    def _observe(self) -> None:
+        """Let every eligible layer add its weight's gradient to a score."""
+        assert self.pool is not None  # noqa: S101 (callers check)
+        for name, layer in zip(self.pool.names, self.pool.layers, strict=True):
+            accumulator = AccumulatedGradient(layer.get_base_layer().weight)
+            self._accumulators[name] = layer._observers[self.adapter_name] = accumulator
+
+    def _stop_observing(self) -> None:
+        assert self.pool is not None  # noqa: S101 (callers check)
+        for layer in self.pool.layers:
+            layer._observers.pop(self.adapter_name, None)
+        self._accumulators.clear()
+
+    def _correct(self, optimizer: Any) -> None:
+        assert self.pool is not None and self.schedule is not None  # noqa: S101 (callers check)
+        joined = self.schedule.joined(self.update_steps - 1)
+        if not joined:
+            return
+        if supports_late_entries(optimizer):
+            correct_late_entries(optimizer, self.pool.values, joined, self.update_steps)
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "%s: weights that join late get no bias correction of their own age; that is known "
+                "for torch's Adam and AdamW only.",
+                type(optimizer).__name__,
+            )
+
+    def _pick(self) -> None:
+        """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
+        assert self.pool is not None and self.schedule is not None  # noqa: S101 (callers check)
+        reduce_over_ranks(self._accumulators)
+        for name in non_finite(self._accumulators):
+            logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
+        quota = self.schedule.selected_after(self.update_steps) - self.pool.num_assigned
+        sums = [a.sum for a in self._accumulators.values()]
+        self.pool.assign(streaming_topk(sums, quota, self._selected_indices()))
+        logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
+        if self.update_steps == self.schedule.last_pick:
+            self._stop_observing()
+        else:
+            for accumulator in self._accumulators.values():
+                accumulator.reset()
+
+    def _selected_indices(self) -> list[Tensor | None]:
+        """Return each layer's selected positions, sorted."""
+        assert self.pool is not None  # noqa: S101 (callers check)
+        slots, found = self.pool.slots, []
+        for start, spans in zip(self.pool.starts, self.pool.layout(), strict=False):
+            parts = [slots[a:b] - start for a, b in spans]
+            found.append(torch.cat(parts).sort().values if parts else None)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the adapter's own tensors.
+
+        `update_steps`, the schedule, and the present round's sums (fp32, one per eligible weight;
+        empty after the last pick).
+        """
+        schedule = self.schedule
+        return {
+            "update_steps": self.update_steps,
+            "total_steps": schedule.total_steps if schedule else 0,
+            "selection_steps": schedule.selection_steps if schedule else 0,
+            "sums": {name: a.sum for name, a in self._accumulators.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
+
+        Raises:
+            SelectionError: If the state belongs to another run or another adapter.
+        """
+        self.update_steps = int(state["update_steps"])
+        if self.pool is None or not self.config.selects_while_training:
+            return
+        size = self.pool.values.numel()
+        self.schedule = Schedule(int(state["total_steps"]), int(state["selection_steps"]), size)
+        expected = self.schedule.selected_after(self.update_steps)
+        if self.pool.num_assigned != expected:
+            raise SelectionError(
+                f"Adapter `{self.adapter_name}` has {self.pool.num_assigned} selected weights, but "
+                f"after update step {self.update_steps} of this run it should have {expected}. "
+                "Load adapter and selector state from the same checkpoint."
+            )
+        self._stop_observing()
+        if self.update_steps < self.schedule.last_pick:
+            self._observe()
+            if set(state["sums"]) != set(self._accumulators):
+                raise SelectionError("The selector state holds scores of other layers than the model.")
+            for name, accumulator in self._accumulators.items():
+                accumulator.sum.copy_(state["sums"][name])
+
+
+def _active_adapter(model: nn.Module) -> str:
+    active = getattr(model, "active_adapter", None)
+    if callable(active):  # transformers' own adapter mixin
+        active = active()
+    names = [active] if isinstance(active, str) else list(active or [])
+    if len(names) != 1:
+        raise SelectionError(
+            f"SFASelector needs one adapter to drive, but active are: {names}. Give adapter_name."
+        )
+    return names[0]
+
+
+def _config(model: nn.Module, adapter_name: str) -> SFAConfig:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, SFAConfig):
+        raise SelectionError(
+            f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
+            "get_peft_model(model, SFAConfig(...))."
+        )
+    return config

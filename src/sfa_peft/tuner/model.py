@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`SFAModel`: what PEFT calls to put Selective Feature Adapters into a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..checkpoint.file import check_selection
+from ..config import SFAConfig
+from ..errors import SFAWarning, TargetError
+from ..selection.topk import streaming_topk
+from .delta import Pool
+from .layer import SFALayer
+from .plan import Plan, make_plan
+
+
+class SFAModel(BaseTuner):
+    """A model with Selective Feature Adapters (https://arxiv.org/abs/2310.01843).
+
+    Made by `peft.get_peft_model(model, SFAConfig(...))`; arguments as in every PEFT tuner.
+    """
+
+    prefix = "sfa_"
+    tuner_layer_cls = SFALayer
+    target_module_mapping: dict[str, list[str]] = {}  # layers are found by role, see `plan`
+
+    # --- injection -----------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
+        return peft_config  # `_prepare_model` finds the layers: it gets the model
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        _maybe_include_all_linear_layers(peft_config, model)
+        self._plan = make_plan(model, peft_config)
+        self._pool: Pool | None = None
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # pyright: ignore
+        return key in self._plan.targets
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Put one adapter into the model (called by PEFT).
+
+        Layers come from the config, not from `state_dict`: a layer that only has selected weights
+        leaves no key of its own there.
+        """
+        config: SFAConfig = self.peft_config[adapter_name]  # pyright: ignore
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
+        )
+        plan, pool = self._plan, self._pool
+        _order_pool(pool, plan)
+        config._resolved = plan.to_resolved()  # written into the file by `save_pretrained`
+        if pool is None:
+            return
+        if not plan.loaded and not config.selects_while_training:
+            _select_without_data(pool, config)
+        if not config.init_weights:
+            nn.init.normal_(pool.values, std=0.5)
+            if pool.is_empty:
+                _select_without_data(pool, SFAConfig(score="random"))
+        _warn_of_frozen_head(model, plan, config)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        plan = self._plan.targets[current_key]
+        if isinstance(target, BaseTunerLayer) and not isinstance(target, SFALayer):
+            raise TargetError(
+                f"`{current_key}` is already wrapped by {type(target).__name__}; SFA changes the "
+                "layer's own weight and cannot share it with another tuner."
+            )
+        layer = target
+        if not isinstance(layer, SFALayer):
+            layer = SFALayer(
+                target, name=plan.name, role=plan.role, block=plan.block, stage=plan.stage
+            )
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # an additional adapter is not trained yet
+            layer._active_adapter = self.active_adapters
+        if plan.eligible and self._pool is None:
+            self._pool = Pool(
+                adapter_name,
+                needs_selector=peft_config.selects_while_training and not self._plan.loaded,
+            )
+        layer.update_layer(
+            adapter_name,
+            peft_config,
+            pool=self._pool if plan.eligible else None,
+            pool_size=self._plan.budget.internal,
+            width=plan.width,
+        )
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Put a wrapper in, or on unloading take it (or a `modules_to_save` wrapper) out."""
+        if isinstance(child, SFALayer) and not isinstance(new_module, SFALayer):
+            new_module = child.unload()
+        # PEFT's own version copies `.weight` between the two, which a composite head has not.
+        setattr(parent, child_name, new_module)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        merge = kwargs.get("merge", args[0] if args else True)
+        names = kwargs.get("adapter_names") or self.active_adapters
+        layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
+        if merge and any(name in m.sfa_down for m in layers for name in names):
+            warnings.warn(
+                "External adapters cannot be folded into weights: they stay in the merged model as "
+                "plain modules behind their layers, so saving it needs more than its old class.",
+                SFAWarning,
+                stacklevel=3,
+            )
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    # --- files ---------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        pool = find_pool(model, adapter_name)
+        if pool is not None and pool.is_empty:
+            warnings.warn(
+                f"Adapter `{adapter_name}` is saved with an empty selection: no pretrained weight "
+                "was selected. Was the model trained with SFACallback or SFASelector?",
+                SFAWarning,
+                stacklevel=3,
+            )
+        return super()._get_adapter_state_dict(
+            model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        pool = find_pool(model, adapter_name)
+        for key, slots in state_dict.items():
+            if key.endswith(".sfa_slots") and pool is not None:
+                values = state_dict.get(key.removesuffix("sfa_slots") + "sfa_pool")
+                if values is not None:
+                    check_selection(key, slots, values, pool.starts[-1])
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # DDP would send every buffer from rank 0 before each forward; positions change only in a
+        # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
+        return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
+
+
+def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
+    """Return the pool of an adapter in a model, None where it has none."""
+    for module in model.modules():
+        if isinstance(module, SFALayer) and adapter_name in module._pools:
+            return module._pools[adapter_name][0]
+    return None
+
+
+def _order_pool(pool: Pool | None, plan: Plan) -> None:
+    """Check that layers were injected in the order that stored positions count them in."""
+    wanted = [t.name for t in plan.targets.values() if t.eligible]
+    if pool is not None and pool.names != wanted:
+        first = next(a for a, b in zip(pool.names, wanted, strict=False) if a != b)
+        raise TargetError(
+            f"The model's layers come in another order than the adapter's (first: `{first}`). "
+            "Load it onto the model it was trained on."
+        )
+
+
+def _select_without_data(pool: Pool, config: SFAConfig) -> None:
+    """Make the whole selection at once, by a score that needs no gradients."""
+    if any(layer.get_base_layer().weight.is_meta for layer in pool.layers) or pool.values.is_meta:
+        return
+    generator = torch.Generator().manual_seed(config.seed)
+    weights = [layer.get_base_layer().weight.detach() for layer in pool.layers]
+    if config.score == "magnitude":
+        scores = [w.float() for w in weights]
+    else:
+        scores = [torch.rand(w.shape, generator=generator) for w in weights]
+    pool.assign(streaming_topk(scores, pool.values.numel()))
+
+
+def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> None:
+    """Say when parameters outside the backbone will not be trained (usually a forgotten head)."""
+    if plan.backbone is None or plan.loaded or not plan.backbone.name:
+        return
+    prefix = plan.backbone.name + "."
+    saved = config.modules_to_save or []
+    frozen = [
+        n
+        for n, _ in model.named_parameters()
+        if not n.startswith(prefix)
+        and not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
+        and "modules_to_save" not in n
+    ]
+    if frozen:
+        tops = sorted({n.split(".")[0] for n in frozen})
+        warnings.warn(
+            f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
+            f"{', '.join(tops)}). Name a task head in modules_to_save, or it keeps its present "
+            "values.",
+            SFAWarning,
+            stacklevel=3,
+        )
