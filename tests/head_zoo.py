@@ -65,13 +65,22 @@ _RTDETR = {
 }
 
 
-def _maskformer() -> PreTrainedModel:
-    decoder = {k: v for k, v in _DETR.items() if "backbone" not in k}
-    decoder = require("DetrConfig")(
-        backbone_config=swinv2_config(), use_timm_backbone=False, **decoder
+def _swin_config() -> Any:
+    return require("SwinConfig")(out_features=ALL_STAGES, **SWIN)
+
+
+def _upernet_swin() -> PreTrainedModel:
+    config = require("UperNetConfig")(
+        backbone_config=_swin_config(), hidden_size=16, use_auxiliary_head=False
     )
+    return require("UperNetForSemanticSegmentation")(config)
+
+
+def _maskformer(backbone: Callable[[], Any] = swinv2_config) -> PreTrainedModel:
+    decoder = {k: v for k, v in _DETR.items() if "backbone" not in k}
+    decoder = require("DetrConfig")(backbone_config=backbone(), use_timm_backbone=False, **decoder)
     config = require("MaskFormerConfig")(
-        backbone_config=swinv2_config(), decoder_config=decoder, fpn_feature_size=32, **_MASKS
+        backbone_config=backbone(), decoder_config=decoder, fpn_feature_size=32, **_MASKS
     )
     return require("MaskFormerForInstanceSegmentation")(config)
 
@@ -169,6 +178,7 @@ HEADS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
         ),
     ),
     "maskformer": ("model.pixel_level_module.encoder", _maskformer),
+    "maskformer swin": ("model.pixel_level_module.encoder", lambda: _maskformer(_swin_config)),
     "masked image modeling": (
         "swinv2",
         tiny("Swinv2ForMaskedImageModeling", "Swinv2Config", **SWIN),
@@ -194,6 +204,7 @@ HEADS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
             use_auxiliary_head=False,
         ),
     ),
+    "upernet swin": ("backbone", _upernet_swin),
     "vit_mae": ("vit", FAMILIES["vit_mae"]),
     "zoedepth": (
         "backbone",

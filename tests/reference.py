@@ -10,7 +10,9 @@ from torch import Tensor, nn
 class DenseReference:
     """Alg. 1 on full gradients: every eligible weight keeps a mask, a sum and its own Adam."""
 
-    def __init__(self, weights: dict[str, nn.Parameter], quota: int, total: int, rounds_of: int) -> None:
+    def __init__(
+        self, weights: dict[str, nn.Parameter], quota: int, total: int, rounds_of: int
+    ) -> None:
         self.weights = weights
         self.quota, self.steps_per_round = quota, rounds_of
         self.num_picks = total // rounds_of - 1
@@ -48,7 +50,10 @@ class DenseReference:
             self.delta[name] = torch.where(mask, self.delta[name] - update, self.delta[name])
             weight.copy_(self.original[name] + self.delta[name])
             weight.grad = None
-        if self.taken % self.steps_per_round == 0 and self.taken // self.steps_per_round <= self.num_picks:
+        if (
+            self.taken % self.steps_per_round == 0
+            and self.taken // self.steps_per_round <= self.num_picks
+        ):
             self.pick(self.taken // self.steps_per_round)
 
     def pick(self, number: int) -> None:

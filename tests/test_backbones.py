@@ -182,6 +182,19 @@ def test_a_backbone_in_a_plain_container_is_found_behind_another_model() -> None
     assert roles_of(model)[0].name == "image.vit"
 
 
+def test_the_first_of_two_backbones_is_taken() -> None:
+    bare = [tiny("ViTModel", "ViTConfig", **PLAIN)(), FAMILIES["swinv2"]()]
+    assert roles_of(nn.ModuleList(bare))[0].name == "0"
+    assert roles_of(nn.ModuleList(reversed(bare)))[0].name == "0.swinv2"
+
+
+@pytest.mark.parametrize("head", ["maskformer swin", "upernet swin"])
+def test_a_backbone_that_holds_a_model_of_its_own_type_is_taken_whole(head: str) -> None:
+    path, build = HEADS[head]
+    for model, prefix in ((build(), ""), (nn.ModuleDict({"net": build()}), "net.")):
+        assert roles_of(model)[0].name == prefix + path
+
+
 @pytest.mark.parametrize(
     "build",
     [
@@ -306,6 +319,7 @@ def test_a_description_names_each_part_with_its_type_and_layers() -> None:
 def test_a_description_counts_a_wrapped_linear_once() -> None:
     model = nn.Sequential(Wrapped(nn.Linear(2, 2)), nn.ReLU())
     assert describe_model(model) == "the model: Sequential (no Transformers model), 1 Linear"
+    assert describe_model(nn.Sequential(model, nn.Sequential(model))).endswith(" 1 Linear")
     assert describe_model(nn.ReLU()).endswith("no Linear or Conv2d")
 
 
@@ -318,7 +332,6 @@ def test_records_cannot_be_changed() -> None:
 
 def test_stages_come_from_the_backbone_alone() -> None:
     # A number in the path to the backbone, here that of a list of models, is not a stage.
-    model = nn.ModuleList([FAMILIES["vit"](), tiny("Swinv2Backbone", "Swinv2Config", **SWIN)()])
-    backbone, modules = roles_of(model)
-    assert backbone.name == "0.vit"
+    backbone, modules = roles_of(nn.ModuleList([FAMILIES["dinov2 swiglu"]()]))
+    assert backbone.name == "0"
     assert {m.stage for m in modules} == {0}

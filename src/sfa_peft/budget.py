@@ -88,7 +88,7 @@ def solve_budget(
     if external + internal < 1:
         raise BudgetError(
             f"budget={budget}: {budget} of {total} parameters is less than one weight. "
-            f"The smallest budget that works here is {_ceil_share(1, total)}."
+            f"{_smallest_budget(1, total)}."
         )
     widths = {name: min(dim, size) for name, size in outputs.items()} if dim else {}
     return BudgetPlan(total, allowed, dim, widths, external, internal, eligible)
@@ -103,15 +103,13 @@ def _given_width(
     if cost > allowed:
         raise BudgetError(
             f"adapter_dim={dim}: the external adapters alone have {cost} parameters, but "
-            f"budget={budget} of {total} allows {allowed}. The smallest budget that works is "
-            f"{_ceil_share(cost, total)}; or lower adapter_dim."
+            f"budget={budget} of {total} allows {allowed}. {_smallest_budget(cost, total)}; or "
+            "lower adapter_dim."
         )
     return dim
 
 
-def _widest(
-    rho: float, outputs: Mapping[str, int], bias: bool, budget: float, total: int
-) -> int:
+def _widest(rho: float, outputs: Mapping[str, int], bias: bool, budget: float, total: int) -> int:
     if rho == 0:
         return 0
     if not outputs:
@@ -119,12 +117,11 @@ def _widest(
     allowed = math.floor(Fraction(str(rho)) * Fraction(str(budget)) * total)
     narrowest = external_parameters(outputs, 1, bias)
     if narrowest > allowed:
-        smallest = _ceil_share(math.ceil(narrowest / Fraction(str(rho))), total)
-        hint = f"The smallest budget that works is {smallest}" if smallest <= 1 else "None does"
+        needed = math.ceil(narrowest / Fraction(str(rho)))
         raise BudgetError(
             f"budget={budget}, rho={rho}: external adapters of width 1 already have {narrowest} "
-            f"parameters, but their share of {total} is {allowed}. {hint}; or use rho=0 for "
-            "selected weights only."
+            f"parameters, but their share of {total} is {allowed}. "
+            f"{_smallest_budget(needed, total)}; or use rho=0 for selected weights only."
         )
     low, high = 1, max(outputs.values())  # d beyond the widest layer changes nothing
     while low < high:
@@ -139,10 +136,14 @@ def _widest(
 def _no_place(name: str, value: float) -> str:
     return (
         f"{name}={value} asks for external adapters, but none of the targeted layers ends an "
-        "attention or MLP sub-layer. Name the layers that get one in external_modules, or use rho=0."
+        "attention or MLP sub-layer. Name the layers that get one in external_modules, or use "
+        "rho=0."
     )
 
 
-def _ceil_share(parameters: int, total: int) -> float:
-    """Smallest share with six digits after the point that allows `parameters` of `total`."""
-    return math.ceil(Fraction(parameters * 10**6, max(total, 1))) / 10**6
+def _smallest_budget(parameters: int, total: int) -> str:
+    """Say which share, with six digits after the point, allows `parameters` of `total`."""
+    millionths = math.ceil(Fraction(parameters * 10**6, max(total, 1)))
+    if millionths > 10**6:
+        return "No budget up to 1 works here"
+    return f"The smallest budget that works is {millionths / 10**6}"

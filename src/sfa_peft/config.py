@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -81,7 +81,9 @@ class SFAConfig(PeftConfig):
         ConfigError: If a value is out of range or two values contradict each other.
     """
 
-    budget: float = field(default=0.2, metadata={"help": "Trainable share of the backbone, (0, 1]."})
+    budget: float = field(
+        default=0.2, metadata={"help": "Trainable share of the backbone, (0, 1]."}
+    )
     rho: float | None = field(
         default=None, metadata={"help": "Share of the budget for external adapters, [0, 1]."}
     )
@@ -145,8 +147,8 @@ class SFAConfig(PeftConfig):
             )
         if self.rho is not None and (not _is_number(self.rho) or not 0 <= self.rho <= 1):
             raise ConfigError(
-                f"SFAConfig.rho: expected the external adapters' share of the budget, 0 <= rho <= 1, "
-                f"got {self.rho!r}. 0.5 is the paper's value."
+                "SFAConfig.rho: expected the external adapters' share of the budget, 0 <= rho <= "
+                f"1, got {self.rho!r}. 0.5 is the paper's value."
             )
         if self.adapter_dim is not None and (not _is_int(self.adapter_dim) or self.adapter_dim < 1):
             raise ConfigError(
@@ -169,7 +171,8 @@ class SFAConfig(PeftConfig):
     def _check_schedule(self) -> None:
         if self.score not in SCORES:
             raise ConfigError(
-                f"SFAConfig.score: unknown score {self.score!r}; expected one of {', '.join(SCORES)}."
+                f"SFAConfig.score: unknown score {self.score!r}; expected one of "
+                f"{', '.join(SCORES)}."
             )
         for name in ("selection_steps", "total_steps"):
             value = getattr(self, name)
@@ -184,18 +187,30 @@ class SFAConfig(PeftConfig):
         """Whether the selection grows during training (and so needs a callback or a selector)."""
         return self.score in TRAINED_SCORES
 
+    def remember(self, resolved: dict[str, Any]) -> None:
+        """Keep what the tuner solved the budget to, for `to_dict` (a reused config is solved anew).
+
+        Args:
+            resolved: Sizes and layers of the adapter just made from this config.
+        """
+        self._resolved = resolved
+
+    @property
+    def last_resolved(self) -> dict[str, Any] | None:
+        """What the tuner solved the budget to, or what a file says."""
+        return getattr(self, "_resolved", None) or self.resolved
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold (sets become sorted lists)."""
         fields = {
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
-        # What the tuner solved the budget to; a config taken to another model is solved again.
-        fields["resolved"] = getattr(self, "_resolved", None) or self.resolved
+        fields["resolved"] = self.last_resolved
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it how to load the adapter."""
+        """Write `adapter_config.json`, and into the model card beside it how to load."""
         super().save_pretrained(save_directory, **kwargs)
         card = Path(save_directory) / "README.md"
         text = card.read_text(encoding="utf-8") if card.is_file() else ""
@@ -212,7 +227,8 @@ class SFAConfig(PeftConfig):
             AdapterFileError: If the tensors beside the config are cut short or damaged.
         """
         check_complete(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        return cast(SFAConfig, config)
 
 
 def _is_number(value: object) -> bool:

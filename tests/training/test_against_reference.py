@@ -64,11 +64,17 @@ def test_every_step_of_swinv2_with_external_adapters_equals_the_dense_reference(
         if "default" in layer.sfa_down:
             down, up = layer.sfa_down["default"], layer.sfa_up["default"]
             modules[name].register_forward_hook(
-                lambda _m, _i, out, down=down, up=up: out
-                + torch.nn.functional.linear(
-                    torch.relu(torch.nn.functional.linear(out, down.weight.detach(), down.bias.detach())),
-                    up.weight.detach(),
-                    up.bias.detach(),
+                lambda _m, _i, out, down=down, up=up: (
+                    out
+                    + torch.nn.functional.linear(
+                        torch.relu(
+                            torch.nn.functional.linear(
+                                out, down.weight.detach(), down.bias.detach()
+                            )
+                        ),
+                        up.weight.detach(),
+                        up.bias.detach(),
+                    )
                 )
             )
     selector = SFASelector(model, total_steps=9)

@@ -31,8 +31,8 @@ class BudgetReport:
         head: Parameters trained and saved whole; not counted.
         adapter_dim: Common width d, 0 without external adapters.
         widths: Widths of the external adapters by stage (None: no known stage).
-        paper_backbone: Backbone with a final norm and a 1000-class head, as the paper counts; None
-            where the width of the last stage is not known.
+        paper_backbone: Backbone with a 1000-class head, as the paper counts; None where the width
+            of the last stage is not known.
     """
 
     backbone: int
@@ -54,12 +54,10 @@ class BudgetReport:
         trained = self.external + self.internal
         lines = [
             f"backbone            {self.backbone:>14,}",
-            f"budget              {self.allowed:>14,}  {self.allowed / self.backbone:8.3%}",
-            f"  external adapters {self.external:>14,}  {self.external / self.backbone:8.3%}"
-            f"  (d = {self.adapter_dim})",
-            f"  selected weights  {self.internal:>14,}  {self.internal / self.backbone:8.3%}"
-            f"  ({self.selected:,} selected so far)",
-            f"  together          {trained:>14,}  {self.share:8.3%}",
+            _line("budget", self.allowed, self.backbone),
+            _line("  external adapters", self.external, self.backbone, f"d = {self.adapter_dim}"),
+            _line("  selected weights", self.internal, self.backbone, f"{self.selected:,} so far"),
+            _line("  together", trained, self.backbone),
             f"task head           {self.head:>14,}  (not counted)",
         ]
         if self.paper_backbone:
@@ -117,7 +115,7 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
         return []
     rows = []
     for layer, spans in zip(pool.layers, pool.layout(), strict=True):
-        numel = layer.get_base_layer().weight.numel()
+        numel = layer.base_weight.numel()
         selected = sum(b - a for a, b in spans)
         rows.append(
             {
@@ -132,8 +130,12 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
     return rows
 
 
+def _line(name: str, count: int, total: int, note: str = "") -> str:
+    return f"{name:<19} {count:>14,}  {count / total:8.3%}" + (f"  ({note})" if note else "")
+
+
 def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
-    layers = [m for m in model.modules() if isinstance(m, SFALayer) and m._has(adapter_name)]
+    layers = [m for m in model.modules() if isinstance(m, SFALayer) and m.has_adapter(adapter_name)]
     if not layers:
         raise TargetError(
             f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
@@ -144,7 +146,7 @@ def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
 
 def _resolved(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     config = model.peft_config[adapter_name]  # pyright: ignore
-    return config._resolved  # pyright: ignore
+    return config.last_resolved  # pyright: ignore
 
 
 def _head_parameters(model: nn.Module, adapter_name: str) -> int:
@@ -161,8 +163,8 @@ def _paper_backbone(layers: list[SFALayer], total: int) -> int | None:
     last = [layer for layer in layers if layer.role == "mlp_out"]
     if not last:
         return None
-    features = last[-1].get_base_layer().weight.shape[0]
-    return total + 2 * features + _PAPER_CLASSES * (features + 1)
+    features = last[-1].base_weight.shape[0]
+    return total + _PAPER_CLASSES * (features + 1)
 
 
 def _range(widths: list[int]) -> str:

@@ -98,6 +98,6 @@ def make_schedule(total_steps: int | None, selection_steps: int | None, quota: i
             "happen after each round but the last. Use at most half of the run "
             f"({total_steps // 2}), or None for the default."
             if total_steps >= 2
-            else f"A run of {total_steps} update step(s) has no room for a pick; at least 2 are needed."
+            else f"A run of {total_steps} update step has no room for a pick; 2 are needed."
         )
     return Schedule(total_steps, steps, quota)

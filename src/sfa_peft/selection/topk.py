@@ -8,7 +8,7 @@ comes first (tensor order, then index order). Extra memory does not depend on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -76,7 +76,12 @@ def _chunks(score: Tensor, banned: Tensor | None) -> Iterator[tuple[int, Tensor]
         yield start, keys
 
 
-def _histogram(scores, banned, bin_of, size: int) -> Tensor:  # noqa: ANN001 (private, see callers)
+def _histogram(
+    scores: Sequence[Tensor],
+    banned: Sequence[Tensor | None],
+    bin_of: Callable[[Tensor], Tensor],
+    size: int,
+) -> Tensor:
     """Count entries by bin; bin 0 takes what does not count."""
     counts = torch.zeros(size, dtype=torch.int64)
     for score, ban in zip(scores, banned, strict=True):

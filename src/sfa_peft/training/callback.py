@@ -49,13 +49,13 @@ class SFACallback(TrainerCallback):
         self.selector = SFASelector(
             kwargs["model"], total_steps=state.max_steps, adapter_name=self.adapter_name
         )
-        if state.global_step > 0 and self.selector.pool is not None:
-            self._resume(args, state.global_step)
+        if state.global_step > 0 and self.selector.config.selects_while_training:
+            _resume(self.selector, self.resume_from_checkpoint, args, state.global_step)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Count an update step: gradients are still there and the learning rate is still its own."""
+        """Count an update step, while gradients and learning rate are still its own."""
         if self.selector is not None:
             self.selector.step(kwargs.get("optimizer"))
 
@@ -64,7 +64,12 @@ class SFACallback(TrainerCallback):
     ) -> None:
         """Add round and selected share to a training log."""
         logs = kwargs.get("logs")
-        if self.selector is None or self.selector.schedule is None or not logs or "loss" not in logs:
+        if (
+            self.selector is None
+            or self.selector.schedule is None
+            or not logs
+            or "loss" not in logs
+        ):
             return
         entry = {"sfa_round": self.selector.round, "sfa_selected": self.selector.selected_share}
         logs.update(entry)
@@ -75,7 +80,11 @@ class SFACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the selector's state into the checkpoint."""
-        if self.selector is None or self.selector.schedule is None or not state.is_world_process_zero:
+        if (
+            self.selector is None
+            or self.selector.schedule is None
+            or not state.is_world_process_zero
+        ):
             return
         folder = _checkpoint(args, state.global_step)
         if folder.is_dir():
@@ -83,18 +92,18 @@ class SFACallback(TrainerCallback):
             torch.save(self.selector.state_dict(), partial)
             partial.replace(folder / STATE_NAME)
 
-    def _resume(self, args: TrainingArguments, step: int) -> None:
-        assert self.selector is not None  # noqa: S101 (set by the caller)
-        folder = Path(self.resume_from_checkpoint or _checkpoint(args, step))
-        path = folder / STATE_NAME
-        if not self.selector.config.selects_while_training:
-            return
-        if not path.is_file():
-            raise SelectionError(
-                f"Cannot resume the selection at step {step}: {path} is missing. Give the "
-                "checkpoint's folder: SFACallback(resume_from_checkpoint=...)."
-            )
-        self.selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+
+def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, step: int) -> None:
+    """Take up the state of a checkpoint (rho=1 has none: there is nothing to select)."""
+    path = (Path(folder) if folder else _checkpoint(args, step)) / STATE_NAME
+    if selector.pool is None:
+        return
+    if not path.is_file():
+        raise SelectionError(
+            f"Cannot resume the selection at step {step}: {path} is missing. Give the "
+            "checkpoint's folder: SFACallback(resume_from_checkpoint=...)."
+        )
+    selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:

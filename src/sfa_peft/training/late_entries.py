@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 #: Below this the two corrections agree to fp32 precision.
@@ -47,23 +47,25 @@ def correct_late_entries(
     state = inner.state.get(values)
     if group is None or not state:
         return
-    rate, (beta1, beta2), eps = float(group["lr"]), group["betas"], group["eps"]
+    rate, betas, eps = float(group["lr"]), group["betas"], group["eps"]
     shared = float(state["step"])
     for first, last, since in joined:
         age = step - since
-        if age < 1 or max(beta1, beta2) ** age < _NEGLIGIBLE:
+        if age < 1 or max(betas) ** age < _NEGLIGIBLE:
             continue
         mean, square = state["exp_avg"][first:last], state["exp_avg_sq"][first:last]
-        taken = _update(mean, square, rate, beta1, beta2, eps, shared)
-        own = _update(mean, square, rate, beta1, beta2, eps, age)
+        taken = _update(mean, square, rate, betas, eps, shared)
+        own = _update(mean, square, rate, betas, eps, age)
         with torch.no_grad():
             values[first:last] += taken - own
 
 
-def _update(mean, square, rate, beta1, beta2, eps, step):  # noqa: ANN001, ANN202 (six floats of Adam)
+def _update(
+    mean: Tensor, square: Tensor, rate: float, betas: tuple[float, float], eps: float, step: float
+) -> Tensor:
     """Return Adam's update (to be subtracted) with bias corrections for `step` steps."""
-    root = (square.sqrt() / math.sqrt(1 - beta2**step)).add_(eps)
-    return mean / root * (rate / (1 - beta1**step))
+    root = (square.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(eps)
+    return mean / root * (rate / (1 - betas[0] ** step))
 
 
 def _inner(optimizer: Any) -> Optimizer:

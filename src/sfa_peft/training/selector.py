@@ -30,6 +30,9 @@ class SFASelector:
         selector = SFASelector(model, total_steps=T)
         loss.backward(); optimizer.step(); selector.step(optimizer); optimizer.zero_grad()
 
+    Where nothing is to be selected while training (external adapters only, a score that needs no
+    data, or a finished selection that trains on) it does nothing, and `schedule` is None.
+
     Args:
         model: A model with an SFA adapter (also inside DistributedDataParallel).
         total_steps: T, update steps of the run; None takes it from the config.
@@ -42,26 +45,30 @@ class SFASelector:
     def __init__(
         self, model: nn.Module, *, total_steps: int | None = None, adapter_name: str | None = None
     ) -> None:
-        model = getattr(model, "module", model) if not hasattr(model, "peft_config") else model
-        self.adapter_name = adapter_name or _active_adapter(model)
-        self.config = _config(model, self.adapter_name)
-        self.pool: Pool | None = find_pool(model, self.adapter_name)
-        self.update_steps = 0
-        self.schedule: Schedule | None = None
-        self._accumulators: dict[str, AccumulatedGradient] = {}
-        self._warned = False
+        inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
+        self.adapter_name = adapter_name or _active_adapter(inner)
+        self.config = _config(inner, self.adapter_name)
+        self.pool = find_pool(inner, self.adapter_name)
+        self._run: _Run | None = None
         if self.pool is None or not self.config.selects_while_training:
-            return  # external adapters only, or everything selected by get_peft_model
-        if not self.pool.is_empty:
-            self.pool.needs_selector = False
-            return  # a finished selection trains on as it is (load_state_dict resumes a run)
-        self.schedule = make_schedule(
-            total_steps if total_steps is not None else self.config.total_steps,
-            self.config.selection_steps,
-            self.pool.values.numel(),
-        )
+            return
         self.pool.needs_selector = False
-        self._observe()
+        if self.pool.is_empty:
+            total = self.config.total_steps if total_steps is None else total_steps
+            size = self.pool.values.numel()
+            schedule = make_schedule(total, self.config.selection_steps, size)
+            self._run = _Run(self.adapter_name, self.pool, schedule)
+            self._run.observe()
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """The picks of the run; None where nothing is selected while training."""
+        return self._run.schedule if self._run else None
+
+    @property
+    def update_steps(self) -> int:
+        """Update steps counted so far."""
+        return self._run.update_steps if self._run else 0
 
     @property
     def selected(self) -> int:
@@ -76,9 +83,10 @@ class SFASelector:
     @property
     def round(self) -> int:
         """Number of the present round, from 1; 0 where nothing is selected while training."""
-        if self.schedule is None:
+        if self._run is None:
             return 0
-        return min(self.update_steps // self.schedule.selection_steps + 1, self.schedule.num_rounds)
+        schedule = self._run.schedule
+        return min(self.update_steps // schedule.selection_steps + 1, schedule.num_rounds)
 
     def step(self, optimizer: Any = None) -> bool:
         """Count one update step; pick at the end of a round.
@@ -93,8 +101,54 @@ class SFASelector:
         Raises:
             SelectionError: If too few weights have a finite gradient to pick from.
         """
-        if self.schedule is None or self.pool is None:
-            return False
+        return self._run is not None and self._run.step(optimizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs beside the adapter's own tensors.
+
+        `update_steps`, the schedule, and the present round's sums (fp32, one per eligible weight;
+        empty after the last pick).
+        """
+        return self._run.state_dict() if self._run else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
+
+        Raises:
+            SelectionError: If the state belongs to another run or another adapter.
+        """
+        if not state or self.pool is None:
+            return
+        size = self.pool.values.numel()
+        schedule = Schedule(int(state["total_steps"]), int(state["selection_steps"]), size)
+        run = _Run(self.adapter_name, self.pool, schedule)
+        run.load_state_dict(state)
+        self._run = run
+
+
+class _Run:
+    """One growing selection: a pool, the schedule of its picks, and the scores of a round."""
+
+    def __init__(self, adapter_name: str, pool: Pool, schedule: Schedule) -> None:
+        self.adapter_name, self.pool, self.schedule = adapter_name, pool, schedule
+        self.update_steps = 0
+        self.accumulators: dict[str, AccumulatedGradient] = {}
+        self.warned = False
+
+    def observe(self) -> None:
+        """Let every eligible layer add its weight's gradient to a score."""
+        for name, layer in zip(self.pool.names, self.pool.layers, strict=True):
+            accumulator = AccumulatedGradient(layer.base_weight)
+            self.accumulators[name] = layer.entries.observers[self.adapter_name] = accumulator
+
+    def stop_observing(self) -> None:
+        """Free the scores."""
+        for layer in self.pool.layers:
+            layer.entries.observers.pop(self.adapter_name, None)
+        self.accumulators.clear()
+
+    def step(self, optimizer: Any) -> bool:
+        """See `SFASelector.step`."""
         self.update_steps += 1
         if optimizer is not None:
             self._correct(optimizer)
@@ -103,28 +157,12 @@ class SFASelector:
         self._pick()
         return True
 
-    def _observe(self) -> None:
-        """Let every eligible layer add its weight's gradient to a score."""
-        assert self.pool is not None  # noqa: S101 (callers check)
-        for name, layer in zip(self.pool.names, self.pool.layers, strict=True):
-            accumulator = AccumulatedGradient(layer.get_base_layer().weight)
-            self._accumulators[name] = layer._observers[self.adapter_name] = accumulator
-
-    def _stop_observing(self) -> None:
-        assert self.pool is not None  # noqa: S101 (callers check)
-        for layer in self.pool.layers:
-            layer._observers.pop(self.adapter_name, None)
-        self._accumulators.clear()
-
     def _correct(self, optimizer: Any) -> None:
-        assert self.pool is not None and self.schedule is not None  # noqa: S101 (callers check)
         joined = self.schedule.joined(self.update_steps - 1)
-        if not joined:
-            return
-        if supports_late_entries(optimizer):
+        if joined and supports_late_entries(optimizer):
             correct_late_entries(optimizer, self.pool.values, joined, self.update_steps)
-        elif not self._warned:
-            self._warned = True
+        elif joined and not self.warned:
+            self.warned = True
             logger.warning(
                 "%s: weights that join late get no bias correction of their own age; that is known "
                 "for torch's Adam and AdamW only.",
@@ -133,23 +171,20 @@ class SFASelector:
 
     def _pick(self) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
-        assert self.pool is not None and self.schedule is not None  # noqa: S101 (callers check)
-        reduce_over_ranks(self._accumulators)
-        for name in non_finite(self._accumulators):
+        reduce_over_ranks(self.accumulators)
+        for name in non_finite(self.accumulators):
             logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
         quota = self.schedule.selected_after(self.update_steps) - self.pool.num_assigned
-        sums = [a.sum for a in self._accumulators.values()]
+        sums = [a.sum for a in self.accumulators.values()]
         self.pool.assign(streaming_topk(sums, quota, self._selected_indices()))
         logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
         if self.update_steps == self.schedule.last_pick:
-            self._stop_observing()
-        else:
-            for accumulator in self._accumulators.values():
-                accumulator.reset()
+            self.stop_observing()
+        for accumulator in self.accumulators.values():
+            accumulator.reset()
 
     def _selected_indices(self) -> list[Tensor | None]:
         """Return each layer's selected positions, sorted."""
-        assert self.pool is not None  # noqa: S101 (callers check)
         slots, found = self.pool.slots, []
         for start, spans in zip(self.pool.starts, self.pool.layout(), strict=False):
             parts = [slots[a:b] - start for a, b in spans]
@@ -157,30 +192,15 @@ class SFASelector:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the adapter's own tensors.
-
-        `update_steps`, the schedule, and the present round's sums (fp32, one per eligible weight;
-        empty after the last pick).
-        """
-        schedule = self.schedule
         return {
             "update_steps": self.update_steps,
-            "total_steps": schedule.total_steps if schedule else 0,
-            "selection_steps": schedule.selection_steps if schedule else 0,
-            "sums": {name: a.sum for name, a in self._accumulators.items()},
+            "total_steps": self.schedule.total_steps,
+            "selection_steps": self.schedule.selection_steps,
+            "sums": {name: a.sum for name, a in self.accumulators.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
-
-        Raises:
-            SelectionError: If the state belongs to another run or another adapter.
-        """
         self.update_steps = int(state["update_steps"])
-        if self.pool is None or not self.config.selects_while_training:
-            return
-        size = self.pool.values.numel()
-        self.schedule = Schedule(int(state["total_steps"]), int(state["selection_steps"]), size)
         expected = self.schedule.selected_after(self.update_steps)
         if self.pool.num_assigned != expected:
             raise SelectionError(
@@ -188,17 +208,20 @@ class SFASelector:
                 f"after update step {self.update_steps} of this run it should have {expected}. "
                 "Load adapter and selector state from the same checkpoint."
             )
-        self._stop_observing()
+        self.stop_observing()
         if self.update_steps < self.schedule.last_pick:
-            self._observe()
-            if set(state["sums"]) != set(self._accumulators):
-                raise SelectionError("The selector state holds scores of other layers than the model.")
-            for name, accumulator in self._accumulators.items():
-                accumulator.sum.copy_(state["sums"][name])
+            self.observe()
+        if set(state["sums"]) != set(self.accumulators):
+            raise SelectionError(
+                "The selector state holds scores of other layers than the model. Load adapter and "
+                "selector state from the same checkpoint."
+            )
+        for name, accumulator in self.accumulators.items():
+            accumulator.sum.copy_(state["sums"][name])
 
 
 def _active_adapter(model: nn.Module) -> str:
-    active = getattr(model, "active_adapter", None)
+    active: Any = getattr(model, "active_adapter", None)
     if callable(active):  # transformers' own adapter mixin
         active = active()
     names = [active] if isinstance(active, str) else list(active or [])
@@ -210,7 +233,8 @@ def _active_adapter(model: nn.Module) -> str:
 
 
 def _config(model: nn.Module, adapter_name: str) -> SFAConfig:
-    config = getattr(model, "peft_config", {}).get(adapter_name)
+    configs: Any = getattr(model, "peft_config", {})
+    config = configs.get(adapter_name)
     if not isinstance(config, SFAConfig):
         raise SelectionError(
             f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ class Pool:
         """Append an eligible layer and return its ordinal."""
         self.layers.append(layer)
         self.names.append(name)
-        self.starts.append(self.starts[-1] + layer.get_base_layer().weight.numel())
+        self.starts.append(self.starts[-1] + layer.base_weight.numel())
         return len(self.layers) - 1
 
     @property
@@ -69,7 +70,7 @@ class Pool:
     @property
     def slots(self) -> Tensor:
         """Position of each value, int64 (size,); -1 where not assigned yet, only at the end."""
-        return self.layers[0].sfa_slots[self.adapter_name]
+        return cast(Tensor, self.layers[0].sfa_slots[self.adapter_name])
 
     @property
     def num_assigned(self) -> int:
@@ -96,7 +97,9 @@ class Pool:
             selected: For each layer flat positions in its weight, int64, strictly increasing.
         """
         slots, first = self.slots, self.num_assigned
-        positions = [s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)]
+        positions = [
+            s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)
+        ]
         joined = torch.cat(positions)
         with torch.no_grad():
             slots[first : first + joined.numel()] = joined
@@ -132,9 +135,9 @@ def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
     breaks = (used[1:] < used[:-1]).nonzero().squeeze(1) + 1  # where a new pick begins
     edges = [0, *breaks.tolist(), used.numel()]
     bounds = torch.tensor(starts, device=slots.device)
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         cuts = (torch.searchsorted(used[first:last], bounds) + first).tolist()
-        for ordinal, (a, b) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+        for ordinal, (a, b) in enumerate(pairwise(cuts)):
             if a < b:
                 spans[ordinal].append((a, b))
     return spans
@@ -153,7 +156,9 @@ class _Cut(torch.autograd.Function):
         ctx.dtype, ctx.device = values.dtype, values.device
         ctx.set_materialize_grads(False)
         sizes = [sum(b - a for a, b in layer) for layer in spans]
-        return tuple(values.new_zeros(1).expand(size) if size else values.new_zeros(0) for size in sizes)
+        return tuple(
+            values.new_zeros(1).expand(size) if size else values.new_zeros(0) for size in sizes
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:  # pyright: ignore
@@ -184,12 +189,14 @@ class LiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, taps: Sequence[Tap], *slices: Tensor) -> Tensor:
+        """Return an alias of the weight that depends on the slices."""
         ctx.taps = taps
         ctx.dtypes = [s.dtype for s in slices]
         return weight.view_as(weight)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        """Return the gathered gradient of each slice."""
         flat = grad.reshape(-1)
         slice_grads = []
         for tap, dtype in zip(ctx.taps, ctx.dtypes, strict=True):

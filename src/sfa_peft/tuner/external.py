@@ -8,6 +8,8 @@ The up projection starts at zero, so a fresh adapter changes nothing, to the bit
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +44,8 @@ def make_projections(
 
 def apply_bottleneck(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
     """Return Eq. 3 for features `x` (any shape the projections take), in the dtype of `x`."""
-    dtype = down.weight.dtype
-    change = up(torch.relu(down(x.to(dtype))))  # pyright: ignore[reportArgumentType]
+    weight = cast(Tensor, down.weight)
+    change = up(torch.relu(down(x.to(weight.dtype))))
     return x + change.to(x.dtype)
 
 

@@ -1,16 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SFALayer`: one wrapper for a linear or convolution, its sparse change and its external adapter.
-
-Invariant: while `_live` is empty the base layer's weight holds the pretrained bits; otherwise it
-differs from them only at the entries of the adapters named there, and `undo` can put them back.
-"""
+"""`SFALayer`: a linear or convolution with its sparse change and its external adapter."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -19,20 +14,12 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAWarning
-from .delta import LiveWeight, Pool, Spans, Tap, version
+from .delta import LiveWeight, Pool
 from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .live import LiveEntries
 
 #: Training forwards with nothing selected after which a missing selector is reported.
 _PATIENCE = 3
-
-
-@dataclass
-class _Support:
-    """One adapter's entries in one weight."""
-
-    spans: Spans
-    indices: Tensor  # int32, in slot order
-    undo: Tensor  # the weight's original entries there, in its dtype
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -67,15 +54,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.sfa_up = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        self._pools: dict[str, tuple[Pool, int]] = {}  # the pool and this layer's ordinal in it
-        self._observers: dict[str, Callable[[Tensor], None]] = {}
-        self._supports: dict[str, _Support] = {}
-        self._live: tuple[str, ...] = ()
-        self._stamp: tuple[Any, ...] | None = None
-        self._weight_stamp: tuple[Any, ...] | None = None
-        convolution = isinstance(base_layer, nn.Conv2d)
-        self.in_features = base_layer.in_channels if convolution else base_layer.in_features
-        self.out_features = base_layer.out_channels if convolution else base_layer.out_features
+        self.entries = LiveEntries()
+        kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
+        self.in_features = getattr(base_layer, f"in_{kind}")
+        self.out_features = getattr(base_layer, f"out_{kind}")
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight, with the entries of live adapters in it."""
+        return cast(Tensor, self.get_base_layer().weight)
 
     # --- building ------------------------------------------------------------------------------
 
@@ -91,12 +78,12 @@ class SFALayer(nn.Module, BaseTunerLayer):
             pool_size: Length of the pool; the first eligible layer holds it.
             width: Width of the external adapter, 0 for none.
         """
-        base = self.get_base_layer()
+        weight = self.base_weight
         if pool is not None:
             ordinal = pool.add_layer(self.name, self)
-            self._pools[adapter_name] = (pool, ordinal)
+            self.entries.pools[adapter_name] = (pool, ordinal)
             if ordinal == 0:
-                device, dtype = base.weight.device, base.weight.dtype  # PEFT casts to fp32 later
+                device, dtype = weight.device, weight.dtype  # PEFT casts to fp32 later
                 self.sfa_pool[adapter_name] = nn.Parameter(
                     torch.zeros(pool_size, device=device, dtype=dtype)
                 )
@@ -105,7 +92,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 )
         if width:
             down, up = make_projections(
-                base, width, bias=config.external_bias, neutral=config.init_weights
+                self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
             )
             self.sfa_down[adapter_name], self.sfa_up[adapter_name] = down, up
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -114,98 +101,30 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT would also cast to the base's dtype, which loses bits of a loaded fp32 adapter.
-        target = device or self.get_base_layer().weight.device
-        meta = torch.device("meta")
-        for container in (self.sfa_pool, self.sfa_slots, self.sfa_down, self.sfa_up):
+        target = device or self.base_weight.device
+        containers: list[Any] = [self.sfa_pool, self.sfa_slots, self.sfa_down, self.sfa_up]
+        for container in containers:
             if adapter_name in container:
                 item = container[adapter_name]
                 tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
-                if target != meta and not any(t.device == meta for t in tensors):
+                if target.type != "meta" and not any(t.is_meta for t in tensors):
                     container[adapter_name] = item.to(target)
 
-    # --- the sparse change in the live weight --------------------------------------------------
+    # --- forward -------------------------------------------------------------------------------
 
-    def _has(self, adapter_name: str) -> bool:
-        return adapter_name in self._pools or adapter_name in self.sfa_down
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether an adapter changes this layer's weight or output."""
+        return adapter_name in self.entries.pools or adapter_name in self.sfa_down
 
     def _effective_adapters(self) -> list[str]:
         """Names whose change and external adapter act now."""
         if self.merged:
             return list(self.merged_adapters)
-        return [] if self.disable_adapters else [a for a in self.active_adapters if self._has(a)]
-
-    def _refresh(self) -> None:
-        """Make the weight hold what the effective adapters say; do nothing if it does."""
-        wanted = tuple(a for a in self._effective_adapters() if a in self._pools)
-        if self._current_stamp(wanted) == self._stamp:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.withdraw()
-            if self._weight_stamp != self._stamp_of_weight():
-                self._supports.clear()  # somebody replaced or changed the weight
-            weight = self.get_base_layer().weight
-            for name in wanted:  # originals first: adapters may share entries
-                self._support(name, weight)
-            flat = weight.detach().view(-1)
-            for position, name in enumerate(wanted):
-                support = self._supports[name]
-                if support.indices.numel():
-                    index = support.indices.long()
-                    start = flat.index_select(0, index) if position else support.undo
-                    flat.index_copy_(0, index, self._adapted(name, support, start))
-                self._pools[name][0].mark_live()
-            self._live = wanted
-            self._weight_stamp = self._stamp_of_weight()
-            self._stamp = self._current_stamp(wanted)
-
-    def _support(self, name: str, weight: Tensor) -> _Support:
-        """Return an adapter's entries; the weight must hold the originals."""
-        pool, ordinal = self._pools[name]
-        spans = pool.layout()[ordinal]
-        known = self._supports.get(name)
-        if known is None or known.spans is not spans:
-            parts = [pool.slots[a:b] for a, b in spans]
-            empty = torch.empty(0, dtype=torch.int64)
-            index = (torch.cat(parts) - pool.starts[ordinal] if parts else empty).to(weight.device)
-            undo = weight.detach().view(-1).index_select(0, index)
-            small = weight.numel() <= torch.iinfo(torch.int32).max
-            known = _Support(spans, index.int() if small else index, undo)
-            self._supports[name] = known
-        return known
-
-    def _adapted(self, name: str, support: _Support, start: Tensor) -> Tensor:
-        """Return `start` (the entries' present values) with an adapter's change added in fp32."""
-        values = self._pools[name][0].values.detach()
-        parts = [values[a:b] for a, b in support.spans]
-        change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
-        return (start.float() + change).to(start.dtype)
-
-    def withdraw(self) -> None:
-        """Put the original entries back into the weight, to the bit."""
-        if self._live:
-            with torch.inference_mode(False), torch.no_grad():
-                flat = self.get_base_layer().weight.detach().view(-1)
-                for name in self._live:
-                    support = self._supports[name]
-                    if support.indices.numel():
-                        flat.index_copy_(0, support.indices.long(), support.undo)
-            self._live = ()
-            self._weight_stamp = self._stamp_of_weight()
-        self._stamp = None
-
-    def _stamp_of_weight(self) -> tuple[Any, ...]:
-        weight = self.get_base_layer().weight
-        return id(weight), weight.dtype, weight.device, version(weight)
-
-    def _current_stamp(self, names: tuple[str, ...]) -> tuple[Any, ...]:
-        stamp = [names, self._stamp_of_weight()]
-        for name in names:
-            pool, _ = self._pools[name]
-            values, slots = pool.values, pool.slots
-            stamp += [id(values), version(values), id(slots), version(slots)]
-        return tuple(stamp)
-
-    # --- forward -------------------------------------------------------------------------------
+        return (
+            []
+            if self.disable_adapters
+            else [a for a in self.active_adapters if self.has_adapter(a)]
+        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
@@ -214,26 +133,24 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 self.unmerge()
             self.withdraw()
             return self.base_layer(*args, **kwargs)
-        self._refresh()
+        names = self._effective_adapters()
+        self.entries.refresh(self.base_weight, names)
         out = self._base_forward(*args, **kwargs)
-        for name in self._effective_adapters():
+        for name in names:
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        taps, slices = [], []
-        if torch.is_grad_enabled() and not self.merged:
-            for name in self._live:
-                pool, ordinal = self._pools[name]
-                self._watch(pool, ordinal)
-                observer, support = self._observers.get(name), self._supports[name]
-                if pool.values.requires_grad and (observer is not None or support.spans):
-                    taps.append(Tap(support.indices, observer))
-                    slices.append(pool.slices()[ordinal])
+        if not torch.is_grad_enabled() or self.merged:
+            return self.base_layer(*args, **kwargs)
+        for name in self.entries.live:
+            self._watch(*self.entries.pools[name])
+        taps, slices = self.entries.taps()
         if not taps:
             return self.base_layer(*args, **kwargs)
-        weight = LiveWeight.apply(self.get_base_layer().weight, taps, *slices)
+        weight = LiveWeight.apply(self.base_weight, taps, *slices)
+        # By name and not F.linear: any layer type and the hooks on it keep working.
         return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
 
     def _watch(self, pool: Pool, ordinal: int) -> None:
@@ -254,21 +171,27 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     # --- switching, merging --------------------------------------------------------------------
 
+    def withdraw(self) -> None:
+        """Put the original entries back into the weight, to the bit."""
+        self.entries.withdraw(self.base_weight)
+
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; the next forward writes what they change."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         if not self.merged:
             self.withdraw()
 
     def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; off leaves the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
         if not self.merged:
             self.withdraw()
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from the layer."""
         self.withdraw()
         super().delete_adapter(adapter_name)
-        for container in (self._pools, self._observers, self._supports):
-            container.pop(adapter_name, None)
+        self.entries.remove(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the change of adapters in the weight until `unmerge`.
@@ -282,13 +205,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: If `safe_merge` finds a value that is not finite.
         """
-        names = [a for a in check_adapters_to_merge(self, adapter_names) if self._has(a)]
+        names = [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
         if safe_merge:
             for name in names:
                 self._check_finite(name)
         self.merged_adapters.extend(names)
         if names:
-            self._refresh()
+            self.entries.refresh(self.base_weight, self.merged_adapters)
 
     def unmerge(self) -> None:
         """Put the original entries back, to the bit."""
@@ -299,9 +222,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.withdraw()
 
     def _check_finite(self, name: str) -> None:
-        tensors = [p for d in (self.sfa_down, self.sfa_up) if name in d for p in d[name].parameters()]
-        if name in self._pools:
-            pool, ordinal = self._pools[name]
+        tensors: list[Tensor] = []
+        if name in self.sfa_down:
+            tensors += [*self.sfa_down[name].parameters(), *self.sfa_up[name].parameters()]
+        if name in self.entries.pools:
+            pool, ordinal = self.entries.pools[name]
             tensors += [pool.values[a:b] for a, b in pool.layout()[ordinal]]
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise ValueError(
@@ -314,7 +239,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             self.withdraw()
             return base
-        kept = [(self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down]
+        kept = [
+            (self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down
+        ]
         return AdaptedLayer(base, kept) if kept else base
 
     # --- state ---------------------------------------------------------------------------------
@@ -323,31 +250,28 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Like any module's, with the original entries in the base weight unless merged."""
         state = super().state_dict(*args, **kwargs)
         key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
-        if self._live and not self.merged and key in state:
-            original = self.get_base_layer().weight.detach().clone()
-            for name in self._live:
-                support = self._supports[name]
-                original.view(-1).index_copy_(0, support.indices.long(), support.undo)
-            state[key] = original
+        if self.entries.live and not self.merged and key in state:
+            state[key] = self.entries.original(self.base_weight)
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # What is loaded next are original weights: take ours out before, look at them anew after.
         self.withdraw()
-        self._supports.clear()
+        self.entries.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFALayer:
         self.withdraw()
-        self._supports.clear()
+        self.entries.forget()
         super()._apply(fn, recurse)
         if self.merged:
-            self._refresh()
+            self.entries.refresh(self.base_weight, self.merged_adapters)
         return self
 
     def extra_repr(self) -> str:
+        """Name the role, and per adapter how many weights are selected."""
         parts = [f"role={self.role}"]
-        for name, (pool, ordinal) in self._pools.items():
+        for name, (pool, ordinal) in self.entries.pools.items():
             selected = sum(b - a for a, b in pool.layout()[ordinal])
-            parts.append(f"{name}: {selected} of {self.get_base_layer().weight.numel()} selected")
+            parts.append(f"{name}: {selected} of {self.base_weight.numel()} selected")
         return ", ".join(parts)

@@ -13,7 +13,6 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checkpoint.file import check_selection
@@ -22,7 +21,10 @@ from ..errors import SFAWarning, TargetError
 from ..selection.topk import streaming_topk
 from .delta import Pool
 from .layer import SFALayer
-from .plan import Plan, make_plan
+from .plan import Plan, is_excluded, make_plan
+
+#: torch's own allocator aligns tensors to this many bytes.
+_ALIGNMENT = 64
 
 
 class SFAModel(BaseTuner):
@@ -33,7 +35,8 @@ class SFAModel(BaseTuner):
 
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
-    target_module_mapping: dict[str, list[str]] = {}  # layers are found by role, see `plan`
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's declaration)
+    # layers are found by role
 
     # --- injection -----------------------------------------------------------------------------
 
@@ -45,8 +48,10 @@ class SFAModel(BaseTuner):
         self._plan = make_plan(model, peft_config)
         self._pool: Pool | None = None
 
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> bool:  # pyright: ignore
-        return key in self._plan.targets
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
+        # PEFT wants to hear of excluded layers apart from those that do not match.
+        excluded = is_excluded(peft_config, key)
+        return key in self._plan.targets if excluded is None else excluded
 
     def inject_adapter(
         self,
@@ -67,7 +72,7 @@ class SFAModel(BaseTuner):
         )
         plan, pool = self._plan, self._pool
         _order_pool(pool, plan)
-        config._resolved = plan.to_resolved()  # written into the file by `save_pretrained`
+        config.remember(plan.to_resolved())  # written into the file by `save_pretrained`
         if pool is None:
             return
         if not plan.loaded and not config.selects_while_training:
@@ -172,6 +177,11 @@ class SFAModel(BaseTuner):
                 values = state_dict.get(key.removesuffix("sfa_slots") + "sfa_pool")
                 if values is not None:
                     check_selection(key, slots, values, pool.starts[-1])
+        # Tensors that a loader takes over as they lie in the file sit at any address, and kernels
+        # round differently there: bits are equal, outputs would not be.
+        state_dict = {
+            k: v if v.data_ptr() % _ALIGNMENT == 0 else v.clone() for k, v in state_dict.items()
+        }
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     @property
@@ -184,8 +194,8 @@ class SFAModel(BaseTuner):
 def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
     for module in model.modules():
-        if isinstance(module, SFALayer) and adapter_name in module._pools:
-            return module._pools[adapter_name][0]
+        if isinstance(module, SFALayer) and adapter_name in module.entries.pools:
+            return module.entries.pools[adapter_name][0]
     return None
 
 
@@ -202,10 +212,10 @@ def _order_pool(pool: Pool | None, plan: Plan) -> None:
 
 def _select_without_data(pool: Pool, config: SFAConfig) -> None:
     """Make the whole selection at once, by a score that needs no gradients."""
-    if any(layer.get_base_layer().weight.is_meta for layer in pool.layers) or pool.values.is_meta:
+    if any(layer.base_weight.is_meta for layer in pool.layers) or pool.values.is_meta:
         return
     generator = torch.Generator().manual_seed(config.seed)
-    weights = [layer.get_base_layer().weight.detach() for layer in pool.layers]
+    weights = [layer.base_weight.detach() for layer in pool.layers]
     if config.score == "magnitude":
         scores = [w.float() for w in weights]
     else:

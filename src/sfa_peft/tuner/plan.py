@@ -10,7 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    check_target_module_exists,
+)
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -130,13 +134,12 @@ def _match(
 ) -> tuple[set[str], set[str]]:
     """Return the names of layers whose weights may be selected, and of those with an adapter."""
     if config.target_modules is not None:
-        rules = _rules(config, config.target_modules)
-        eligible = {n for n in modules if check_target_module_exists(rules, n) is True or _re(rules, n)}
+        eligible = {n for n in modules if _matches(config, config.target_modules, n)}
     else:
-        eligible = {n for n in roles if _passes_filters(config, n)}
+        # The last part as the target makes PEFT look at excluded names and layer indices only.
+        eligible = {n for n in roles if _matches(config, {n.rpartition(".")[2]}, n)}
     if config.external_modules is not None:
-        rules = _rules(config, config.external_modules)
-        outputs = {n for n in modules if check_target_module_exists(rules, n) is True or _re(rules, n)}
+        outputs = {n for n in modules if _matches(config, config.external_modules, n)}
     else:
         outputs = {n for n in eligible if _role_name(n, backbone, roles) in OUTPUT_ROLES}
     if config.rho == 0:
@@ -144,27 +147,28 @@ def _match(
     return eligible, outputs
 
 
-def _re(rules: SimpleNamespace, name: str) -> bool:
-    """Whether a regular expression matches (PEFT returns the match object, or an exclusion)."""
-    result = check_target_module_exists(rules, name)
-    return hasattr(result, "group")
-
-
-def _rules(config: SFAConfig, names: Any) -> SimpleNamespace:
-    """Return what PEFT's own matching reads, for other names than `target_modules`."""
-    return SimpleNamespace(
-        target_modules=names,
+def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:
+    """Return PEFT's own verdict: truthy or falsy, or an object that says "excluded"."""
+    rules = SimpleNamespace(
+        target_modules=targets,
         target_parameters=None,
         exclude_modules=config.exclude_modules,
         modules_to_save=config.modules_to_save,
         layers_to_transform=config.layers_to_transform,
         layers_pattern=config.layers_pattern,
     )
+    return check_target_module_exists(rules, name)
 
 
-def _passes_filters(config: SFAConfig, name: str) -> bool:
-    # The last part as the target makes PEFT look at excluded names and layer indices only.
-    return check_target_module_exists(_rules(config, {name.rpartition(".")[2]}), name) is True
+def _matches(config: SFAConfig, targets: Any, name: str) -> bool:
+    found = _peft_match(config, targets, name)
+    return bool(found) and not isinstance(found, _ExcludedModule)
+
+
+def is_excluded(config: SFAConfig, name: str) -> Any:
+    """Return PEFT's mark of a layer that `exclude_modules` or `modules_to_save` leaves out."""
+    found = _peft_match(config, {name}, name)
+    return found if isinstance(found, _ExcludedModule) else None
 
 
 def _role_name(name: str, backbone: Backbone | None, roles: Mapping[str, RoleModule]) -> str | None:
@@ -191,7 +195,10 @@ def _target(
 def _wrappable(name: str, layer: nn.Module) -> Any:
     kind = type(layer)
     weight = getattr(layer, "weight", None)
-    plain = isinstance(layer, (nn.Linear, nn.Conv2d)) and kind.__name__ != "NonDynamicallyQuantizableLinear"
+    plain = (
+        isinstance(layer, (nn.Linear, nn.Conv2d))
+        and kind.__name__ != "NonDynamicallyQuantizableLinear"
+    )
     if not plain or not isinstance(weight, torch.Tensor):
         raise TargetError(
             f"`{name}` is a {kind.__name__}; only torch.nn.Linear and torch.nn.Conv2d layers can "
@@ -251,7 +258,9 @@ def _loaded_plan(
     }
     eligible = sum(modules[n].weight.numel() for n in layers)  # pyright: ignore
     # Positions count the layers in the file's order, which is kept also if the model's differs.
-    ordered = {n: targets[n] for n in layers} | {n: t for n, t in targets.items() if n not in layers}
+    ordered = {n: targets[n] for n in layers} | {
+        n: t for n, t in targets.items() if n not in layers
+    }
     budget = BudgetPlan(
         total=resolved["total"],
         allowed=resolved["allowed"],
@@ -273,4 +282,7 @@ def _nothing_found(model: nn.Module, config: SFAConfig) -> str:
         looked = f"layers that match target_modules={config.target_modules!r}"
         advice = "Check the names (a suffix such as 'query', or one regular expression)."
         start = ""
-    return f"{start}no layer to adapt found. Looked for {looked}. {advice} The model has: {describe_model(model)}"
+    return (
+        f"{start}no layer to adapt found. Looked for {looked}. {advice} The model has: "
+        f"{describe_model(model)}"
+    )

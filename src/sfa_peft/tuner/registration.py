@@ -21,7 +21,7 @@ def extend_peft_types() -> None:
     """
     if NAME in PeftType.__members__:
         return
-    member = str.__new__(PeftType, NAME)
+    member: Any = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
     member.__objclass__ = PeftType

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Selected entries in a live weight: written, withdrawn, and tapped for their gradient.
+
+Invariant: while `live` is empty the weight holds the pretrained bits; otherwise it differs from
+them only at the entries of the adapters named there, and `undo` can put them back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .delta import Pool, Spans, Tap, version
+
+
+@dataclass
+class Support:
+    """One adapter's entries in one weight."""
+
+    spans: Spans
+    indices: Tensor  # flat positions, int32 (int64 in a huge weight), in slot order
+    undo: Tensor  # the weight's original entries there, in its dtype
+
+
+class LiveEntries:
+    """What the adapters of one layer do to its weight.
+
+    Values are written absolutely and originals put back by overwriting, never by adding and
+    subtracting, so that switching is exact in every dtype. Every method gets the weight, because
+    loading, casting and wrapping may replace it.
+    """
+
+    def __init__(self) -> None:
+        self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this layer's ordinal
+        self.observers: dict[str, Callable[[Tensor], None]] = {}  # get the dense gradient (scores)
+        self.live: tuple[str, ...] = ()
+        self._supports: dict[str, Support] = {}
+        self._stamp: tuple[Any, ...] | None = None
+        self._weight_stamp: tuple[Any, ...] | None = None
+
+    def refresh(self, weight: Tensor, names: list[str]) -> None:
+        """Make the weight hold the changes of the named adapters; do nothing if it does."""
+        wanted = tuple(name for name in names if name in self.pools)
+        if self._stamp_of(weight, wanted) == self._stamp:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self.withdraw(weight)
+            if self._weight_stamp != _weight_stamp(weight):
+                self._supports.clear()  # somebody replaced or changed the weight
+            for name in wanted:  # originals first: adapters may share entries
+                self._supports[name] = self._find_support(name, weight)
+            for position, name in enumerate(wanted):
+                self._write(name, weight, onto_others=position > 0)
+                self.pools[name][0].mark_live()
+            self.live = wanted
+            self._weight_stamp = _weight_stamp(weight)
+            self._stamp = self._stamp_of(weight, wanted)
+
+    def withdraw(self, weight: Tensor) -> None:
+        """Put the original entries back into the weight, to the bit."""
+        if self.live:
+            with torch.inference_mode(False), torch.no_grad():
+                self._restore(weight)
+            self.live = ()
+            self._weight_stamp = _weight_stamp(weight)
+        self._stamp = None
+
+    def forget(self) -> None:
+        """Look at the weight anew next time; it must hold the originals then."""
+        self._supports.clear()
+
+    def remove(self, adapter_name: str) -> None:
+        """Forget an adapter; the weight must hold the originals."""
+        for container in (self.pools, self.observers, self._supports):
+            container.pop(adapter_name, None)
+
+    def original(self, weight: Tensor) -> Tensor:
+        """Return a copy of the weight with the original entries."""
+        copy = weight.detach().clone()
+        self._restore(copy)
+        return copy
+
+    def taps(self) -> tuple[list[Tap], list[Tensor]]:
+        """Return what live adapters want from the weight's gradient, and their slices of values."""
+        taps, slices = [], []
+        for name in self.live:
+            pool, ordinal = self.pools[name]
+            observer, support = self.observers.get(name), self._supports[name]
+            if pool.values.requires_grad and (observer is not None or support.spans):
+                taps.append(Tap(support.indices, observer))
+                slices.append(pool.slices()[ordinal])
+        return taps, slices
+
+    def _restore(self, weight: Tensor) -> None:
+        flat = weight.detach().view(-1)
+        for name in self.live:
+            support = self._supports[name]
+            if support.indices.numel():
+                flat.index_copy_(0, support.indices.long(), support.undo)
+
+    def _find_support(self, name: str, weight: Tensor) -> Support:
+        """Return an adapter's entries; the weight must hold the originals."""
+        pool, ordinal = self.pools[name]
+        spans = pool.layout()[ordinal]
+        known = self._supports.get(name)
+        if known is not None and known.spans is spans:
+            return known
+        parts = [pool.slots[a:b] for a, b in spans]
+        empty = torch.empty(0, dtype=torch.int64)
+        index = (torch.cat(parts) - pool.starts[ordinal] if parts else empty).to(weight.device)
+        undo = weight.detach().view(-1).index_select(0, index)
+        small = weight.numel() <= torch.iinfo(torch.int32).max
+        return Support(spans, index.int() if small else index, undo)
+
+    def _write(self, name: str, weight: Tensor, *, onto_others: bool) -> None:
+        """Write original plus change, added in fp32; on shared entries onto what is there."""
+        support = self._supports[name]
+        if not support.indices.numel():
+            return
+        flat, index = weight.detach().view(-1), support.indices.long()
+        start = flat.index_select(0, index) if onto_others else support.undo
+        values = self.pools[name][0].values.detach()
+        parts = [values[a:b] for a, b in support.spans]
+        change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
+        flat.index_copy_(0, index, (start.float() + change).to(start.dtype))
+
+    def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
+        """Return what must not have changed for the weight to be up to date."""
+        stamp: list[Any] = [names, _weight_stamp(weight)]
+        for name in names:
+            pool, _ = self.pools[name]
+            values, slots = pool.values, pool.slots
+            stamp += [id(values), version(values), id(slots), version(slots)]
+        return tuple(stamp)
+
+
+def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:
+    return id(weight), weight.dtype, weight.device, version(weight)

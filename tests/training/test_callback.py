@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
+from sfa_peft.tuner.model import find_pool
+from tests.reference import masks_of
+from tests.tiny import MLP, images, upernet
+
+
+class Images(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int):
+        return {k: v[0] for k, v in images(1, seed=index).items()}
+
+
+def make_trainer(out, callbacks, model=None, **changes) -> Trainer:
+    config = SFAConfig(budget=0.2, selection_steps=3, modules_to_save=["decode_head"])
+    model = model or get_peft_model(upernet(), config)
+    model.accepts_loss_kwargs = model.get_base_model().accepts_loss_kwargs = False
+    options = {
+        "output_dir": str(out),
+        "max_steps": 12,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    arguments = TrainingArguments(**(options | changes))
+    return Trainer(model=model, args=arguments, train_dataset=Images(), callbacks=callbacks)
+
+
+def test_a_trainer_run_selects_in_rounds_and_logs_the_share(tmp_path):
+    callback = SFACallback()
+    trainer = make_trainer(tmp_path, [callback], gradient_accumulation_steps=2)
+    trainer.train()
+    shares = {e["step"]: e["sfa_selected"] for e in trainer.state.log_history if "loss" in e}
+    pool = find_pool(trainer.model, "default")
+    size = pool.values.numel()
+    expected = {t: size * min(t // 3, 3) // 3 / size for t in range(1, 13)}
+    assert shares == expected  # update steps count, not micro-batches
+    assert callback.selector.update_steps == 12
+    assert not any(
+        layer.entries.observers for layer in pool.layers
+    )  # sums are freed after the last pick
+
+
+@pytest.mark.parametrize("killed_at", [2, 3, 4, 7, 9, 10])
+def test_a_run_resumed_from_a_checkpoint_ends_bit_identical_to_one_never_stopped(
+    tmp_path, killed_at
+):
+    straight = make_trainer(tmp_path / "a", [SFACallback()])
+    straight.train()
+    straight.model.save_pretrained(tmp_path / "a_final")
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == killed_at + 1:
+                raise KeyboardInterrupt
+
+    saving = {"save_strategy": "steps", "save_steps": killed_at}
+    stopped = make_trainer(tmp_path / "b", [SFACallback(), Kill()], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train()
+    resumed = make_trainer(tmp_path / "b", [SFACallback()], **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{killed_at}"))
+    resumed.model.save_pretrained(tmp_path / "b_final")
+    files = [load_file(tmp_path / f"{n}_final" / "adapter_model.safetensors") for n in "ab"]
+    assert files[0].keys() == files[1].keys()
+    different = [k for k in files[0] if not torch.equal(files[0][k], files[1][k])]
+    assert not different
+
+
+def test_resuming_without_the_selectors_state_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, [SFACallback()], save_strategy="steps", save_steps=4)
+    trainer.train()
+    (tmp_path / "checkpoint-4" / "sfa_selector.pt").unlink()
+    again = make_trainer(tmp_path, [SFACallback()])
+    with pytest.raises(SelectionError, match=r"sfa_selector.pt is missing"):
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    shutil.move(tmp_path / "checkpoint-8", tmp_path / "elsewhere")
+    moved = make_trainer(
+        tmp_path, [SFACallback(resume_from_checkpoint=str(tmp_path / "elsewhere"))]
+    )
+    moved.train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
+    assert moved.state.global_step == 12
+
+
+def test_the_state_of_another_run_is_refused():
+    model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"]))
+    selector = SFASelector(model, total_steps=10)
+    state = selector.state_dict() | {"update_steps": 6, "selection_steps": 2}
+    with pytest.raises(SelectionError, match="has 0 selected weights, but after update step 6"):
+        selector.load_state_dict(state)
+
+
+def test_training_without_a_callback_warns_once(tmp_path):
+    trainer = make_trainer(tmp_path, [])
+    with pytest.warns(SFAWarning, match="nothing selects weights") as caught:
+        trainer.train()
+    assert sum("nothing selects weights" in str(w.message) for w in caught) == 1
+    assert find_pool(trainer.model, "default").is_empty
+
+
+def test_a_driven_run_does_not_warn(tmp_path, recwarn):
+    make_trainer(tmp_path, [SFACallback()]).train()
+    assert not [w for w in recwarn if issubclass(w.category, SFAWarning)]
+
+
+@pytest.mark.parametrize("options", [{"rho": 1}, {"score": "random"}, {"score": "magnitude"}])
+def test_a_callback_does_no_harm_where_there_is_nothing_to_select(tmp_path, options):
+    config = SFAConfig(budget=0.2, modules_to_save=["decode_head"], **options)
+    model = get_peft_model(upernet(), config)
+    pool = find_pool(model, "default")
+    before = None if pool is None else {n: m.clone() for n, m in masks_of(pool).items()}
+    trainer = make_trainer(tmp_path, [SFACallback()], model)
+    trainer.train()
+    if pool is not None:
+        assert all(torch.equal(m, before[n]) for n, m in masks_of(pool).items())
+        assert pool.num_assigned == pool.values.numel()
+        assert (pool.values != 0).any()
+
+
+def test_fp16_scaling_is_refused_until_scores_can_undo_it(tmp_path):
+    trainer = make_trainer(tmp_path, [SFACallback()])
+    trainer.args.fp16 = True
+    callback = SFACallback()
+    with pytest.raises(SelectionError, match="fp16 training scales the loss"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+
+
+def test_an_own_loop_must_say_how_long_it_runs():
+    config = SFAConfig(rho=0, target_modules=["first"])
+    with pytest.raises(SelectionError, match="Give total_steps"):
+        SFASelector(get_peft_model(MLP(), config))
+    config = SFAConfig(rho=0, target_modules=["first"], total_steps=40)
+    assert SFASelector(get_peft_model(MLP(), config)).schedule.total_steps == 40
+
+
+def test_a_model_without_an_adapter_is_refused():
+    with pytest.raises(SelectionError, match=r"needs one adapter to drive"):
+        SFASelector(MLP(), total_steps=10)
+
+
+def test_other_optimizers_work_and_say_that_late_entries_are_not_corrected(caplog):
+    model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"], selection_steps=2))
+    selector = SFASelector(model, total_steps=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(8):
+        model(torch.randn(4, 12)).sum().backward()
+        optimizer.step()
+        selector.step(optimizer)
+        optimizer.zero_grad()
+    assert caplog.text.count("no bias correction of their own age") == 1
+    assert selector.selected_share == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_never_selected(caplog):
+    model = get_peft_model(MLP(), SFAConfig(budget=0.1, rho=0, target_modules=["first", "second"]))
+    selector = SFASelector(model, total_steps=20)
+    pool = find_pool(model, "default")
+    for step in range(20):
+        model(torch.randn(4, 12)).sum().backward()
+        if step == 0:
+            pool.layers[0].entries.observers["default"].sum[0] = float("nan")
+        selector.step()
+    assert "`first`: gradients were NaN" in caplog.text
+    assert selector.selected_share == 1
