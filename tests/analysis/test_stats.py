@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from peft import get_peft_model
+
+from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
+from sfa_peft.tuner.model import find_pool
+from tests.reference import masks_of
+from tests.tiny import MLP, upernet
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = SFAConfig(budget=0.2, score="random", modules_to_save=["decode_head"])
+    return get_peft_model(upernet(), config)
+
+
+def test_the_report_adds_up_and_counts_what_really_trains(model):
+    report = budget_report(model)
+    trained = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad)
+    assert report.external + report.internal + report.head == trained
+    assert report.external + report.internal <= report.allowed <= 0.2 * report.backbone
+    backbone = sum(p.numel() for p in upernet().backbone.parameters())
+    assert report.backbone == backbone
+    assert report.head == sum(p.numel() for p in upernet().decode_head.parameters())
+    assert report.selected == report.internal
+    assert report.paper_backbone == backbone + 1000 * (128 + 1)
+
+
+def test_the_printed_report_names_widths_by_stage_and_both_ways_of_counting(model):
+    text = str(budget_report(model))
+    for part in ("backbone", "external adapters", "selected weights", "not counted", "stage 4"):
+        assert part in text
+    assert "counted as in the paper, with a 1000-class head" in text
+
+
+def test_the_summary_has_a_row_per_weight_tensor_that_equals_the_masks(model):
+    rows = selection_summary(model)
+    masks = masks_of(find_pool(model, "default"))
+    assert [row["name"] for row in rows] == list(masks)
+    for row in rows:
+        mask = masks[row["name"]]
+        assert (row["numel"], row["selected"]) == (mask.numel(), int(mask.sum()))
+        assert row["share"] == row["selected"] / row["numel"]
+    assert {row["role"] for row in rows} == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
+    assert sorted({row["layer"] for row in rows}) == [0, 1, 2, 3, 4]
+
+
+def test_external_only_has_no_rows_and_a_bare_model_is_refused():
+    external = get_peft_model(upernet(), SFAConfig(rho=1, modules_to_save=["decode_head"]))
+    assert selection_summary(external) == []
+    assert budget_report(external).internal == 0
+    for function in (selection_summary, budget_report):
+        with pytest.raises(TargetError, match="no SFA adapter named `default`"):
+            function(MLP())
+
+
+def test_the_plot_is_written_whole_also_for_layers_without_roles(model, tmp_path):
+    path = plot_selection(selection_summary(model), tmp_path / "shares.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+    plain = get_peft_model(
+        MLP(), SFAConfig(rho=0, score="random", target_modules=["first", "second"])
+    )
+    plot_selection(selection_summary(plain), tmp_path / "plain.svg")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.svg", "shares.png"]
