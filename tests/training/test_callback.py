@@ -156,6 +156,17 @@ def test_a_model_without_an_adapter_is_refused():
         SFASelector(MLP(), total_steps=10)
 
 
+def test_going_on_from_an_unfinished_run_without_its_state_is_reported(caplog):
+    model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"], selection_steps=2))
+    selector = SFASelector(model, total_steps=8)
+    for _ in range(4):
+        model(torch.randn(4, 12)).sum().backward()
+        selector.step()
+    assert 0 < selector.selected_share < 1
+    SFASelector(model, total_steps=8).step()
+    assert "comes from an unfinished run" in caplog.text
+
+
 def test_other_optimizers_work_and_say_that_late_entries_are_not_corrected(caplog):
     model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"], selection_steps=2))
     selector = SFASelector(model, total_steps=8)

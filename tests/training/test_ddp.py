@@ -23,6 +23,8 @@ def run(rank: int, world: int):
     config = SFAConfig(budget=0.3, rho=0, target_modules=["first", "second"], selection_steps=3)
     model = get_peft_model(MLP(), config)
     net = DistributedDataParallel(model) if world > 1 else model
+    if world > 1:  # positions are not sent around before each forward
+        assert any("sfa_slots" in name for name in net.parameters_to_ignore)
     selector = SFASelector(net, total_steps=STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(5)

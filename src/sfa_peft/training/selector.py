@@ -50,6 +50,7 @@ class SFASelector:
         self.config = _config(inner, self.adapter_name)
         self.pool = find_pool(inner, self.adapter_name)
         self._run: _Run | None = None
+        self._warned = False
         if self.pool is None or not self.config.selects_while_training:
             return
         self.pool.needs_selector = False
@@ -101,7 +102,24 @@ class SFASelector:
         Raises:
             SelectionError: If too few weights have a finite gradient to pick from.
         """
-        return self._run is not None and self._run.step(optimizer)
+        if self._run is not None:
+            return self._run.step(optimizer)
+        self._warn_of_unfinished_selection()
+        return False
+
+    def _warn_of_unfinished_selection(self) -> None:
+        """Say once that an adapter from the middle of a run goes on without its selector state."""
+        if self._warned or self.pool is None:
+            return
+        self._warned = True
+        if 0 < self.selected < self.pool.values.numel():
+            logger.warning(
+                "Adapter `%s` comes from an unfinished run: %d of %d weights are selected, and no "
+                "more will be. Call load_state_dict with the selector state of that run to go on.",
+                self.adapter_name,
+                self.selected,
+                self.pool.values.numel(),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the adapter's own tensors.
