@@ -20,7 +20,6 @@ It prints a table (trainable share, mIoU, bytes per task) and writes adapters an
 import copy
 import json
 import os
-from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
@@ -29,117 +28,16 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import (
-    HfArgumentParser,
-    Swinv2Backbone,
-    Swinv2Config,
-    Trainer,
-    TrainingArguments,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-    set_seed,
-)
+from segmentation_setup import Arguments, load_data, make_model, parse
+from transformers import Trainer, TrainingArguments
 
 import sfa_peft
-from sfa_peft.dense.datasets import load_segmentation
 from sfa_peft.dense.metrics import SegmentationMetrics, argmax_logits
 from sfa_peft.dense.pictures import contact_sheet, curve_plot
-from sfa_peft.dense.scenes import CLASS_NAMES, SceneDataset
-from sfa_peft.dense.splits import TransformedSplit
-from sfa_peft.dense.transforms import EvalTransform, TrainTransform
+from sfa_peft.errors import SFAError
 
-HERE = Path(__file__).parent
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
 # Found on the validation scenes; a run on other data wants its own (see --learning_rate).
 LEARNING_RATES = {"frozen": 0.0, "sfa": 3e-3, "full": 2e-3}
-
-
-@dataclass
-class Arguments:
-    """What to run; every field is a command line option."""
-
-    output_dir: str = field(default="out/demo", metadata={"help": "Where everything is written."})
-    backbone: str = field(
-        default=str(HERE / "backbones" / "swinv2-nano"),
-        metadata={"help": "SwinV2 checkpoint: a local folder or a Hub name."},
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub name or folder; rendered scenes if not given."}
-    )
-    classes: str | None = field(default=None, metadata={"help": "json file with the class names."})
-    split: str = field(default="validation", metadata={"help": "Split to report on."})
-    methods: list[str] = field(
-        default_factory=lambda: ["frozen", "sfa", "full"],
-        metadata={"help": "Any of frozen, sfa, full."},
-    )
-    budget: list[float] = field(
-        default_factory=lambda: [0.05, 0.2], metadata={"help": "Budgets of the sfa rows."}
-    )
-    rho: float = field(default=0.5, metadata={"help": "Share of external adapters in the budget."})
-    score: str = field(default="accumulated_gradient", metadata={"help": "How weights are ranked."})
-    image_size: list[int] = field(
-        default_factory=lambda: [64, 64], metadata={"help": "Height and width of training crops."}
-    )
-    eval_size: list[int] | None = field(
-        default=None,
-        metadata={"help": "Height and width to evaluate at; as image_size if not given."},
-    )
-    hidden_size: int = field(default=64, metadata={"help": "Channels of the UperNet head."})
-    max_steps: int = field(default=300, metadata={"help": "Update steps of each method."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per step."})
-    learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Rate of adapters or backbone; one per method if not given."},
-    )
-    head_learning_rate: float = field(
-        default=6e-3, metadata={"help": "Rate of the head, which starts at random values."}
-    )
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
-    seed: int = field(default=0, metadata={"help": "Seed of head, data order and augmentation."})
-
-
-def load_data(args: Arguments):
-    """Return training and evaluation dataset, class names."""
-    if args.dataset_name is None:
-        size = args.image_size[0]
-        train = SceneDataset(args.max_steps * args.per_device_train_batch_size, size=size, seed=0)
-        return train, SceneDataset(200, size=size, seed=1), list(CLASS_NAMES)
-    data = load_segmentation(args.dataset_name, classes=args.classes, holdout=0.2)
-    augment = TrainTransform(
-        tuple(args.image_size), scale=(1.0, 2.0), ignore_index=data.ignore_index
-    )
-    plain = EvalTransform(tuple(args.eval_size or args.image_size), ignore_index=data.ignore_index)
-    chosen = getattr(data, args.split)
-    if chosen is None:
-        raise SystemExit(f"--split {args.split}: the dataset has no such split.")
-    train = TransformedSplit(data.train, augment, seed=args.seed)
-    return train, TransformedSplit(chosen, plain), list(data.class_names)
-
-
-def make_model(args: Arguments, num_labels: int) -> UperNetForSemanticSegmentation:
-    """Return UperNet on the pretrained backbone, the same head for every method."""
-    trained = Swinv2Config.from_pretrained(args.backbone)
-    # SwinV2 clamps windows to its configured image size, so tell it the crop it will see, and what
-    # the windows were in pretraining, so that its position bias is scaled as in the paper.
-    grids = [trained.image_size // (trained.patch_size * 2**i) for i in range(len(trained.depths))]
-    config = Swinv2Config.from_pretrained(
-        args.backbone,
-        image_size=min(args.image_size),
-        out_features=STAGES,
-        pretrained_window_sizes=[min(trained.window_size, grid) for grid in grids],
-    )
-    backbone = Swinv2Backbone.from_pretrained(args.backbone, config=config)
-    set_seed(args.seed)
-    head = UperNetConfig(
-        backbone_config=config,
-        hidden_size=args.hidden_size,
-        num_labels=num_labels,
-        use_auxiliary_head=False,
-    )
-    model = UperNetForSemanticSegmentation(head)
-    model.backbone = backbone
-    return model
 
 
 def prepare(model, method: str, budget: float | None, args: Arguments):
@@ -192,24 +90,24 @@ def picture(item) -> np.ndarray:
 
 
 def main() -> None:
-    (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    unknown = set(args.methods) - set(LEARNING_RATES)
-    if unknown:
-        raise SystemExit(
-            f"--methods: unknown {sorted(unknown)}; choose from {list(LEARNING_RATES)}."
-        )
-    out = Path(args.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    args = parse(__doc__.splitlines()[0])
 
     # 1. Data
     train_data, eval_data, class_names = load_data(args)
 
-    # 2. One run per row of the table
-    runs = [(m, b) for m in args.methods for b in (args.budget if m == "sfa" else [None])]
+    # 2. One run per row of the table; all are set up once, so that mistakes show before training
+    budgets = dict.fromkeys(args.budget)
+    runs = [
+        (m, b) for m in dict.fromkeys(args.methods) for b in (budgets if m == "sfa" else [None])
+    ]
+    for method, budget in runs:
+        prepare(make_model(args, len(class_names)), method, budget, args)
+    out = Path(args.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
     rows, curves, sheets = [], {}, {}
     shown = range(0, len(eval_data), max(1, len(eval_data) // 4))[:4]
     for method, budget in runs:
-        name = f"SFA {budget:.0%}" if method == "sfa" else method
+        name = f"SFA {100 * budget:g}%" if method == "sfa" else method
         print(f"\n--- {name} ---")
 
         # 3. Model and adapter
@@ -240,6 +138,7 @@ def main() -> None:
             label_names=["labels"],
             remove_unused_columns=False,
             dataloader_num_workers=args.num_workers,
+            dataloader_pin_memory=torch.cuda.is_available(),
             report_to=[],
             seed=args.seed,
         )
@@ -270,6 +169,7 @@ def main() -> None:
             print(f"loaded again from {folder}: {'same predictions' if same else 'DIFFERENT'}")
             summary = sfa_peft.selection_summary(model)
             sfa_peft.plot_selection(summary, out / f"{folder.name}_selection.png")
+        ious = {n: scores[f"eval_iou_{n}"] for n in class_names}
         rows.append(
             {
                 "method": name,
@@ -277,6 +177,7 @@ def main() -> None:
                 "trainable_backbone": round(share * backbone_size),
                 "mean_iou": scores["eval_mean_iou"],
                 "pixel_accuracy": scores["eval_pixel_accuracy"],
+                "iou": {n: None if np.isnan(iou) else iou for n, iou in ious.items()},
                 "bytes": size,
                 "learning_rate": rate,
             }
@@ -303,4 +204,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SFAError as error:
+        raise SystemExit(f"{Path(__file__).name}: error: {error}") from error
