@@ -97,7 +97,7 @@ class Arguments:
     )
     hidden_size: int = field(default=64, metadata={"help": "Channels of the UperNet head."})
     max_steps: int = field(
-        default=300, metadata={"help": "Update steps of each method, 2 or more."}
+        default=200, metadata={"help": "Update steps of each method, 2 or more."}
     )
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Images per step and device, 2 or more."}

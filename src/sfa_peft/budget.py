@@ -117,7 +117,7 @@ def _widest(rho: float, outputs: Mapping[str, int], bias: bool, budget: float, t
     allowed = math.floor(Fraction(str(rho)) * Fraction(str(budget)) * total)
     narrowest = external_parameters(outputs, 1, bias)
     if narrowest > allowed:
-        needed = math.ceil(narrowest / Fraction(str(rho)))
+        needed = narrowest / Fraction(str(rho))
         raise BudgetError(
             f"budget={budget}, rho={rho}: external adapters of width 1 already have {narrowest} "
             f"parameters, but their share of {total} is {allowed}. "
@@ -141,9 +141,9 @@ def _no_place(name: str, value: float) -> str:
     )
 
 
-def _smallest_budget(parameters: int, total: int) -> str:
+def _smallest_budget(parameters: int | Fraction, total: int) -> str:
     """Say which share, with six digits after the point, allows `parameters` of `total`."""
-    millionths = math.ceil(Fraction(parameters * 10**6, max(total, 1)))
+    millionths = math.ceil(parameters * 10**6 / Fraction(max(total, 1)))
     if millionths > 10**6:
         return "No budget up to 1 works here"
     return f"The smallest budget that works is {millionths / 10**6}"

@@ -157,6 +157,11 @@ class SFAConfig(PeftConfig):
             )
 
     def _check_layers(self) -> None:
+        if isinstance(self.modules_to_save, str):
+            raise ConfigError(
+                f"SFAConfig.modules_to_save: expected a list of names, got the string "
+                f"{self.modules_to_save!r}. Write [{self.modules_to_save!r}]."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 "SFAConfig: When `layers_pattern` is specified, `layers_to_transform` must also be "
@@ -174,6 +179,8 @@ class SFAConfig(PeftConfig):
                 f"SFAConfig.score: unknown score {self.score!r}; expected one of "
                 f"{', '.join(SCORES)}."
             )
+        if not _is_int(self.seed):
+            raise ConfigError(f"SFAConfig.seed: expected an integer, got {self.seed!r}.")
         for name in ("selection_steps", "total_steps"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
@@ -188,17 +195,12 @@ class SFAConfig(PeftConfig):
         return self.score in TRAINED_SCORES
 
     def remember(self, resolved: dict[str, Any]) -> None:
-        """Keep what the tuner solved the budget to, for `to_dict` (a reused config is solved anew).
+        """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
 
         Args:
-            resolved: Sizes and layers of the adapter just made from this config.
+            resolved: Sizes and layers of the adapter that is about to be saved.
         """
         self._resolved = resolved
-
-    @property
-    def last_resolved(self) -> dict[str, Any] | None:
-        """What the tuner solved the budget to, or what a file says."""
-        return getattr(self, "_resolved", None) or self.resolved
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold (sets become sorted lists)."""
@@ -206,7 +208,7 @@ class SFAConfig(PeftConfig):
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
-        fields["resolved"] = self.last_resolved
+        fields["resolved"] = getattr(self, "_resolved", None) or self.resolved
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -152,7 +152,7 @@ def test_an_own_loop_must_say_how_long_it_runs():
 
 
 def test_a_model_without_an_adapter_is_refused():
-    with pytest.raises(SelectionError, match=r"needs one adapter to drive"):
+    with pytest.raises(SelectionError, match="MLP has no SFA adapter"):
         SFASelector(MLP(), total_steps=10)
 
 

@@ -175,6 +175,7 @@ def test_after_any_sequence_of_switches_the_weights_are_as_after_a_fresh_one(act
     assert torch.equal(model.float()(x), fresh(x))
     with model.disable_adapter():
         assert torch.equal(model(x), MLP()(x))
+    model.set_adapter("two")  # switching puts the first one's originals back
     assert_same_weights(model, originals)
 
 

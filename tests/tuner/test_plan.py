@@ -38,14 +38,15 @@ def test_exclude_modules_and_layers_to_transform_work_as_everywhere_in_peft():
 
 @pytest.mark.parametrize("targets", [["query", "value"], r".*\.(query|value)"])
 def test_target_modules_take_suffixes_or_one_regular_expression(targets):
-    config = SFAConfig(target_modules=targets, rho=0, **HEAD)
+    config = SFAConfig(budget=0.05, target_modules=targets, rho=0, **HEAD)
     layers = layers_of(get_peft_model(upernet(), config))
     assert {name.rpartition(".")[2] for name in layers} == {"query", "value"}
 
 
 def test_targets_that_end_no_sub_layer_mean_selected_weights_only_with_a_warning():
+    config = SFAConfig(budget=0.02, target_modules=["query"], **HEAD)
     with pytest.warns(SFAWarning, match="the whole budget goes to selected weights"):
-        model = get_peft_model(upernet(), SFAConfig(target_modules=["query"], **HEAD))
+        model = get_peft_model(upernet(), config)
     assert budget_report(model).external == 0
     with pytest.raises(BudgetError, match=r"rho=0\.5 asks for external adapters"):
         get_peft_model(upernet(), SFAConfig(target_modules=["query"], rho=0.5, **HEAD))
@@ -101,12 +102,37 @@ def test_a_forgotten_head_is_reported():
         get_peft_model(upernet(), SFAConfig())
 
 
+def test_a_budget_that_cannot_be_spent_is_reported():
+    config = SFAConfig(budget=0.5, target_modules=["query"], rho=0, **HEAD)
+    with pytest.warns(SFAWarning, match="Only .* of the .* parameters that budget=0.5"):
+        get_peft_model(upernet(), config)
+
+
+def test_a_shared_weight_is_refused_and_a_computed_one_too():
+    tied = MLP()
+    tied.second.weight = tied.first.weight = nn.Parameter(torch.randn(16, 16))
+    with pytest.raises(TargetError, match="`first`: its weight is shared by"):
+        get_peft_model(tied, SFAConfig(rho=0, target_modules=["first"]))
+    twice = MLP()
+    twice.third = twice.second
+    with pytest.raises(TargetError, match="its weight is shared by"):
+        get_peft_model(twice, SFAConfig(rho=0, target_modules=["second"]))
+    computed = MLP()
+    nn.utils.parametrizations.weight_norm(computed.first)
+    with pytest.raises(TargetError, match="`first` computes its weight"):
+        get_peft_model(computed, SFAConfig(rho=0, target_modules=["first"]))
+
+
 def test_one_config_serves_models_of_different_sizes():
     config = SFAConfig(**HEAD)
     small = budget_report(get_peft_model(upernet(), config))
     large = budget_report(get_peft_model(upernet(embed_dim=32), config))
     assert large.allowed > 2 * small.allowed
     assert large.external + large.internal == large.allowed
+    first = get_peft_model(upernet(), config)
+    report = budget_report(first)
+    get_peft_model(upernet(embed_dim=32), config)
+    assert budget_report(first) == report == small
 
 
 def test_a_second_adapter_gets_the_same_budget_as_it_would_alone():

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import TargetError
 from ..tuner.layer import SFALayer
-from ..tuner.model import find_pool
+from ..tuner.model import adapter_layers, find_pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000
@@ -78,7 +78,7 @@ def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetRepo
         TargetError: If the model has no such SFA adapter.
     """
     layers = _layers(model, adapter_name)
-    resolved = _resolved(model, adapter_name)
+    resolved = layers[0].resolved[adapter_name]
     widths: dict[int | None, list[int]] = defaultdict(list)
     external = 0
     for layer in layers:
@@ -135,18 +135,13 @@ def _line(name: str, count: int, total: int, note: str = "") -> str:
 
 
 def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
-    layers = [m for m in model.modules() if isinstance(m, SFALayer) and m.has_adapter(adapter_name)]
+    layers = adapter_layers(model, adapter_name)
     if not layers:
         raise TargetError(
             f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
             "get_peft_model(model, SFAConfig(...))."
         )
     return layers
-
-
-def _resolved(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    config = model.peft_config[adapter_name]  # pyright: ignore
-    return config.last_resolved  # pyright: ignore
 
 
 def _head_parameters(model: nn.Module, adapter_name: str) -> int:

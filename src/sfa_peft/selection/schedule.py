@@ -83,6 +83,10 @@ def make_schedule(total_steps: int | None, selection_steps: int | None, quota: i
             "optimizer updates) to SFASelector or SFAConfig; with transformers.Trainer use "
             "SFACallback, which takes it from there."
         )
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
+        raise SelectionError(
+            f"total_steps: expected a number of update steps of at least 1, got {total_steps!r}."
+        )
     steps = selection_steps
     if steps is None:
         steps = min(DEFAULT_SELECTION_STEPS, max(1, total_steps // DEFAULT_NUM_ROUNDS))

@@ -59,6 +59,13 @@ class SFACallback(TrainerCallback):
         if self.selector is not None:
             self.selector.step(kwargs.get("optimizer"))
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Free the scores, also of a run that was stopped early."""
+        if self.selector is not None:
+            self.selector.close()
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

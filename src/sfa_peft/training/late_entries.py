@@ -22,29 +22,27 @@ from torch.optim import Adam, AdamW, Optimizer
 _NEGLIGIBLE = 1e-9
 
 
-def supports_late_entries(optimizer: Any) -> bool:
+def supports_late_entries(optimizer: Optimizer) -> bool:
     """Whether the optimizer is an Adam whose step can be exchanged (no amsgrad, no maximize)."""
-    inner = _inner(optimizer)
-    plain = not any(g.get("amsgrad") or g.get("maximize") for g in inner.param_groups)
-    return isinstance(inner, (Adam, AdamW)) and plain
+    plain = not any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups)
+    return isinstance(optimizer, (Adam, AdamW)) and plain
 
 
 def correct_late_entries(
-    optimizer: Any, values: nn.Parameter, joined: Iterable[tuple[int, int, int]], step: int
+    optimizer: Optimizer, values: nn.Parameter, joined: Iterable[tuple[int, int, int]], step: int
 ) -> None:
     """Exchange the update just taken by late entries for the one with their own age.
 
     Call it after `optimizer.step()` and before the learning rate changes.
 
     Args:
-        optimizer: A torch Adam or AdamW, or accelerate's wrapper of one.
+        optimizer: A torch Adam or AdamW.
         values: The pool of values, a parameter of the optimizer.
         joined: (first slot, last slot + 1, update step after which they joined).
         step: Update step that was just taken, counted from 1.
     """
-    inner = _inner(optimizer)
-    group = next((g for g in inner.param_groups if any(p is values for p in g["params"])), None)
-    state = inner.state.get(values)
+    group = next((g for g in optimizer.param_groups if any(p is values for p in g["params"])), None)
+    state = optimizer.state.get(values)
     if group is None or not state:
         return
     rate, betas, eps = float(group["lr"]), group["betas"], group["eps"]
@@ -68,6 +66,6 @@ def _update(
     return mean / root * (rate / (1 - betas[0] ** step))
 
 
-def _inner(optimizer: Any) -> Optimizer:
+def torch_optimizer(optimizer: Any) -> Any:
     """Return the torch optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)

@@ -16,7 +16,7 @@ from ..selection.scores import AccumulatedGradient, non_finite, reduce_over_rank
 from ..selection.topk import streaming_topk
 from ..tuner.delta import Pool
 from ..tuner.model import find_pool
-from .late_entries import correct_late_entries, supports_late_entries
+from .late_entries import correct_late_entries, supports_late_entries, torch_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +93,17 @@ class SFASelector:
         """Count one update step; pick at the end of a round.
 
         Args:
-            optimizer: The optimizer that just stepped. With Adam or AdamW, weights that joined
-                late get the bias correction of their own age; None leaves that out.
+            optimizer: The optimizer that just stepped. A call after which it did not really step
+                (inside Accelerate's `accumulate`, or skipped by a gradient scaler) does not count.
+                With Adam or AdamW, weights that joined late get the bias correction of their own
+                age. None counts every call and leaves the correction out.
 
         Returns:
             Whether this step ended with a pick.
 
         Raises:
-            SelectionError: If too few weights have a finite gradient to pick from.
+            SelectionError: If the optimizer does not train the adapter's values, or at a pick no
+                gradient has arrived or too few weights have a finite one.
         """
         if self._run is not None:
             return self._run.step(optimizer)
@@ -129,6 +132,11 @@ class SFASelector:
         """
         return self._run.state_dict() if self._run else {}
 
+    def close(self) -> None:
+        """End the run, also before its last pick: free the scores and select no more."""
+        if self._run is not None:
+            self._run.stop_observing()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
 
@@ -150,6 +158,7 @@ class _Run:
     def __init__(self, adapter_name: str, pool: Pool, schedule: Schedule) -> None:
         self.adapter_name, self.pool, self.schedule = adapter_name, pool, schedule
         self.update_steps = 0
+        self.optimizer_steps = pool.optimizer_steps
         self.accumulators: dict[str, AccumulatedGradient] = {}
         self.warned = False
 
@@ -160,22 +169,39 @@ class _Run:
             self.accumulators[name] = layer.entries.observers[self.adapter_name] = accumulator
 
     def stop_observing(self) -> None:
-        """Free the scores."""
-        for layer in self.pool.layers:
-            layer.entries.observers.pop(self.adapter_name, None)
+        """Free the scores (not those of a selector that took over)."""
+        for name, layer in zip(self.pool.names, self.pool.layers, strict=True):
+            observers = layer.entries.observers
+            if observers.get(self.adapter_name) is self.accumulators.get(name):
+                observers.pop(self.adapter_name, None)
         self.accumulators.clear()
 
     def step(self, optimizer: Any) -> bool:
         """See `SFASelector.step`."""
+        if optimizer is not None and not self._has_stepped(torch_optimizer(optimizer)):
+            return False
         self.update_steps += 1
         if optimizer is not None:
-            self._correct(optimizer)
+            self._correct(torch_optimizer(optimizer))
         if not self.schedule.is_pick(self.update_steps):
             return False
         self._pick()
         return True
 
-    def _correct(self, optimizer: Any) -> None:
+    def _has_stepped(self, optimizer: Any) -> bool:
+        """Whether the optimizer took a step since the last call."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return True  # not torch's: its steps cannot be seen
+        if not self.pool.is_trained_by(optimizer):
+            raise SelectionError(
+                f"The optimizer does not train the values of adapter `{self.adapter_name}`. Build "
+                "it from the parameters with requires_grad of the wrapped model."
+            )
+        stepped = self.pool.optimizer_steps > self.optimizer_steps
+        self.optimizer_steps = self.pool.optimizer_steps
+        return stepped
+
+    def _correct(self, optimizer: torch.optim.Optimizer) -> None:
         joined = self.schedule.joined(self.update_steps - 1)
         if joined and supports_late_entries(optimizer):
             correct_late_entries(optimizer, self.pool.values, joined, self.update_steps)
@@ -190,6 +216,13 @@ class _Run:
     def _pick(self) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
         reduce_over_ranks(self.accumulators)
+        if not any(bool(a.sum.any()) for a in self.accumulators.values()):
+            raise SelectionError(
+                f"Update step {self.update_steps}: no gradient has reached any weight that adapter "
+                f"`{self.adapter_name}` may select. Is the adapter active and not merged, does "
+                "another selector or callback drive it, or is gradient checkpointing on with "
+                "use_reentrant=True (which needs use_reentrant=False)?"
+            )
         for name in non_finite(self.accumulators):
             logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
         quota = self.schedule.selected_after(self.update_steps) - self.pool.num_assigned
@@ -243,6 +276,11 @@ def _active_adapter(model: nn.Module) -> str:
     if callable(active):  # transformers' own adapter mixin
         active = active()
     names = [active] if isinstance(active, str) else list(active or [])
+    if not isinstance(getattr(model, "peft_config", None), dict):
+        raise SelectionError(
+            f"{type(model).__name__} has no SFA adapter. Wrap it first, and give the wrapped model "
+            "here: get_peft_model(model, SFAConfig(...))."
+        )
     if len(names) != 1:
         raise SelectionError(
             f"SFASelector needs one adapter to drive, but active are: {names}. Give adapter_name."

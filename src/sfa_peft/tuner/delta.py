@@ -49,11 +49,16 @@ class Pool:
         self.starts: list[int] = [0]  # first position of each layer, and the end
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
-        self.written = -1  # version of the values that the live weights hold
+        self.optimizer_steps = 0  # steps of an optimizer that trains the values
+        _register(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
         return self.__dict__ | {"_layout": None, "_cut": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _register(self)
 
     def add_layer(self, name: str, layer: SFALayer) -> int:
         """Append an eligible layer and return its ordinal."""
@@ -114,18 +119,32 @@ class Pool:
                 self._cut = (key, _Cut.apply(values, spans), (values, spans))
         return self._cut[1]
 
-    def mark_live(self) -> None:
-        """Remember that weights hold these values, so that they are withdrawn once stale."""
-        self.written = version(self.values)
-        _LIVE_POOLS.add(self)
-        _install_optimizer_hook()
+    def stamp(self) -> tuple[Any, ...]:
+        """Return what changes whenever values or slots do.
 
-    def withdraw_if_stale(self) -> None:
-        """Put the original entries back into the weights if the values changed since."""
-        if version(self.values) != self.written:
-            for layer in self.layers:
+        Fused optimizers write values without telling autograd, so their steps are counted too.
+        """
+        values, slots = self.values, self.slots
+        return (
+            id(values),
+            values.data_ptr(),
+            version(values),
+            self.optimizer_steps,
+            id(slots),
+            version(slots),
+        )
+
+    def is_trained_by(self, optimizer: Any) -> bool:
+        """Whether the values are among an optimizer's parameters."""
+        values = self.values
+        return any(p is values for group in optimizer.param_groups for p in group["params"])
+
+    def after_optimizer_step(self) -> None:
+        """Count a step that changed the values, and put the original entries back."""
+        self.optimizer_steps += 1
+        for layer in self.layers:
+            if not layer.merged:
                 layer.withdraw()
-            _LIVE_POOLS.discard(self)
 
 
 def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
@@ -206,23 +225,24 @@ class LiveWeight(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None, None, *slice_grads)
 
 
-_LIVE_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 _hook_installed = False
 
 
-def _install_optimizer_hook() -> None:
+def _register(pool: Pool) -> None:
     """After any optimizer's step, weights whose pool it changed go back to the originals.
 
     So a model's own weights are the pretrained ones whenever a training step is over, whoever
-    reads them; the next forward writes the new values. Correctness never rests on this hook: a
-    forward compares versions and rewrites what is stale.
+    reads them; the next forward writes the new values.
     """
     global _hook_installed  # noqa: PLW0603 (one hook for the process, like torch's own)
+    _POOLS.add(pool)
     if not _hook_installed:
         register_optimizer_step_post_hook(_after_optimizer_step)
         _hook_installed = True
 
 
-def _after_optimizer_step(_optimizer: Any, _args: Any, _kwargs: Any) -> None:
-    for pool in list(_LIVE_POOLS):
-        pool.withdraw_if_stale()
+def _after_optimizer_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    for pool in list(_POOLS):
+        if pool.is_trained_by(optimizer):
+            pool.after_optimizer_step()

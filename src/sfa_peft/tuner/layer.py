@@ -16,7 +16,7 @@ from ..config import SFAConfig
 from ..errors import SFAWarning
 from .delta import LiveWeight, Pool
 from .external import AdaptedLayer, apply_bottleneck, make_projections
-from .live import LiveEntries
+from .live import LiveEntries, eager
 
 #: Training forwards with nothing selected after which a missing selector is reported.
 _PATIENCE = 3
@@ -55,6 +55,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.entries = LiveEntries()
+        self.resolved: dict[str, dict[str, Any]] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}")
         self.out_features = getattr(base_layer, f"out_{kind}")
@@ -129,10 +130,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
         if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            self.withdraw()
-            return self.base_layer(*args, **kwargs)
+            return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
         self.entries.refresh(self.base_weight, names)
         out = self._base_forward(*args, **kwargs)
@@ -140,6 +138,16 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
+
+    def _pretrained_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged:
+            self.unmerge()
+        if self.entries.in_graph:
+            # A forward whose backward may still come used the weight as it is: leave it alone.
+            original = {"weight": self.entries.original(self.base_weight)}
+            return torch.func.functional_call(self.base_layer, original, args, kwargs)
+        self.withdraw()
+        return self.base_layer(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled() or self.merged:
@@ -153,6 +161,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         # By name and not F.linear: any layer type and the hooks on it keep working.
         return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
 
+    @eager
     def _watch(self, pool: Pool, ordinal: int) -> None:
         """Report once that a selection is being trained which nobody makes."""
         if ordinal or not (pool.needs_selector and self.training and pool.values.requires_grad):
@@ -177,14 +186,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the next forward writes what they change."""
+        before = self.active_adapters
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if not self.merged:
+        if not self.merged and self.active_adapters != before:
             self.withdraw()
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off leaves the pretrained weight, to the bit."""
+        """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
-        if not self.merged:
+        if not self.merged and not self.entries.in_graph:
             self.withdraw()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -192,6 +202,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.withdraw()
         super().delete_adapter(adapter_name)
         self.entries.remove(adapter_name)
+        self.resolved.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the change of adapters in the weight until `unmerge`.

@@ -7,14 +7,25 @@ them only at the entries of the adapters named there, and `undo` can put them ba
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .delta import Pool, Spans, Tap, version
+
+#: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
+_LOCK = threading.RLock()
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Keep a function out of graphs that torch.compile makes."""
+    return cast(_F, torch.compiler.disable(function))
 
 
 @dataclass
@@ -38,16 +49,20 @@ class LiveEntries:
         self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this layer's ordinal
         self.observers: dict[str, Callable[[Tensor], None]] = {}  # get the dense gradient (scores)
         self.live: tuple[str, ...] = ()
+        self.in_graph = False  # a backward that needs the weight as it is may still come
         self._supports: dict[str, Support] = {}
         self._stamp: tuple[Any, ...] | None = None
         self._weight_stamp: tuple[Any, ...] | None = None
 
+    @eager  # stamps and in-place writes are for Python, not for a graph
     def refresh(self, weight: Tensor, names: list[str]) -> None:
         """Make the weight hold the changes of the named adapters; do nothing if it does."""
         wanted = tuple(name for name in names if name in self.pools)
         if self._stamp_of(weight, wanted) == self._stamp:
             return
-        with torch.inference_mode(False), torch.no_grad():
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            if self._stamp_of(weight, wanted) == self._stamp:
+                return  # another thread was faster
             self.withdraw(weight)
             if self._weight_stamp != _weight_stamp(weight):
                 self._supports.clear()  # somebody replaced or changed the weight
@@ -55,19 +70,19 @@ class LiveEntries:
                 self._supports[name] = self._find_support(name, weight)
             for position, name in enumerate(wanted):
                 self._write(name, weight, onto_others=position > 0)
-                self.pools[name][0].mark_live()
             self.live = wanted
             self._weight_stamp = _weight_stamp(weight)
             self._stamp = self._stamp_of(weight, wanted)
 
     def withdraw(self, weight: Tensor) -> None:
         """Put the original entries back into the weight, to the bit."""
-        if self.live:
-            with torch.inference_mode(False), torch.no_grad():
+        with _LOCK, torch.inference_mode(False), torch.no_grad():
+            if self.live:
                 self._restore(weight)
-            self.live = ()
-            self._weight_stamp = _weight_stamp(weight)
-        self._stamp = None
+                self.live = ()
+                self._weight_stamp = _weight_stamp(weight)
+            self._stamp = None
+            self.in_graph = False
 
     def forget(self) -> None:
         """Look at the weight anew next time; it must hold the originals then."""
@@ -84,9 +99,11 @@ class LiveEntries:
         self._restore(copy)
         return copy
 
+    @eager  # a cut is kept between forwards, so no graph may own it
     def taps(self) -> tuple[list[Tap], list[Tensor]]:
         """Return what live adapters want from the weight's gradient, and their slices of values."""
         taps, slices = [], []
+        self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
             pool, ordinal = self.pools[name]
             observer, support = self.observers.get(name), self._supports[name]
@@ -130,12 +147,8 @@ class LiveEntries:
 
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""
-        stamp: list[Any] = [names, _weight_stamp(weight)]
-        for name in names:
-            pool, _ = self.pools[name]
-            values, slots = pool.values, pool.slots
-            stamp += [id(values), version(values), id(slots), version(slots)]
-        return tuple(stamp)
+        pools = tuple(self.pools[name][0].stamp() for name in names)
+        return names, _weight_stamp(weight), pools
 
 
 def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:

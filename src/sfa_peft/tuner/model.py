@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 
 from ..checkpoint.file import check_selection
 from ..config import SFAConfig
-from ..errors import SFAWarning, TargetError
+from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.topk import streaming_topk
 from .delta import Pool
 from .layer import SFALayer
-from .plan import Plan, is_excluded, make_plan
+from .plan import Plan, make_plan
+from .targets import is_excluded
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -72,7 +75,9 @@ class SFAModel(BaseTuner):
         )
         plan, pool = self._plan, self._pool
         _order_pool(pool, plan)
-        config.remember(plan.to_resolved())  # written into the file by `save_pretrained`
+        resolved = plan.to_resolved()
+        for layer in adapter_layers(model, adapter_name):
+            layer.resolved[adapter_name] = resolved
         if pool is None:
             return
         if not plan.loaded and not config.selects_while_training:
@@ -144,6 +149,27 @@ class SFAModel(BaseTuner):
             )
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
+    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
+        """Not supported: external adapters are not linear, so a weighted sum has no meaning.
+
+        Raises:
+            SFAError: Always.
+        """
+        raise SFAError(
+            "add_weighted_adapter: SFA adapters cannot be mixed by weights, because their external "
+            "part is not linear. Several adapters may be active together: "
+            'model.base_model.set_adapter(["a", "b"]).'
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise SFAError(
+                "adapter_names: one batch cannot mix SFA adapters, because they change the weights "
+                "themselves. Group the requests by adapter and call set_adapter for each group."
+            )
+        yield
+
     # --- files ---------------------------------------------------------------------------------
 
     @classmethod
@@ -155,6 +181,8 @@ class SFAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        # On the layers and not on the config, which may serve several models; it is saved next.
+        config.remember(adapter_layers(model, adapter_name)[0].resolved[adapter_name])
         pool = find_pool(model, adapter_name)
         if pool is not None and pool.is_empty:
             warnings.warn(
@@ -191,11 +219,17 @@ class SFAModel(BaseTuner):
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
 
 
+def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
+    """Return the layers that an adapter changes, in model order."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer))
+    return [layer for layer in layers if layer.has_adapter(adapter_name)]
+
+
 def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
-    for module in model.modules():
-        if isinstance(module, SFALayer) and adapter_name in module.entries.pools:
-            return module.entries.pools[adapter_name][0]
+    for layer in adapter_layers(model, adapter_name):
+        if adapter_name in layer.entries.pools:
+            return layer.entries.pools[adapter_name][0]
     return None
 
 
@@ -240,8 +274,8 @@ def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> Non
         tops = sorted({n.split(".")[0] for n in frozen})
         warnings.warn(
             f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
-            f"{', '.join(tops)}). Name a task head in modules_to_save, or it keeps its present "
-            "values.",
+            f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task head in "
+            "modules_to_save to train and save it.",
             SFAWarning,
             stacklevel=3,
         )

@@ -6,27 +6,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _ExcludedModule,
-    check_target_module_exists,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules, role_of
+from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
 from ..budget import BudgetPlan, solve_budget
 from ..checkpoint.file import FORMAT_VERSION, check_layers, check_resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
 from .external import output_features
-
-#: Roles whose layer is the last of a sub-layer and gets the external adapter.
-OUTPUT_ROLES = ("attn_out", "mlp_out")
+from .targets import match_layers, own_modules, refuse_shared, wrappable
 
 
 @dataclass(frozen=True)
@@ -74,15 +66,16 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
         BudgetError: If the budget cannot be met.
         AdapterFileError: If a saved adapter does not fit the model.
     """
-    modules = _own_modules(model)
+    modules = own_modules(model)
     backbone = find_backbone(model)
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
         return _loaded_plan(config.resolved, modules, backbone, roles)
-    eligible, outputs = _match(modules, config, backbone, roles)
+    eligible, outputs = match_layers(modules, config, backbone, roles)
     if not eligible and not outputs:
         raise TargetError(_nothing_found(model, config))
-    layers = {n: _wrappable(n, m) for n, m in modules.items() if n in eligible | outputs}
+    layers = {n: wrappable(n, m) for n, m in modules.items() if n in eligible | outputs}
+    refuse_shared(model, layers)
     budget = solve_budget(
         budget=config.budget,
         rho=config.rho,
@@ -100,6 +93,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
             SFAWarning,
             stacklevel=2,
         )
+    _warn_of_unspent_budget(budget, config)
     names = {n for n in layers if n in eligible and budget.internal} | set(budget.widths)
     targets = {
         n: _target(n, layer, roles, n in eligible and budget.internal > 0, budget.widths.get(n, 0))
@@ -107,74 +101,6 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
         if n in names
     }
     return Plan(backbone, budget, targets, loaded=False)
-
-
-def _own_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules without what tuners and modules_to_save hide inside them."""
-    found: dict[str, nn.Module] = {}
-    hidden: list[str] = []
-    for name, module in model.named_modules():
-        if not name or any(name.startswith(prefix) for prefix in hidden):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            hidden.append(name + ".")
-            found[name] = module.get_base_layer()
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            hidden.append(name + ".")
-        else:
-            found[name] = module
-    return found
-
-
-def _match(
-    modules: Mapping[str, nn.Module],
-    config: SFAConfig,
-    backbone: Backbone | None,
-    roles: Mapping[str, RoleModule],
-) -> tuple[set[str], set[str]]:
-    """Return the names of layers whose weights may be selected, and of those with an adapter."""
-    if config.target_modules is not None:
-        eligible = {n for n in modules if _matches(config, config.target_modules, n)}
-    else:
-        # The last part as the target makes PEFT look at excluded names and layer indices only.
-        eligible = {n for n in roles if _matches(config, {n.rpartition(".")[2]}, n)}
-    if config.external_modules is not None:
-        outputs = {n for n in modules if _matches(config, config.external_modules, n)}
-    else:
-        outputs = {n for n in eligible if _role_name(n, backbone, roles) in OUTPUT_ROLES}
-    if config.rho == 0:
-        outputs = set()
-    return eligible, outputs
-
-
-def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:
-    """Return PEFT's own verdict: truthy or falsy, or an object that says "excluded"."""
-    rules = SimpleNamespace(
-        target_modules=targets,
-        target_parameters=None,
-        exclude_modules=config.exclude_modules,
-        modules_to_save=config.modules_to_save,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-    )
-    return check_target_module_exists(rules, name)
-
-
-def _matches(config: SFAConfig, targets: Any, name: str) -> bool:
-    found = _peft_match(config, targets, name)
-    return bool(found) and not isinstance(found, _ExcludedModule)
-
-
-def is_excluded(config: SFAConfig, name: str) -> Any:
-    """Return PEFT's mark of a layer that `exclude_modules` or `modules_to_save` leaves out."""
-    found = _peft_match(config, {name}, name)
-    return found if isinstance(found, _ExcludedModule) else None
-
-
-def _role_name(name: str, backbone: Backbone | None, roles: Mapping[str, RoleModule]) -> str | None:
-    if name in roles:
-        return roles[name].role
-    return role_of(name) if backbone is None else None
 
 
 def _target(
@@ -192,29 +118,17 @@ def _target(
     )
 
 
-def _wrappable(name: str, layer: nn.Module) -> Any:
-    kind = type(layer)
-    weight = getattr(layer, "weight", None)
-    plain = (
-        isinstance(layer, (nn.Linear, nn.Conv2d))
-        and kind.__name__ != "NonDynamicallyQuantizableLinear"
+def _warn_of_unspent_budget(budget: BudgetPlan, config: SFAConfig) -> None:
+    trained = budget.external + budget.internal
+    if config.rho == 1 or budget.internal < budget.eligible or trained >= 0.99 * budget.allowed:
+        return
+    warnings.warn(
+        f"Only {trained:,} of the {budget.allowed:,} parameters that budget={config.budget} allows "
+        "are used: every eligible weight is selected already. Adapt more layers, or lower the "
+        "budget.",
+        SFAWarning,
+        stacklevel=2,
     )
-    if not plain or not isinstance(weight, torch.Tensor):
-        raise TargetError(
-            f"`{name}` is a {kind.__name__}; only torch.nn.Linear and torch.nn.Conv2d layers can "
-            "be adapted. Leave it out of target_modules (or name the linear layers inside it)."
-        )
-    if not weight.is_floating_point():
-        raise TargetError(
-            f"`{name}` holds packed {weight.dtype} weights; single weights inside them cannot be "
-            "changed. Load the model unquantised, or leave the layer out."
-        )
-    if not weight.is_contiguous():
-        raise TargetError(
-            f"`{name}`: its weight is not contiguous, so positions in it are not defined. Call "
-            "model.to(memory_format=torch.contiguous_format) first."
-        )
-    return layer
 
 
 def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFAConfig) -> int:
@@ -252,7 +166,7 @@ def _loaded_plan(
     check_layers(resolved["layers"], shapes)
     check_layers([(n, shapes.get(n, ())) for n in widths], shapes)
     targets = {
-        n: _target(n, _wrappable(n, modules[n]), roles, n in layers, widths.get(n, 0))
+        n: _target(n, wrappable(n, modules[n]), roles, n in layers, widths.get(n, 0))
         for n in modules
         if n in layers or n in widths
     }
