@@ -28,7 +28,11 @@ def run(rank: int, world: int):
     selector = SFASelector(net, total_steps=STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     generator = torch.Generator().manual_seed(5)
-    for _ in range(STEPS):
+    for step in range(STEPS):
+        if step == STEPS // 2 + 1:  # a checkpoint in the middle of a round
+            state = selector.state_dict()
+            selector = SFASelector(net, total_steps=STEPS)
+            selector.load_state_dict(state)
         for _ in range(MICRO):
             x = torch.randn(8, 12, generator=generator)
             mine = x[rank::world]

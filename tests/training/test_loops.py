@@ -181,6 +181,18 @@ def test_nothing_keeps_a_deleted_model_alive():
     assert pool() is None
 
 
+def test_a_selector_whose_adapter_was_deleted_disturbs_no_other_training():
+    model = make()
+    selector = SFASelector(model, total_steps=8)
+    model.delete_adapter("default")
+    other = MLP()
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    loss_of(other).backward()
+    optimizer.step()
+    with pytest.raises(SelectionError, match="does not train the values"):
+        selector.step(optimizer)
+
+
 def test_what_sfa_cannot_do_is_said():
     model = make(score="random")
     model.add_adapter("other", SFAConfig(**OPTIONS, score="random"))

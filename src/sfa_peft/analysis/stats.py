@@ -137,9 +137,10 @@ def _line(name: str, count: int, total: int, note: str = "") -> str:
 def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
     layers = adapter_layers(model, adapter_name)
     if not layers:
+        names = sorted({n for m in model.modules() if isinstance(m, SFALayer) for n in m.resolved})
         raise TargetError(
-            f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
-            "get_peft_model(model, SFAConfig(...))."
+            f"The model has no SFA adapter named `{adapter_name}`; it has {names or 'none'}. Give "
+            "adapter_name, or wrap the model first: get_peft_model(model, SFAConfig(...))."
         )
     return layers
 

@@ -33,11 +33,39 @@ class AccumulatedGradient:
 
 def reduce_over_ranks(accumulators: Mapping[str, AccumulatedGradient]) -> None:
     """Add the sums of all ranks, so that every rank ranks the same scores; once per round."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _num_ranks() > 1:
         for accumulator in accumulators.values():
             dist.all_reduce(accumulator.sum)
+
+
+def gather_sums(accumulators: Mapping[str, AccumulatedGradient]) -> dict[str, Tensor]:
+    """Return the sums of all ranks together, for a checkpoint; a call for every rank to make.
+
+    The accumulators go on with their own share. On a single process the tensors are theirs.
+    """
+    if _num_ranks() == 1:
+        return {name: accumulator.sum for name, accumulator in accumulators.items()}
+    sums = {name: accumulator.sum.clone() for name, accumulator in accumulators.items()}
+    for tensor in sums.values():
+        dist.all_reduce(tensor)
+    return sums
+
+
+def scatter_sums(
+    accumulators: Mapping[str, AccumulatedGradient], sums: Mapping[str, Tensor]
+) -> None:
+    """Take up what `gather_sums` returned: the first rank all of it, the others nothing."""
+    for name, accumulator in accumulators.items():
+        if _num_ranks() > 1 and dist.get_rank() > 0:
+            accumulator.reset()
+        else:
+            accumulator.sum.copy_(sums[name])
 
 
 def non_finite(accumulators: Mapping[str, AccumulatedGradient]) -> list[str]:
     """Return the names of the tensors whose scores hold NaN or infinity."""
     return [name for name, acc in accumulators.items() if not bool(torch.isfinite(acc.sum).all())]
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

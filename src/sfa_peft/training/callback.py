@@ -87,16 +87,13 @@ class SFACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the selector's state into the checkpoint."""
-        if (
-            self.selector is None
-            or self.selector.schedule is None
-            or not state.is_world_process_zero
-        ):
+        if self.selector is None or self.selector.schedule is None:
             return
+        selector_state = self.selector.state_dict()  # all ranks add their sums
         folder = _checkpoint(args, state.global_step)
-        if folder.is_dir():
+        if state.is_world_process_zero and folder.is_dir():
             partial = folder / (STATE_NAME + ".partial")
-            torch.save(self.selector.state_dict(), partial)
+            torch.save(selector_state, partial)
             partial.replace(folder / STATE_NAME)
 
 

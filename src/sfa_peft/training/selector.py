@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from ..config import SFAConfig
 from ..errors import SelectionError
 from ..selection.schedule import Schedule, make_schedule
-from ..selection.scores import AccumulatedGradient, non_finite, reduce_over_ranks
+from ..selection.scores import (
+    AccumulatedGradient,
+    gather_sums,
+    non_finite,
+    reduce_over_ranks,
+    scatter_sums,
+)
 from ..selection.topk import streaming_topk
 from ..tuner.delta import Pool
 from ..tuner.model import find_pool
@@ -127,8 +133,9 @@ class SFASelector:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the adapter's own tensors.
 
-        `update_steps`, the schedule, and the present round's sums (fp32, one per eligible weight;
-        empty after the last pick).
+        `update_steps`, the schedule, and the present round's sums over all ranks (fp32, one per
+        eligible weight, not copied on a single process; empty after the last pick). Under
+        torch.distributed every rank must call it.
         """
         return self._run.state_dict() if self._run else {}
 
@@ -247,7 +254,7 @@ class _Run:
             "update_steps": self.update_steps,
             "total_steps": self.schedule.total_steps,
             "selection_steps": self.schedule.selection_steps,
-            "sums": {name: a.sum for name, a in self.accumulators.items()},
+            "sums": gather_sums(self.accumulators),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -267,8 +274,7 @@ class _Run:
                 "The selector state holds scores of other layers than the model. Load adapter and "
                 "selector state from the same checkpoint."
             )
-        for name, accumulator in self.accumulators.items():
-            accumulator.sum.copy_(state["sums"][name])
+        scatter_sums(self.accumulators, state["sums"])
 
 
 def _active_adapter(model: nn.Module) -> str:

@@ -135,7 +135,9 @@ class Pool:
         )
 
     def is_trained_by(self, optimizer: Any) -> bool:
-        """Whether the values are among an optimizer's parameters."""
+        """Whether the values are among an optimizer's parameters (no, once they are deleted)."""
+        if not self.layers or self.adapter_name not in self.layers[0].sfa_pool:
+            return False
         values = self.values
         return any(p is values for group in optimizer.param_groups for p in group["params"])
 

@@ -38,8 +38,8 @@ class SFAModel(BaseTuner):
 
     prefix = "sfa_"
     tuner_layer_cls = SFALayer
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT's declaration)
-    # layers are found by role
+    # Empty: layers are found by role, see `plan`. Declared as PEFT declares it.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     # --- injection -----------------------------------------------------------------------------
 
@@ -78,6 +78,7 @@ class SFAModel(BaseTuner):
         resolved = plan.to_resolved()
         for layer in adapter_layers(model, adapter_name):
             layer.resolved[adapter_name] = resolved
+        _warn_of_frozen_head(model, plan, config)
         if pool is None:
             return
         if not plan.loaded and not config.selects_while_training:
@@ -86,7 +87,6 @@ class SFAModel(BaseTuner):
             nn.init.normal_(pool.values, std=0.5)
             if pool.is_empty:
                 _select_without_data(pool, SFAConfig(score="random"))
-        _warn_of_frozen_head(model, plan, config)
 
     def _create_and_replace(
         self,
@@ -102,7 +102,7 @@ class SFAModel(BaseTuner):
         if isinstance(target, BaseTunerLayer) and not isinstance(target, SFALayer):
             raise TargetError(
                 f"`{current_key}` is already wrapped by {type(target).__name__}; SFA changes the "
-                "layer's own weight and cannot share it with another tuner."
+                "layer's own weight and cannot share it with another tuner. Unload the other one."
             )
         layer = target
         if not isinstance(layer, SFALayer):
@@ -237,7 +237,8 @@ def _order_pool(pool: Pool | None, plan: Plan) -> None:
     """Check that layers were injected in the order that stored positions count them in."""
     wanted = [t.name for t in plan.targets.values() if t.eligible]
     if pool is not None and pool.names != wanted:
-        first = next(a for a, b in zip(pool.names, wanted, strict=False) if a != b)
+        pairs = zip(pool.names, wanted, strict=False)
+        first = next((a for a, b in pairs if a != b), "one is missing")
         raise TargetError(
             f"The model's layers come in another order than the adapter's (first: `{first}`). "
             "Load it onto the model it was trained on."
