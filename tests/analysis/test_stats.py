@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
@@ -43,6 +44,17 @@ def test_the_summary_has_a_row_per_weight_tensor_that_equals_the_masks(model):
         assert row["share"] == row["selected"] / row["numel"]
     assert {row["role"] for row in rows} == {"attn_in", "attn_out", "mlp_in", "mlp_out"}
     assert sorted({row["layer"] for row in rows}) == [0, 1, 2, 3, 4]
+
+
+def test_the_papers_model_is_planned_on_the_meta_device_without_any_memory():
+    with torch.device("meta"):
+        large = upernet(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32])
+        tuned = get_peft_model(large, SFAConfig(budget=0.05, modules_to_save=["decode_head"]))
+    report = budget_report(tuned)
+    assert report.backbone == 86_891_768  # without the final norm of Swinv2Model
+    assert 0.99 * report.allowed <= report.external + report.internal <= report.allowed
+    assert report.selected == 0
+    assert len(selection_summary(tuned)) == 6 * 24
 
 
 def test_external_only_has_no_rows_and_a_bare_model_is_refused():

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam, AdamW, Optimizer
 
 #: Below this the two corrections agree to fp32 precision.
@@ -51,19 +51,12 @@ def correct_late_entries(
         age = step - since
         if age < 1 or max(betas) ** age < _NEGLIGIBLE:
             continue
-        mean, square = state["exp_avg"][first:last], state["exp_avg_sq"][first:last]
-        taken = _update(mean, square, rate, betas, eps, shared)
-        own = _update(mean, square, rate, betas, eps, age)
+        mean, root = state["exp_avg"][first:last], state["exp_avg_sq"][first:last].sqrt()
         with torch.no_grad():
-            values[first:last] += taken - own
-
-
-def _update(
-    mean: Tensor, square: Tensor, rate: float, betas: tuple[float, float], eps: float, step: float
-) -> Tensor:
-    """Return Adam's update (to be subtracted) with bias corrections for `step` steps."""
-    root = (square.sqrt() / math.sqrt(1 - betas[1] ** step)).add_(eps)
-    return mean / root * (rate / (1 - betas[0] ** step))
+            part = values[first:last]
+            for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
+                divisor = (root / math.sqrt(1 - betas[1] ** count)).add_(eps)
+                part.addcdiv_(mean, divisor, value=sign * rate / (1 - betas[0] ** count))
 
 
 def torch_optimizer(optimizer: Any) -> Any:

@@ -80,7 +80,7 @@ class Pool:
     @property
     def num_assigned(self) -> int:
         """Number of weights selected so far."""
-        return int((self.slots >= 0).sum())
+        return _count_assigned(self.slots)
 
     @property
     def is_empty(self) -> bool:
@@ -149,10 +149,17 @@ class Pool:
                 layer.withdraw()
 
 
+def _count_assigned(slots: Tensor) -> int:
+    """Count positions that are assigned; none are on the meta device, which holds no values."""
+    return 0 if slots.is_meta else int((slots >= 0).sum())
+
+
 def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
     """Cut slots (sorted within each pick) at the layers' first positions."""
     spans: list[Spans] = [[] for _ in starts[:-1]]
-    used = slots[: int((slots >= 0).sum())]
+    used = slots[: _count_assigned(slots)]
+    if not used.numel():
+        return spans
     breaks = (used[1:] < used[:-1]).nonzero().squeeze(1) + 1  # where a new pick begins
     edges = [0, *breaks.tolist(), used.numel()]
     bounds = torch.tensor(starts, device=slots.device)
