@@ -117,6 +117,8 @@ def test_a_pick_without_any_gradient_is_refused():
         fit(model, optimizer, stale, 4)
     fresh.close()
     assert not any(layer.entries.observers for layer in find_pool(model, "default").layers)
+    fit(model, optimizer, fresh, 4)  # closed: counts on, selects nothing
+    assert fresh.selected == 0
 
 
 @pytest.mark.parametrize("total", [0, -5, 2.5, "10", True])

@@ -190,8 +190,8 @@ class _Run:
         self.update_steps += 1
         if optimizer is not None:
             self._correct(torch_optimizer(optimizer))
-        if not self.schedule.is_pick(self.update_steps):
-            return False
+        if not self.schedule.is_pick(self.update_steps) or not self.accumulators:
+            return False  # no accumulators before the last pick: closed
         self._pick()
         return True
 
