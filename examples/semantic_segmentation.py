@@ -117,8 +117,9 @@ def main() -> None:
         model, callbacks = prepare(base, method, budget, args)
         share = {"frozen": 0.0, "full": 1.0}.get(method)
         if method == "sfa":
-            print(sfa_peft.budget_report(model))  # SFA
-            share = sfa_peft.budget_report(model).share
+            report = sfa_peft.budget_report(model)  # SFA
+            print(report)
+            share = report.share
         # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
         model.accepts_loss_kwargs = base.accepts_loss_kwargs = False
 

@@ -114,9 +114,8 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
     if pool is None:
         return []
     rows = []
-    for layer, spans in zip(pool.layers, pool.layout(), strict=True):
-        numel = layer.base_weight.numel()
-        selected = sum(b - a for a, b in spans)
+    for ordinal, layer in enumerate(pool.layers):
+        numel, selected = layer.base_weight.numel(), pool.count(ordinal)
         rows.append(
             {
                 "name": layer.name,

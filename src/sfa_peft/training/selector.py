@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import SFAConfig
 from ..errors import SelectionError
@@ -234,20 +234,13 @@ class _Run:
             logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
         quota = self.schedule.selected_after(self.update_steps) - self.pool.num_assigned
         sums = [a.sum for a in self.accumulators.values()]
-        self.pool.assign(streaming_topk(sums, quota, self._selected_indices()))
+        selected = [self.pool.indices(i).sort().values for i in range(len(self.pool.layers))]
+        self.pool.assign(streaming_topk(sums, quota, selected))
         logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
         if self.update_steps == self.schedule.last_pick:
             self.stop_observing()
         for accumulator in self.accumulators.values():
             accumulator.reset()
-
-    def _selected_indices(self) -> list[Tensor | None]:
-        """Return each layer's selected positions, sorted."""
-        slots, found = self.pool.slots, []
-        for start, spans in zip(self.pool.starts, self.pool.layout(), strict=False):
-            parts = [slots[a:b] - start for a, b in spans]
-            found.append(torch.cat(parts).sort().values if parts else None)
-        return found
 
     def state_dict(self) -> dict[str, Any]:
         return {

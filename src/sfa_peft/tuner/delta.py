@@ -95,6 +95,17 @@ class Pool:
             self._layout = (slots, stamp, _spans(slots, self.starts))
         return self._layout[2]
 
+    def indices(self, ordinal: int) -> Tensor:
+        """Return a layer's selected flat positions in its weight, int64, in slot order."""
+        slots, spans = self.slots, self.layout()[ordinal]
+        if not spans:
+            return slots[:0]
+        return torch.cat([slots[a:b] for a, b in spans]) - self.starts[ordinal]
+
+    def count(self, ordinal: int) -> int:
+        """Return how many weights of a layer are selected."""
+        return span_length(self.layout()[ordinal])
+
     def assign(self, selected: Sequence[Tensor]) -> None:
         """Give the next free slots to newly selected weights.
 
@@ -149,6 +160,11 @@ class Pool:
                 layer.withdraw()
 
 
+def span_length(spans: Spans) -> int:
+    """Return the number of slots in a layer's ranges."""
+    return sum(b - a for a, b in spans)
+
+
 def _count_assigned(slots: Tensor) -> int:
     """Count positions that are assigned; none are on the meta device, which holds no values."""
     return 0 if slots.is_meta else int((slots >= 0).sum())
@@ -183,7 +199,7 @@ class _Cut(torch.autograd.Function):
         ctx.spans, ctx.shape = spans, values.shape
         ctx.dtype, ctx.device = values.dtype, values.device
         ctx.set_materialize_grads(False)
-        sizes = [sum(b - a for a, b in layer) for layer in spans]
+        sizes = [span_length(layer) for layer in spans]
         return tuple(
             values.new_zeros(1).expand(size) if size else values.new_zeros(0) for size in sizes
         )

@@ -283,6 +283,5 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Name the role, and per adapter how many weights are selected."""
         parts = [f"role={self.role}"]
         for name, (pool, ordinal) in self.entries.pools.items():
-            selected = sum(b - a for a, b in pool.layout()[ordinal])
-            parts.append(f"{name}: {selected} of {self.base_weight.numel()} selected")
+            parts.append(f"{name}: {pool.count(ordinal)} of {self.base_weight.numel()} selected")
         return ", ".join(parts)

@@ -126,9 +126,7 @@ class LiveEntries:
         known = self._supports.get(name)
         if known is not None and known.spans is spans:
             return known
-        parts = [pool.slots[a:b] for a, b in spans]
-        empty = torch.empty(0, dtype=torch.int64)
-        index = (torch.cat(parts) - pool.starts[ordinal] if parts else empty).to(weight.device)
+        index = pool.indices(ordinal).to(weight.device)
         undo = weight.detach().view(-1).index_select(0, index)
         small = weight.numel() <= torch.iinfo(torch.int32).max
         return Support(spans, index.int() if small else index, undo)

@@ -74,7 +74,7 @@ class SFAModel(BaseTuner):
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
         plan, pool = self._plan, self._pool
-        _order_pool(pool, plan)
+        _check_order(pool, plan)
         resolved = plan.to_resolved()
         for layer in adapter_layers(model, adapter_name):
             layer.resolved[adapter_name] = resolved
@@ -233,7 +233,7 @@ def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     return None
 
 
-def _order_pool(pool: Pool | None, plan: Plan) -> None:
+def _check_order(pool: Pool | None, plan: Plan) -> None:
     """Check that layers were injected in the order that stored positions count them in."""
     wanted = [t.name for t in plan.targets.values() if t.eligible]
     if pool is not None and pool.names != wanted:

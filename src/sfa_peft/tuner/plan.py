@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
-from ..budget import BudgetPlan, solve_budget
+from ..budget import BudgetPlan, adapter_parameters, solve_budget
 from ..checkpoint.file import FORMAT_VERSION, check_layers, check_resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
@@ -70,7 +70,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
     backbone = find_backbone(model)
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
-        return _loaded_plan(config.resolved, modules, backbone, roles)
+        return _loaded_plan(config, config.resolved, modules, backbone, roles)
     eligible, outputs = match_layers(modules, config, backbone, roles)
     if not eligible and not outputs:
         raise TargetError(_nothing_found(model, config))
@@ -150,6 +150,7 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
 
 
 def _loaded_plan(
+    config: SFAConfig,
     resolved: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     backbone: Backbone | None,
@@ -180,7 +181,10 @@ def _loaded_plan(
         allowed=resolved["allowed"],
         adapter_dim=resolved["adapter_dim"],
         widths=widths,
-        external=0,
+        external=sum(
+            adapter_parameters(output_features(modules[n]), width, config.external_bias)
+            for n, width in widths.items()
+        ),
         internal=resolved["internal"],
         eligible=eligible,
     )
