@@ -72,10 +72,10 @@ class DenseReference:
 
 
 def masks_of(pool) -> dict[str, Tensor]:
-    """Return an adapter's selection as dense masks by layer name."""
+    """Return an adapter's selection as dense masks by parameter name."""
     masks = {}
-    for ordinal, (name, layer) in enumerate(zip(pool.names, pool.layers, strict=True)):
-        weight = layer.get_base_layer().weight
+    for ordinal, name in enumerate(pool.names):
+        weight = pool.weight(ordinal)
         mask = torch.zeros(weight.numel(), dtype=torch.bool)
         for a, b in pool.layout()[ordinal]:
             mask[pool.slots[a:b] - pool.starts[ordinal]] = True
@@ -84,10 +84,10 @@ def masks_of(pool) -> dict[str, Tensor]:
 
 
 def deltas_of(pool) -> dict[str, Tensor]:
-    """Return an adapter's change as dense tensors by layer name."""
+    """Return an adapter's change as dense tensors by parameter name."""
     deltas = {}
-    for ordinal, (name, layer) in enumerate(zip(pool.names, pool.layers, strict=True)):
-        weight = layer.get_base_layer().weight
+    for ordinal, name in enumerate(pool.names):
+        weight = pool.weight(ordinal)
         delta = torch.zeros(weight.numel())
         for a, b in pool.layout()[ordinal]:
             delta[pool.slots[a:b] - pool.starts[ordinal]] = pool.values.detach()[a:b].float()

@@ -13,6 +13,7 @@ from .errors import SelectionError as SelectionError
 from .errors import SFAError as SFAError
 from .errors import SFAWarning as SFAWarning
 from .errors import TargetError as TargetError
+from .selection.scores import register_score as register_score
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
@@ -36,5 +37,6 @@ __all__ = [
     "TargetError",
     "budget_report",
     "plot_selection",
+    "register_score",
     "selection_summary",
 ]

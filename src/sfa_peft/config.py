@@ -13,12 +13,13 @@ from peft.utils import PeftType
 
 from .checkpoint.file import check_complete
 from .errors import ConfigError
+from .selection.accumulators import SCORE_DTYPES
+from .selection.pick import GRANULARITIES, RANKINGS
+from .selection.schedule import SCHEDULES
+from .selection.scores import find_score, score_names
 
-#: Scores that need gradients: the selection grows while training.
-TRAINED_SCORES = ("accumulated_gradient",)
-#: Scores that need no data: the whole selection is made by `get_peft_model`.
-DATA_FREE_SCORES = ("magnitude", "random")
-SCORES = TRAINED_SCORES + DATA_FREE_SCORES
+#: What weight decay of the optimizer pulls towards its neutral value.
+WEIGHT_DECAYS = ("change", "weight")
 
 #: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
 DEFAULT_RHO = 0.5
@@ -61,17 +62,48 @@ class SFAConfig(PeftConfig):
             attention and MLP sub-layer.
         target_modules: Names (suffixes, or one regular expression) of the layers whose weights may
             be selected. None: the attention and MLP linear layers of the backbone.
+        target_parameters: Names (suffixes such as "bias" or "norm.weight", or one regular
+            expression) of further parameters whose entries may be selected: norms, biases, patch
+            embedding and merging, convolutions. Their layer must have no layers inside.
         exclude_modules: Names (or one regular expression) of layers to leave alone.
         layers_to_transform: Index or indices of the layers to adapt, matched as everywhere in PEFT.
         layers_pattern: Name of the module list that holds the layers, with `layers_to_transform`.
         modules_to_save: Modules trained and saved whole, such as the task head.
-        score: How weights are ranked. "accumulated_gradient" (Alg. 1): absolute value of the
-            gradient summed over a round. "random" and "magnitude" need no data and select
-            everything in `get_peft_model`; "random" is the control to compare with.
+        score: How weights are ranked. "accumulated_gradient" (Alg. 1): weights that the whole round
+            pulls in one direction; the default. "absolute_gradient": weights that matter to single
+            batches even where batches disagree; for rounds of few steps. "squared_gradient": the
+            empirical Fisher information; to compare with methods that use it. "movement": gradient
+            times weight, which prefers large weights; for tasks near the pretraining.
+            "weight_difference" (Eq. 4): trains all candidates inside a round and keeps those that
+            moved furthest; for small models, as it costs what full fine-tuning costs. "magnitude":
+            the largest weights, selected by `get_peft_model`; where no callback can run. "random":
+            the same without looking; the control that every comparison needs. Or the name of a
+            function of yours, see `register_score`.
+        score_dtype: "float32", or "bfloat16" with stochastic rounding: half the memory of scores;
+            when scores do not fit.
+        score_every: Score one update step in so many (the last of a round always): when steps that
+            score are too slow.
+        ranking: "global" compares all weights (Fig. 5: layers end up uneven); "layer" gives every
+            tensor the same share, for backbones whose gradients differ by orders of magnitude.
+        granularity: "weight", or "row": all weights of one output feature together, which needs no
+            index per weight; for the smallest files.
+        schedule: "linear" picks equal shares after each round but the last; "cubic" picks most of
+            them early, so that they train longer; "one_shot" picks once after the first round, for
+            short runs; "literal" is the paper's loop as printed, which leaves 1/n of the budget
+            unused; to reproduce it.
+        select_until: Share of the run, (0, 1], after which no pick happens, so that the last
+            weights still train long; None: until the last round.
         selection_steps: The paper's s: update steps in a round. None: 2000 as in the paper; a run
             too short for 20 such rounds gets a twentieth of its length, and says so.
         total_steps: The paper's T: update steps of the whole run. `SFACallback` takes it from the
             Trainer; an own loop gives it here or to `SFASelector`.
+        late_bias_correction: Whether, under Adam, weights that join late get the bias correction of
+            their own age. False is stock behaviour, which starts them with steps several times too
+            large; for comparison.
+        internal_lr_ratio: Learning rate of selected weights over that of everything else; sparser
+            selections want larger steps.
+        weight_decay_on: "change" pulls selected weights back to their pretrained values; "weight"
+            pulls them to zero, as full fine-tuning does.
         seed: Seed of the "random" score and of nothing else.
         init_weights: False starts from random instead of neutral values (for tests).
         resolved: Filled in when an adapter is saved: what the budget was solved to and which layers
@@ -97,6 +129,9 @@ class SFAConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Layers whose weights may be selected."}
     )
+    target_parameters: list[str] | str | None = field(
+        default=None, metadata={"help": "Further parameters whose entries may be selected."}
+    )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Layers to leave alone."}
     )
@@ -110,13 +145,41 @@ class SFAConfig(PeftConfig):
         default=None, metadata={"help": "Modules trained and saved whole, such as the task head."}
     )
     score: str = field(
-        default="accumulated_gradient", metadata={"help": f"How weights are ranked: {SCORES}."}
+        default="accumulated_gradient",
+        metadata={"help": f"How weights are ranked: {', '.join(score_names())}, or your own."},
+    )
+    score_dtype: str = field(
+        default="float32", metadata={"help": f"Of scores: {', '.join(SCORE_DTYPES)}."}
+    )
+    score_every: int = field(
+        default=1, metadata={"help": "Score one update step in so many (the last always)."}
+    )
+    ranking: str = field(
+        default="global", metadata={"help": f"Compare weights: {', '.join(RANKINGS)}."}
+    )
+    granularity: str = field(
+        default="weight", metadata={"help": f"Select as one: {', '.join(GRANULARITIES)}."}
+    )
+    schedule: str = field(
+        default="linear", metadata={"help": f"How the selection grows: {', '.join(SCHEDULES)}."}
+    )
+    select_until: float | None = field(
+        default=None, metadata={"help": "Share of the run after which no pick happens."}
     )
     selection_steps: int | None = field(
         default=None, metadata={"help": "Update steps in a round (the paper's s)."}
     )
     total_steps: int | None = field(
         default=None, metadata={"help": "Update steps of the whole run (the paper's T)."}
+    )
+    late_bias_correction: bool = field(
+        default=True, metadata={"help": "Adam's bias correction by each weight's own age."}
+    )
+    internal_lr_ratio: float = field(
+        default=1.0, metadata={"help": "Learning rate of selected weights over the others'."}
+    )
+    weight_decay_on: str = field(
+        default="change", metadata={"help": f"What decays: {', '.join(WEIGHT_DECAYS)}."}
     )
     seed: int = field(default=0, metadata={"help": 'Seed of the "random" score.'})
     init_weights: bool = field(default=True, metadata={"help": "False: random start, for tests."})
@@ -127,7 +190,7 @@ class SFAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SFA  # pyright: ignore[reportAttributeAccessIssue]
-        for name in ("target_modules", "exclude_modules", "external_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules", "external_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         self._check_budget()
@@ -174,13 +237,39 @@ class SFAConfig(PeftConfig):
             )
 
     def _check_schedule(self) -> None:
-        if self.score not in SCORES:
-            raise ConfigError(
-                f"SFAConfig.score: unknown score {self.score!r}; expected one of "
-                f"{', '.join(SCORES)}."
-            )
+        if self.resolved is None:  # a trained adapter loads without its user's own score
+            find_score(self.score)
+        choices = {
+            "score_dtype": SCORE_DTYPES,
+            "ranking": RANKINGS,
+            "granularity": GRANULARITIES,
+            "schedule": SCHEDULES,
+            "weight_decay_on": WEIGHT_DECAYS,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"SFAConfig.{name}: expected one of {', '.join(allowed)}, got "
+                    f"{getattr(self, name)!r}."
+                )
         if not _is_int(self.seed):
             raise ConfigError(f"SFAConfig.seed: expected an integer, got {self.seed!r}.")
+        if not _is_int(self.score_every) or self.score_every < 1:
+            raise ConfigError(
+                f"SFAConfig.score_every: expected a number of steps of at least 1, got "
+                f"{self.score_every!r}."
+            )
+        if not _is_number(self.internal_lr_ratio) or self.internal_lr_ratio <= 0:
+            raise ConfigError(
+                "SFAConfig.internal_lr_ratio: expected a factor above 0, got "
+                f"{self.internal_lr_ratio!r}."
+            )
+        until = self.select_until
+        if until is not None and (not _is_number(until) or not 0 < until <= 1):
+            raise ConfigError(
+                f"SFAConfig.select_until: expected a share of the run, 0 < select_until <= 1, got "
+                f"{until!r}."
+            )
         for name in ("selection_steps", "total_steps"):
             value = getattr(self, name)
             if value is not None and (not _is_int(value) or value < 1):
@@ -192,7 +281,7 @@ class SFAConfig(PeftConfig):
     @property
     def selects_while_training(self) -> bool:
         """Whether the selection grows during training (and so needs a callback or a selector)."""
-        return self.score in TRAINED_SCORES
+        return self.score not in score_names() or find_score(self.score).trained
 
     def remember(self, resolved: dict[str, Any]) -> None:
         """Keep what a model's budget was solved to, for the file (a reused config is solved anew).

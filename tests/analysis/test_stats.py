@@ -37,9 +37,9 @@ def test_the_printed_report_names_widths_by_stage_and_both_ways_of_counting(mode
 def test_the_summary_has_a_row_per_weight_tensor_that_equals_the_masks(model):
     rows = selection_summary(model)
     masks = masks_of(find_pool(model, "default"))
-    assert [row["name"] for row in rows] == list(masks)
+    assert [f"{row['name']}.{row['parameter']}" for row in rows] == list(masks)
     for row in rows:
-        mask = masks[row["name"]]
+        mask = masks[f"{row['name']}.{row['parameter']}"]
         assert (row["numel"], row["selected"]) == (mask.numel(), int(mask.sum()))
         assert row["share"] == row["selected"] / row["numel"]
     assert {row["role"] for row in rows} == {"attn_in", "attn_out", "mlp_in", "mlp_out"}

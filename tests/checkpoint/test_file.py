@@ -11,12 +11,13 @@ from sfa_peft import AdapterFileError
 from sfa_peft.checkpoint.file import (
     WEIGHTS_NAME,
     check_complete,
-    check_layers,
     check_resolved,
     check_selection,
+    check_tensors,
+    saved_tensors,
 )
 
-GOOD = {"format": 1, "total": 1, "allowed": 1, "adapter_dim": 0, "internal": 1}
+GOOD = {"format": 2, "total": 1, "allowed": 1, "adapter_dim": 0, "internal": 1}
 
 
 def test_a_whole_file_and_a_folder_without_one_pass(tmp_path):
@@ -59,20 +60,28 @@ def test_a_header_of_another_shape_is_refused(tmp_path, header):
 
 
 def test_resolved_sizes_of_an_unknown_version_or_with_gaps_are_refused():
-    whole = GOOD | {"layers": [], "external": {}}
+    whole = GOOD | {"tensors": [], "external": {}}
     check_resolved(whole)
-    with pytest.raises(AdapterFileError, match=r"format 2 .* Upgrade"):
-        check_resolved(whole | {"format": 2})
-    with pytest.raises(AdapterFileError, match="lacks layers"):
-        check_resolved({k: v for k, v in whole.items() if k != "layers"})
+    with pytest.raises(AdapterFileError, match=r"format 3 .* reads 1 and 2\. Upgrade"):
+        check_resolved(whole | {"format": 3})
+    with pytest.raises(AdapterFileError, match="lacks tensors"):
+        check_resolved({k: v for k, v in whole.items() if k != "tensors"})
 
 
-def test_layers_must_be_there_with_the_shape_they_had():
-    check_layers([["a", [2, 3]]], {"a": (2, 3), "b": (1, 1)})
+def test_the_first_version_listed_layers_of_which_the_weight_is_meant():
+    old = GOOD | {"format": 1, "layers": [["a.b", [2, 3]]], "external": {}}
+    check_resolved(old)
+    assert saved_tensors(old) == [("a.b.weight", [2, 3])]
+    new = GOOD | {"tensors": [["a.b.bias", [2]]], "external": {}}
+    assert saved_tensors(new) == [("a.b.bias", [2])]
+
+
+def test_tensors_must_be_there_with_the_shape_they_had():
+    check_tensors([["a", [2, 3]]], {"a": (2, 3), "b": (1, 1)})
     with pytest.raises(AdapterFileError, match="changes `c`, which this model does not have"):
-        check_layers([["c", [2, 3]]], {"a": (2, 3)})
+        check_tensors([["c", [2, 3]]], {"a": (2, 3)})
     with pytest.raises(AdapterFileError, match=r"`a` has shape \[3, 2\] here"):
-        check_layers([["a", [2, 3]]], {"a": (3, 2)})
+        check_tensors([["a", [2, 3]]], {"a": (3, 2)})
 
 
 @given(st.lists(st.integers(-3, 12), max_size=8))

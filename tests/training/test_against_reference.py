@@ -28,7 +28,7 @@ def test_every_step_of_an_mlp_equals_the_dense_reference(accumulation, decay):
     config = SFAConfig(budget=0.4, rho=0, target_modules=["first", "second"], selection_steps=4)
     model = get_peft_model(base, config)
     pool = find_pool(model, "default")
-    weights = {"first": dense.first.weight, "second": dense.second.weight}
+    weights = {"first.weight": dense.first.weight, "second.weight": dense.second.weight}
     reference = DenseReference(weights, pool.values.numel(), total=30, rounds_of=4)
     selector = SFASelector(model, total_steps=30)
     optimizer = torch.optim.AdamW([pool.values], lr=1e-2, betas=BETAS, eps=EPS, weight_decay=decay)
@@ -56,11 +56,12 @@ def test_every_step_of_swinv2_with_external_adapters_equals_the_dense_reference(
     config = SFAConfig(budget=0.2, selection_steps=2, modules_to_save=["decode_head"])
     model = get_peft_model(base, config).eval()
     pool = find_pool(model, "default")
-    modules = dict(dense.named_modules())
-    weights = {name: modules[name].weight for name in pool.names}
+    modules, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
+    weights = {name: parameters[name] for name in pool.names}
     reference = DenseReference(weights, pool.values.numel(), total=9, rounds_of=2)
     # The reference's external adapters are plain hooks that read the same projections.
-    for name, layer in zip(pool.names, pool.layers, strict=True):
+    for layer in pool.layers:
+        name = layer.name
         if "default" in layer.sfa_down:
             down, up = layer.sfa_down["default"], layer.sfa_up["default"]
             modules[name].register_forward_hook(
@@ -100,7 +101,7 @@ def test_without_the_correction_late_entries_differ_from_the_reference():
         base, SFAConfig(budget=0.3, rho=0, target_modules=["first"], selection_steps=4)
     )
     pool = find_pool(model, "default")
-    reference = DenseReference({"first": dense.first.weight}, pool.values.numel(), 8, 4)
+    reference = DenseReference({"first.weight": dense.first.weight}, pool.values.numel(), 8, 4)
     selector = SFASelector(model, total_steps=8)
     optimizer = torch.optim.AdamW([pool.values], lr=1e-2, weight_decay=0.0)
     for step in range(5):

@@ -116,7 +116,8 @@ def test_a_pick_without_any_gradient_is_refused():
     with pytest.raises(SelectionError, match="another selector or callback"):
         fit(model, optimizer, stale, 4)
     fresh.close()
-    assert not any(layer.entries.observers for layer in find_pool(model, "default").layers)
+    pool = find_pool(model, "default")
+    assert not any(pool.entries(i).observers for i in range(len(pool.tensors)))
     assert not any(fresh.step() for _ in range(4))  # closed: counts on, selects nothing
     assert fresh.selected == 0
 

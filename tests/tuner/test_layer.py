@@ -55,13 +55,13 @@ def test_the_gradient_of_the_values_is_the_gathered_dense_gradient_to_the_bit():
     pool = with_random_values(model)
     with torch.no_grad():
         for name, delta in deltas_of(pool).items():
-            dense.get_submodule(name).weight += delta
+            dense.get_parameter(name).add_(delta)
     x = torch.randn(5, 12)
     for net in (model, dense):
         net(x).square().sum().backward()
     gathered = torch.zeros_like(pool.values)
     for ordinal, name in enumerate(pool.names):
-        grad = dense.get_submodule(name).weight.grad.flatten()
+        grad = dense.get_parameter(name).grad.flatten()
         for a, b in pool.layout()[ordinal]:
             gathered[a:b] = grad[pool.slots[a:b] - pool.starts[ordinal]]
     assert torch.equal(pool.values.grad, gathered)
@@ -113,9 +113,9 @@ def test_training_changes_selected_entries_only_and_leaves_the_backbone_pretrain
     assert_same_weights(model, originals)  # between steps nothing is left in the weights
     model(torch.randn(4, 12))
     for name, weight in weights_of(model).items():
-        mask = masks_of(pool)[name]
+        mask, delta = masks_of(pool)[f"{name}.weight"], deltas_of(pool)[f"{name}.weight"]
         assert torch.equal(weight[~mask], originals[name][~mask])
-        torch.testing.assert_close(weight, originals[name] + deltas_of(pool)[name])
+        torch.testing.assert_close(weight, originals[name] + delta)
     for name, tensor in model.state_dict().items():  # a state dict always has the pretrained bits
         if name.endswith("base_layer.weight"):
             key = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
@@ -222,7 +222,7 @@ def test_a_convolution_is_adapted_like_a_linear_layer():
     x = torch.randn(2, 3, 9, 9)
     assert torch.equal(model(x), dense(x))
     pool = find_pool(model, "default")
-    chosen = masks_of(pool)["0"]
+    chosen = masks_of(pool)["0.weight"]
     smallest = dense[0].weight[chosen].abs().min()
     assert (dense[0].weight[~chosen].abs() <= smallest).all()
     model(x).sum().backward()

@@ -78,7 +78,10 @@ def test_the_file_holds_adapters_selection_and_head_with_buffers_and_nothing_els
     assert all(".decode_head." in k for k in others)
     assert any(k.endswith("running_var") for k in others)
     pool = find_pool(trained, "default")
-    assert tensors["base_model.model." + pool.names[0] + ".sfa_pool"].numel() == pool.values.numel()
+    assert (
+        tensors["base_model.model." + pool.layers[0].name + ".sfa_pool"].numel()
+        == pool.values.numel()
+    )
 
 
 def test_loading_onto_an_existing_name_takes_the_file_over(folder, trained):

@@ -103,8 +103,9 @@ def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetRepo
 def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
     """Return one row per weight tensor that may be selected from, in model order.
 
-    Each row has `name`, `role` (attn_in, attn_out, mlp_in, mlp_out or None), `layer` (ordinal of
-    the block, None if unknown), `numel`, `selected` (entries) and `share` (selected / numel).
+    Each row has `name` (of the layer), `parameter` ("weight", "bias"), `role` (attn_in, attn_out,
+    mlp_in, mlp_out or None), `layer` (ordinal of the block, None if unknown), `numel`, `selected`
+    (entries) and `share` (selected / numel).
 
     Raises:
         TargetError: If the model has no such SFA adapter.
@@ -114,11 +115,12 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
     if pool is None:
         return []
     rows = []
-    for ordinal, layer in enumerate(pool.layers):
-        numel, selected = layer.base_weight.numel(), pool.count(ordinal)
+    for ordinal, (layer, parameter) in enumerate(pool.tensors):
+        numel, selected = pool.weight(ordinal).numel(), pool.count(ordinal)
         rows.append(
             {
                 "name": layer.name,
+                "parameter": parameter,
                 "role": layer.role,
                 "layer": layer.block,
                 "numel": numel,

@@ -4,8 +4,8 @@
 `adapter_model.safetensors` holds external adapters and head under their module paths, and on the
 first adapted layer the selection as two tensors of equal length: `sfa_pool` (float values of the
 change) and `sfa_slots` (int64 position of each value, -1 for a value not assigned yet). A position
-counts the eligible weights of the layers listed in `adapter_config.json` under `resolved.layers`,
-one after the other, each in C order.
+counts the entries of the tensors listed in `adapter_config.json` under `resolved.tensors`, one
+after the other, each in C order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 
-FORMAT_VERSION = 1
+#: Version 1 listed layers (`resolved.layers`) of which only the weight could be changed.
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
@@ -53,12 +55,13 @@ def check_resolved(resolved: Mapping[str, Any]) -> None:
         AdapterFileError: If the version is unknown or a field is missing.
     """
     version = resolved.get("format")
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise AdapterFileError(
             f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
-            f"reads {FORMAT_VERSION}. Upgrade sfa-peft."
+            f"reads {' and '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
         )
-    missing = {"total", "allowed", "adapter_dim", "internal", "layers", "external"} - set(resolved)
+    wanted = {"total", "allowed", "adapter_dim", "internal", "external"}
+    missing = (wanted | {"layers" if version == 1 else "tensors"}) - set(resolved)
     if missing:
         raise AdapterFileError(
             f"adapter_config.json: `resolved` lacks {', '.join(sorted(missing))}; damaged or "
@@ -66,15 +69,24 @@ def check_resolved(resolved: Mapping[str, Any]) -> None:
         )
 
 
-def check_layers(saved: Sequence[Sequence[Any]], found: Mapping[str, Sequence[int]]) -> None:
-    """Check that every layer of a saved adapter is in the model, with the shape it had.
+def saved_tensors(resolved: Mapping[str, Any]) -> list[tuple[str, list[int]]]:
+    """Return (full name, shape) of the tensors that stored positions count, in their order."""
+    if resolved["format"] == 1:
+        return [(f"{name}.weight", list(shape)) for name, shape in resolved["layers"]]
+    return [(name, list(shape)) for name, shape in resolved["tensors"]]
+
+
+def check_tensors(
+    saved: Sequence[tuple[str, Sequence[int]]], found: Mapping[str, Sequence[int]]
+) -> None:
+    """Check that every tensor of a saved adapter is in the model, with the shape it had.
 
     Args:
-        saved: (name, shape) of the layers that stored positions refer to.
-        found: Shapes of the model's layers that could be adapted, by name.
+        saved: (full name, shape) of the tensors that stored positions refer to.
+        found: Shapes of the model's parameters, by full name.
 
     Raises:
-        AdapterFileError: Naming the first layer that differs.
+        AdapterFileError: Naming the first tensor that differs.
     """
     for name, shape in saved:
         if name not in found:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 
 from ..errors import SelectionError
 
@@ -15,20 +17,29 @@ DEFAULT_SELECTION_STEPS = 2000
 #: Rounds that a run should have at least when s is not given.
 DEFAULT_NUM_ROUNDS = 20
 
+#: How the selection grows from pick to pick.
+SCHEDULES = ("linear", "cubic", "one_shot", "literal")
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """The picks of one run: after steps s, 2s, ..., (n-1)s, together `quota` weights.
+    """The picks of one run: after steps s, 2s, ..., together `quota` weights.
 
     Attributes:
         total_steps: T, update steps of the run.
         selection_steps: s, update steps of a round.
         quota: Weights to select in all.
+        kind: "linear" picks equal shares; "cubic" picks :math:`1 - (1 - i/p)^3` of them by pick i
+            of p, most of them early; "one_shot" picks once, after the first round; "literal" is the
+            paper's loop as printed: n - 1 picks of 1/n, so that 1/n of the budget stays unused.
+        select_until: Share of the run after which no pick happens; None for no such limit.
     """
 
     total_steps: int
     selection_steps: int
     quota: int
+    kind: str = "linear"
+    select_until: float | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -37,8 +48,14 @@ class Schedule:
 
     @property
     def num_picks(self) -> int:
-        """n - 1: the last pick still trains for s steps or more."""
-        return self.num_rounds - 1
+        """n - 1, so that the last pick still trains for s steps or more; fewer where limited."""
+        if self.kind == "one_shot":
+            return min(1, self.num_rounds - 1)
+        if self.select_until is None:
+            return self.num_rounds - 1
+        # A decimal fraction is taken as written, whatever binary floats make of it.
+        limit = math.floor(Fraction(str(self.select_until)) * self.total_steps)
+        return min(self.num_rounds - 1, limit // self.selection_steps)
 
     @property
     def last_pick(self) -> int:
@@ -49,16 +66,31 @@ class Schedule:
         """Whether a pick happens after update step `step` (counted from 1)."""
         return 0 < step <= self.last_pick and step % self.selection_steps == 0
 
+    def is_scored(self, step: int, every: int) -> bool:
+        """Whether update step `step` adds to a score if one step in `every` does.
+
+        The last step of a round always does, whatever the length of the round.
+        """
+        in_round = (step - 1) % self.selection_steps + 1
+        return step <= self.last_pick and (self.selection_steps - in_round) % every == 0
+
     def selected_after(self, step: int) -> int:
         """Return how many weights are selected after update step `step` and its pick."""
-        picks = min(step // self.selection_steps, self.num_picks)
+        return self._selected_by(min(step // self.selection_steps, self.num_picks))
+
+    def _selected_by(self, pick: int) -> int:
         # Cumulative rounding: shares differ by one at most and the last pick fills the budget.
-        return self.quota * picks // self.num_picks
+        if self.kind == "literal":
+            return self.quota * pick // self.num_rounds
+        if self.kind == "cubic":
+            left = (self.num_picks - pick) ** 3
+            return self.quota - math.ceil(Fraction(self.quota * left, self.num_picks**3))
+        return self.quota * pick // self.num_picks
 
     def joined(self, step: int) -> list[tuple[int, int, int]]:
         """Return (first slot, last slot + 1, update step of the pick) of the picks up to `step`."""
         picks = min(step // self.selection_steps, self.num_picks)
-        ends = [self.selected_after(i * self.selection_steps) for i in range(picks + 1)]
+        ends = [self._selected_by(i) for i in range(picks + 1)]
         return [
             (ends[i], ends[i + 1], (i + 1) * self.selection_steps)
             for i in range(picks)
@@ -66,13 +98,21 @@ class Schedule:
         ]
 
 
-def make_schedule(total_steps: int | None, selection_steps: int | None, quota: int) -> Schedule:
+def make_schedule(
+    total_steps: int | None,
+    selection_steps: int | None,
+    quota: int,
+    kind: str = "linear",
+    select_until: float | None = None,
+) -> Schedule:
     """Return the schedule of a run, with s chosen where it is not given.
 
     Args:
         total_steps: T in update steps.
         selection_steps: s in update steps; None for 2000, or a twentieth of a shorter run.
         quota: Weights to select in all.
+        kind: One of `SCHEDULES`.
+        select_until: Share of the run after which no pick happens, or None.
 
     Raises:
         SelectionError: If T is unknown, or no pick fits into it.
@@ -104,4 +144,11 @@ def make_schedule(total_steps: int | None, selection_steps: int | None, quota: i
             if total_steps >= 2
             else f"A run of {total_steps} update step has no room for a pick; 2 are needed."
         )
-    return Schedule(total_steps, steps, quota)
+    schedule = Schedule(total_steps, steps, quota, kind, select_until)
+    if schedule.num_picks < 1:
+        raise SelectionError(
+            f"select_until={select_until} ends the selection before the first pick, which is after "
+            f"step {steps} of {total_steps}. Use at least {steps / total_steps:.4g}, or a smaller "
+            "selection_steps."
+        )
+    return schedule

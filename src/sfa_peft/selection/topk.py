@@ -9,6 +9,9 @@ comes first (tensor order, then index order). Extra memory does not depend on th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,19 +19,95 @@ from torch import Tensor
 from ..errors import SelectionError
 
 _LOW_BITS = 15
+_LOW_MASK = (1 << _LOW_BITS) - 1
 _NUM_HIGH = 1 << 16
 _INF_KEY = 0x7F800000  # bit pattern of infinity; larger patterns are NaN
-_CHUNK = 1 << 22  # entries looked at together: 16 MiB of keys
+_CHUNK = 1 << 20  # entries looked at together: 4 MiB of keys, which stay in cache
+_RANDOM_BLOCK = 1 << 16
+
+
+class Source(Protocol):
+    """Scores of one tensor, read piece by piece."""
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pieces lie."""
+        ...
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return the scores of flat positions first to last - 1, float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Scores that lie in a tensor, or in the product of two.
+
+    Attributes:
+        tensor: Scores, any shape and float dtype.
+        factor: A tensor of the same shape to multiply them by, or None.
+    """
+
+    tensor: Tensor
+    factor: Tensor | None = None
+
+    @property
+    def numel(self) -> int:
+        """Number of entries."""
+        return self.tensor.numel()
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensor."""
+        return self.tensor.device
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return a piece, float32 (a view where the tensor is float32 and has no factor)."""
+        piece = self.tensor.detach().reshape(-1)[first:last].float()
+        if self.factor is None:
+            return piece
+        return piece * self.factor.detach().reshape(-1)[first:last].float()
+
+
+@dataclass(frozen=True)
+class RandomSource:
+    """Uniform random scores that are made when they are read, the same each time.
+
+    Attributes:
+        numel: Number of entries.
+        seed: What the scores depend on, with the position alone.
+        device: Where the pieces shall lie.
+    """
+
+    numel: int
+    seed: str
+    device: torch.device
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return a piece; its values do not depend on how the tensor is cut."""
+        blocks = range(first // _RANDOM_BLOCK, (last - 1) // _RANDOM_BLOCK + 1)
+        drawn = torch.cat([self._block(block) for block in blocks])
+        start = first - blocks.start * _RANDOM_BLOCK
+        return drawn[start : start + last - first].to(self.device)
+
+    def _block(self, block: int) -> Tensor:
+        seed = Random(f"{self.seed}/{block}").getrandbits(63)
+        return torch.rand(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(seed))
 
 
 def streaming_topk(
-    scores: Sequence[Tensor], k: int, excluded: Sequence[Tensor | None] | None = None
+    scores: Sequence[Tensor | Source], k: int, excluded: Sequence[Tensor | None] | None = None
 ) -> list[Tensor]:
     """Return the positions of the k largest absolute values over all tensors.
 
     Args:
-        scores: float32 tensors of any shape; only their absolute values count. Entries that are
-            not finite are never selected.
+        scores: Float tensors of any shape, or sources of scores; only absolute values count,
+            compared in float32. Entries that are not finite are never selected.
         k: Number of entries to select over all tensors together.
         excluded: For each tensor the flat positions (int64, strictly increasing) that must not be
             selected, or None.
@@ -39,8 +118,10 @@ def streaming_topk(
     Raises:
         SelectionError: If fewer than k entries may be selected.
     """
-    banned = list(excluded) if excluded is not None else [None] * len(scores)
-    high = _histogram(scores, banned, lambda key: (key >> _LOW_BITS) + 1, _NUM_HIGH + 1)[1:]
+    sources = [TensorSource(s) if isinstance(s, Tensor) else s for s in scores]
+    banned = list(excluded) if excluded is not None else [None] * len(sources)
+    high = _histogram(sources, banned, lambda keys: keys >> _LOW_BITS, _NUM_HIGH)
+    high[_INF_KEY >> _LOW_BITS :] = 0  # infinite and NaN
     available = int(high.sum())
     if k > available:
         raise SelectionError(
@@ -48,45 +129,48 @@ def streaming_topk(
             "yet. Are gradients NaN or infinite?"
         )
     if k == 0:
-        return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
+        return [torch.empty(0, dtype=torch.int64, device=s.device) for s in sources]
     top, above = _kth_bin(high, k)
-    low = _histogram(
-        scores,
-        banned,
-        lambda key: torch.where((key >> _LOW_BITS) == top, (key & ((1 << _LOW_BITS) - 1)) + 1, 0),
-        (1 << _LOW_BITS) + 1,
-    )[1:]
+    low = _histogram(sources, banned, lambda keys: _low_bits(keys, top), 1 << _LOW_BITS)
     bottom, above_low = _kth_bin(low, k - above)
     threshold = (top << _LOW_BITS) | bottom
-    return _collect(scores, banned, threshold, ties=k - above - above_low)
+    return _collect(sources, banned, threshold, ties=k - above - above_low)
 
 
-def _chunks(score: Tensor, banned: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first position, keys) of a tensor's pieces; keys are -1 where not to be selected."""
-    flat = score.detach().reshape(-1)
-    if flat.dtype != torch.float32:
-        flat = flat.float()
-    for start in range(0, flat.numel(), _CHUNK):
-        keys = flat[start : start + _CHUNK].view(torch.int32) & 0x7FFFFFFF
-        keys.masked_fill_(keys >= _INF_KEY, -1)
+def _low_bits(keys: Tensor, top: int) -> Tensor:
+    """Return the low bits of the keys in one bin of the first histogram."""
+    first = top << _LOW_BITS
+    return keys[(keys >= first) & (keys <= (first | _LOW_MASK))] & _LOW_MASK
+
+
+def _chunks(source: Source, banned: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Yield (first position, keys, places of banned entries among them) of a tensor's pieces."""
+    for start in range(0, source.numel, _CHUNK):
+        stop = min(start + _CHUNK, source.numel)
+        keys = source.read(start, stop).view(torch.int32) & 0x7FFFFFFF
+        inside = None
         if banned is not None and banned.numel():
-            ends = torch.tensor([start, start + keys.numel()], device=banned.device)
+            ends = torch.tensor([start, stop], device=banned.device)
             first, last = torch.searchsorted(banned, ends).tolist()
-            keys[banned[first:last] - start] = -1
-        yield start, keys
+            inside = banned[first:last] - start
+        yield start, keys, inside
 
 
 def _histogram(
-    scores: Sequence[Tensor],
+    sources: Sequence[Source],
     banned: Sequence[Tensor | None],
-    bin_of: Callable[[Tensor], Tensor],
+    bins_of: Callable[[Tensor], Tensor],
     size: int,
 ) -> Tensor:
-    """Count entries by bin; bin 0 takes what does not count."""
+    """Count entries that are not banned by bin."""
     counts = torch.zeros(size, dtype=torch.int64)
-    for score, ban in zip(scores, banned, strict=True):
-        for _, keys in _chunks(score, ban):
-            counts += torch.bincount(bin_of(keys), minlength=size).cpu()
+    for source, ban in zip(sources, banned, strict=True):
+        own = torch.zeros(size, dtype=torch.int64, device=source.device)
+        for _, keys, inside in _chunks(source, ban):
+            own += torch.bincount(bins_of(keys), minlength=size)
+            if inside is not None:
+                own -= torch.bincount(bins_of(keys[inside]), minlength=size)
+        counts += own.cpu()
     return counts
 
 
@@ -99,18 +183,21 @@ def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:
 
 
 def _collect(
-    scores: Sequence[Tensor], banned: Sequence[Tensor | None], threshold: int, ties: int
+    sources: Sequence[Source], banned: Sequence[Tensor | None], threshold: int, ties: int
 ) -> list[Tensor]:
+    """Return the entries above the threshold, and the first `ties` that are equal to it."""
     selected = []
-    for score, ban in zip(scores, banned, strict=True):
+    for source, ban in zip(sources, banned, strict=True):
         parts = []
-        for start, keys in _chunks(score, ban):
-            take = keys > threshold
+        for start, keys, inside in _chunks(source, ban):
+            if inside is not None:
+                keys[inside] = -1
+            keys[keys >= _INF_KEY] = -1
             if ties:
                 equal = (keys == threshold).nonzero().squeeze(1)[:ties]
-                take[equal] = True
+                keys[equal] = threshold + 1
                 ties -= equal.numel()
-            parts.append(take.nonzero().squeeze(1) + start)
-        empty = torch.empty(0, dtype=torch.int64, device=score.device)
+            parts.append((keys > threshold).nonzero().squeeze(1) + start)
+        empty = torch.empty(0, dtype=torch.int64, device=source.device)
         selected.append(torch.cat(parts) if parts else empty)
     return selected

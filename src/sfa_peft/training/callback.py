@@ -41,13 +41,11 @@ class SFACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Plan the rounds of the run; on resuming take up its state."""
-        if args.fp16:
-            raise SelectionError(
-                "fp16 training scales the loss by a factor that changes from step to step, which "
-                "scores do not undo yet. Use bf16=True, or full precision."
-            )
         self.selector = SFASelector(
-            kwargs["model"], total_steps=state.max_steps, adapter_name=self.adapter_name
+            kwargs["model"],
+            total_steps=state.max_steps,
+            adapter_name=self.adapter_name,
+            scaler=getattr(kwargs.get("optimizer"), "scaler", None),
         )
         if state.global_step > 0 and self.selector.config.selects_while_training:
             _resume(self.selector, self.resume_from_checkpoint, args, state.global_step)

@@ -10,55 +10,108 @@ Right after a step the update just taken is exchanged for the one with the entry
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Adam, AdamW, Optimizer
+from torch import Tensor
+from torch.optim import Adam, AdamW
+
+from ..tuner.pool import Pool
+
+logger = logging.getLogger(__name__)
 
 #: Below this the two corrections agree to fp32 precision.
 _NEGLIGIBLE = 1e-9
+#: How far another optimizer's step may be from Adam's to be taken for one, relative to its size.
+_TOLERANCE = 1e-3
+
+Ranges = Sequence[tuple[int, int, int]]
 
 
-def supports_late_entries(optimizer: Optimizer) -> bool:
-    """Whether the optimizer is an Adam whose step can be exchanged (no amsgrad, no maximize)."""
-    plain = not any(g.get("amsgrad") or g.get("maximize") for g in optimizer.param_groups)
-    return isinstance(optimizer, (Adam, AdamW)) and plain
+class LateEntries:
+    """Gives the late entries of a pool the bias correction of their own age.
 
-
-def correct_late_entries(
-    optimizer: Optimizer, values: nn.Parameter, joined: Iterable[tuple[int, int, int]], step: int
-) -> None:
-    """Exchange the update just taken by late entries for the one with their own age.
-
-    Call it after `optimizer.step()` and before the learning rate changes.
+    torch's Adam and AdamW (foreach, fused, amsgrad, maximize) are known. Any other optimizer that
+    keeps `step`, `exp_avg` and `exp_avg_sq` is watched for one step: if that was Adam's, its steps
+    are exchanged too. Everything else (SGD, Adafactor, NAdam, ...) works as it is, and a line in
+    the log says so.
 
     Args:
-        optimizer: A torch Adam or AdamW.
-        values: The pool of values, a parameter of the optimizer.
-        joined: (first slot, last slot + 1, update step after which they joined).
-        step: Update step that was just taken, counted from 1.
+        pool: Values whose steps are exchanged.
     """
-    group = next((g for g in optimizer.param_groups if any(p is values for p in g["params"])), None)
-    state = optimizer.state.get(values)
-    if group is None or not state:
-        return
-    rate, betas, eps = float(group["lr"]), group["betas"], group["eps"]
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._verdicts: dict[type, bool] = {Adam: True, AdamW: True}
+
+    def correct(self, optimizer: Any, joined: Ranges, step: int) -> None:
+        """Exchange the update just taken; before the learning rate changes.
+
+        Args:
+            optimizer: The optimizer that took it.
+            joined: (first slot, last slot + 1, update step after which they joined).
+            step: Update step that was just taken, counted from 1.
+        """
+        late = [(a, b, step - since) for a, b, since in joined if step > since]
+        group = self.pool.group_of(optimizer)
+        if not late or group is None:
+            return
+        state = optimizer.state.get(self.pool.values, {})
+        if self._is_adam(optimizer, group, state, late):
+            for first, last, age in late:
+                if max(group["betas"]) ** age >= _NEGLIGIBLE:
+                    _exchange(self.pool, group, state, first, last, age)
+
+    def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
+        kind = type(optimizer)
+        if kind in self._verdicts:
+            return self._verdicts[kind]
+        keeps = {"step", "exp_avg", "exp_avg_sq"} <= set(state) and {"betas", "eps"} <= set(group)
+        if keeps and self.pool.before is None:
+            self.pool.keep_before = True  # look at the next step
+            return False
+        verdict = keeps and _took_adams_step(self.pool, group, state, late)
+        self._verdicts[kind] = verdict
+        self.pool.keep_before, self.pool.before = False, None
+        if not verdict:
+            logger.warning(
+                "%s works as it is: weights that join late get no bias correction of their own "
+                "age. That is known for Adam's formula only.",
+                kind.__name__,
+            )
+        return verdict
+
+
+def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:
+    """Return what Adam subtracts from slots first to last - 1 if its step count is `count`."""
+    beta1, beta2 = group["betas"]
+    squares = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"][first:last]
+    divisor = (squares.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
+    rate = float(group["lr"]) * ratio / (1 - beta1**count)
+    return state["exp_avg"][first:last].div(divisor).mul_(rate)
+
+
+def _exchange(pool: Pool, group: Any, state: Any, first: int, last: int, age: int) -> None:
     shared = float(state["step"])
-    for first, last, since in joined:
-        age = step - since
-        if age < 1 or max(betas) ** age < _NEGLIGIBLE:
-            continue
-        mean, root = state["exp_avg"][first:last], state["exp_avg_sq"][first:last].sqrt()
-        with torch.no_grad():
-            part = values[first:last]
-            for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
-                divisor = (root / math.sqrt(1 - betas[1] ** count)).add_(eps)
-                part.addcdiv_(mean, divisor, value=sign * rate / (1 - betas[0] ** count))
+    with torch.no_grad():
+        part = pool.values[first:last]
+        part.add_(_update(group, state, first, last, shared, pool.lr_ratio))
+        part.sub_(_update(group, state, first, last, age, pool.lr_ratio))
 
 
-def torch_optimizer(optimizer: Any) -> Any:
-    """Return the torch optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool:
+    """Whether the step just taken was Adam's, with decoupled weight decay or none."""
+    first, last = late[0][0], late[-1][1]
+    before, after = pool.before, pool.values.detach()[first:last]
+    if before is None:
+        return False
+    update = _update(group, state, first, last, float(state["step"]), pool.lr_ratio)
+    for decay in {0.0, float(group.get("weight_decay") or 0.0)}:
+        kept = 1 - float(group["lr"]) * pool.lr_ratio * decay
+        error = (before[first:last] * kept - update - after).abs().max()
+        if bool(error <= _TOLERANCE * update.abs().max()):
+            return True
+    return False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SFALayer`: a linear or convolution with its sparse change and its external adapter."""
+"""`SFALayer`: a layer with the sparse change of its parameters and its external adapter."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAWarning
-from .delta import LiveWeight, Pool
+from .delta import LiveWeight
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .live import LiveEntries, eager
+from .pool import Pool
 
 #: Training forwards with nothing selected after which a missing selector is reported.
 _PATIENCE = 3
@@ -26,7 +27,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
     """A layer whose selected weights and external adapter train while the rest stays frozen.
 
     Args:
-        base_layer: An `nn.Linear` or `nn.Conv2d`.
+        base_layer: An `nn.Linear` or `nn.Conv2d`, or any module without children whose parameters
+            are changed by name.
         name: Path inside the model.
         role: Role of the layer in a transformer block, None if unknown.
         block: Ordinal of the block, None if unknown.
@@ -54,35 +56,51 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.sfa_up = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        self.entries = LiveEntries()
+        self.entries: dict[str, LiveEntries] = {}  # by name of the base layer's parameter
         self.resolved: dict[str, dict[str, Any]] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
-        self.in_features = getattr(base_layer, f"in_{kind}")
-        self.out_features = getattr(base_layer, f"out_{kind}")
+        self.in_features = getattr(base_layer, f"in_{kind}", None)
+        self.out_features = getattr(base_layer, f"out_{kind}", None)
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of the base layer, with the entries of live adapters in it."""
+        return cast(Tensor, getattr(self.get_base_layer(), name))
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's weight, with the entries of live adapters in it."""
-        return cast(Tensor, self.get_base_layer().weight)
+        """The base layer's weight (its first parameter where it has none of that name)."""
+        weight = getattr(self.get_base_layer(), "weight", None)
+        return next(self.get_base_layer().parameters()) if weight is None else weight
 
     # --- building ------------------------------------------------------------------------------
 
     def update_layer(
-        self, adapter_name: str, config: SFAConfig, *, pool: Pool | None, pool_size: int, width: int
+        self,
+        adapter_name: str,
+        config: SFAConfig,
+        *,
+        pool: Pool | None,
+        pool_size: int,
+        parameters: Sequence[str],
+        width: int,
     ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: The adapter.
             config: Its configuration.
-            pool: The adapter's pool if this layer's weights may be selected, else None.
-            pool_size: Length of the pool; the first eligible layer holds it.
+            pool: The adapter's pool, None where it changes no pretrained weight of the model.
+            pool_size: Length of the pool; the first layer with a parameter to change holds it.
+            parameters: Names of this layer's parameters whose entries may be selected.
             width: Width of the external adapter, 0 for none.
         """
         weight = self.base_weight
-        if pool is not None:
-            ordinal = pool.add_layer(self.name, self)
-            self.entries.pools[adapter_name] = (pool, ordinal)
+        for parameter in parameters:
+            if pool is None:
+                break
+            ordinal = pool.add_tensor(self, parameter)
+            entries = self.entries.setdefault(parameter, LiveEntries())
+            entries.pools[adapter_name] = (pool, ordinal)
             if ordinal == 0:
                 device, dtype = weight.device, weight.dtype  # PEFT casts to fp32 later
                 self.sfa_pool[adapter_name] = nn.Parameter(
@@ -114,8 +132,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- forward -------------------------------------------------------------------------------
 
     def has_adapter(self, adapter_name: str) -> bool:
-        """Whether an adapter changes this layer's weight or output."""
-        return adapter_name in self.entries.pools or adapter_name in self.sfa_down
+        """Whether an adapter changes this layer's parameters or output."""
+        return self.find_pool(adapter_name) is not None or adapter_name in self.sfa_down
+
+    def find_pool(self, adapter_name: str) -> Pool | None:
+        """Return the pool of an adapter's change of this layer, None if it has none."""
+        pools = (e.pools[adapter_name][0] for e in self.entries.values() if adapter_name in e.pools)
+        return next(pools, None)
 
     def _effective_adapters(self) -> list[str]:
         """Names whose change and external adapter act now."""
@@ -132,34 +155,47 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
-        self.entries.refresh(self.base_weight, names)
+        self.refresh(names)
         out = self._base_forward(*args, **kwargs)
         for name in names:
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
 
+    def refresh(self, names: list[str]) -> None:
+        """Make the base layer's parameters hold the changes of the named adapters."""
+        for parameter, entries in self.entries.items():
+            entries.refresh(self.parameter(parameter), names)
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a backward that needs the parameters as they are may still come."""
+        return any(entries.in_graph for entries in self.entries.values())
+
     def _pretrained_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             self.unmerge()
-        if self.entries.in_graph:
+        if self.in_graph:
             # A forward whose backward may still come used the weight as it is: leave it alone.
-            original = {"weight": self.entries.original(self.base_weight)}
-            return torch.func.functional_call(self.base_layer, original, args, kwargs)
+            originals = {n: e.original(self.parameter(n)) for n, e in self.entries.items()}
+            return torch.func.functional_call(self.base_layer, originals, args, kwargs)
         self.withdraw()
         return self.base_layer(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not torch.is_grad_enabled() or self.merged:
             return self.base_layer(*args, **kwargs)
-        for name in self.entries.live:
-            self._watch(*self.entries.pools[name])
-        taps, slices = self.entries.taps()
-        if not taps:
+        watched = {}
+        for parameter, entries in self.entries.items():
+            for name in entries.live:
+                self._watch(*entries.pools[name])
+            taps, slices = entries.taps()
+            if taps:
+                watched[parameter] = LiveWeight.apply(self.parameter(parameter), taps, *slices)
+        if not watched:
             return self.base_layer(*args, **kwargs)
-        weight = LiveWeight.apply(self.base_weight, taps, *slices)
         # By name and not F.linear: any layer type and the hooks on it keep working.
-        return torch.func.functional_call(self.base_layer, {"weight": weight}, args, kwargs)
+        return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
     @eager
     def _watch(self, pool: Pool, ordinal: int) -> None:
@@ -181,8 +217,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- switching, merging --------------------------------------------------------------------
 
     def withdraw(self) -> None:
-        """Put the original entries back into the weight, to the bit."""
-        self.entries.withdraw(self.base_weight)
+        """Put the original entries back into the parameters, to the bit."""
+        for parameter, entries in self.entries.items():
+            entries.withdraw(self.parameter(parameter))
+
+    def _forget(self) -> None:
+        for entries in self.entries.values():
+            entries.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; the next forward writes what they change."""
@@ -194,14 +235,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
-        if not self.merged and not self.entries.in_graph:
+        if not self.merged and not self.in_graph:
             self.withdraw()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer."""
         self.withdraw()
         super().delete_adapter(adapter_name)
-        self.entries.remove(adapter_name)
+        for entries in self.entries.values():
+            entries.remove(adapter_name)
         self.resolved.pop(adapter_name, None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -222,7 +264,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 self._check_finite(name)
         self.merged_adapters.extend(names)
         if names:
-            self.entries.refresh(self.base_weight, self.merged_adapters)
+            self.refresh(self.merged_adapters)
 
     def unmerge(self) -> None:
         """Put the original entries back, to the bit."""
@@ -236,9 +278,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
         tensors: list[Tensor] = []
         if name in self.sfa_down:
             tensors += [*self.sfa_down[name].parameters(), *self.sfa_up[name].parameters()]
-        if name in self.entries.pools:
-            pool, ordinal = self.entries.pools[name]
-            tensors += [pool.values[a:b] for a, b in pool.layout()[ordinal]]
+        for entries in self.entries.values():
+            if name in entries.pools:
+                pool, ordinal = entries.pools[name]
+                tensors += [pool.values[a:b] for a, b in pool.layout()[ordinal]]
         if not all(bool(torch.isfinite(t).all()) for t in tensors):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
@@ -258,30 +301,35 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Like any module's, with the original entries in the base weight unless merged."""
+        """Like any module's, with the original entries in the base layer unless merged."""
         state = super().state_dict(*args, **kwargs)
-        key = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer.weight"
-        if self.entries.live and not self.merged and key in state:
-            state[key] = self.entries.original(self.base_weight)
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer."
+        for parameter, entries in self.entries.items():
+            if entries.live and not self.merged and prefix + parameter in state:
+                state[prefix + parameter] = entries.original(self.parameter(parameter))
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # What is loaded next are original weights: take ours out before, look at them anew after.
         self.withdraw()
-        self.entries.forget()
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFALayer:
         self.withdraw()
-        self.entries.forget()
+        self._forget()
         super()._apply(fn, recurse)
         if self.merged:
-            self.entries.refresh(self.base_weight, self.merged_adapters)
+            self.refresh(self.merged_adapters)
         return self
 
     def extra_repr(self) -> str:
         """Name the role, and per adapter how many weights are selected."""
         parts = [f"role={self.role}"]
-        for name, (pool, ordinal) in self.entries.pools.items():
-            parts.append(f"{name}: {pool.count(ordinal)} of {self.base_weight.numel()} selected")
+        for parameter, entries in self.entries.items():
+            numel = self.parameter(parameter).numel()
+            for name, (pool, ordinal) in entries.pools.items():
+                parts.append(f"{name}: {pool.count(ordinal)} of {numel} in {parameter} selected")
+        for name, down in self.sfa_down.items():
+            parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)

@@ -15,7 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .delta import Pool, Spans, Tap, version
+from .delta import Spans, Tap
+from .pool import Pool, version
 
 #: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
 _LOCK = threading.RLock()
@@ -38,7 +39,7 @@ class Support:
 
 
 class LiveEntries:
-    """What the adapters of one layer do to its weight.
+    """What the adapters of one layer do to one of its parameters.
 
     Values are written absolutely and originals put back by overwriting, never by adding and
     subtracting, so that switching is exact in every dtype. Every method gets the weight, because
@@ -46,11 +47,13 @@ class LiveEntries:
     """
 
     def __init__(self) -> None:
-        self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this layer's ordinal
+        self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this weight's ordinal
         self.observers: dict[str, Callable[[Tensor], None]] = {}  # get the dense gradient (scores)
+        self.candidates: dict[str, Tensor] = {}  # change of all entries while candidates train
         self.live: tuple[str, ...] = ()
         self.in_graph = False  # a backward that needs the weight as it is may still come
         self._supports: dict[str, Support] = {}
+        self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._weight_stamp: tuple[Any, ...] | None = None
 
@@ -68,6 +71,7 @@ class LiveEntries:
                 self._supports.clear()  # somebody replaced or changed the weight
             for name in wanted:  # originals first: adapters may share entries
                 self._supports[name] = self._find_support(name, weight)
+            self._write_candidates(wanted, weight)
             for position, name in enumerate(wanted):
                 self._write(name, weight, onto_others=position > 0)
             self.live = wanted
@@ -79,7 +83,7 @@ class LiveEntries:
         with _LOCK, torch.inference_mode(False), torch.no_grad():
             if self.live:
                 self._restore(weight)
-                self.live = ()
+                self.live, self._pretrained = (), None
                 self._weight_stamp = _weight_stamp(weight)
             self._stamp = None
             self.in_graph = False
@@ -90,8 +94,15 @@ class LiveEntries:
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
-        for container in (self.pools, self.observers, self._supports):
+        for container in (self.pools, self.observers, self.candidates, self._supports):
             container.pop(adapter_name, None)
+
+    def originals_at(self, weight: Tensor, adapter_name: str) -> Tensor:
+        """Return the pretrained entries that an adapter changes, in slot order."""
+        if adapter_name not in self.live:
+            self.withdraw(weight)
+            self._supports[adapter_name] = self._find_support(adapter_name, weight)
+        return self._supports[adapter_name].undo
 
     def original(self, weight: Tensor) -> Tensor:
         """Return a copy of the weight with the original entries."""
@@ -112,7 +123,18 @@ class LiveEntries:
                 slices.append(pool.slices()[ordinal])
         return taps, slices
 
+    def _write_candidates(self, names: tuple[str, ...], weight: Tensor) -> None:
+        """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
+        for name in names:
+            if name in self.candidates:
+                self._pretrained = weight.detach().clone()
+                change = self.candidates[name].to(weight.device)
+                weight.detach().copy_((self._pretrained.float() + change).to(weight.dtype))
+
     def _restore(self, weight: Tensor) -> None:
+        if self._pretrained is not None:
+            weight.detach().copy_(self._pretrained)
+            return
         flat = weight.detach().view(-1)
         for name in self.live:
             support = self._supports[name]
@@ -146,7 +168,8 @@ class LiveEntries:
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""
         pools = tuple(self.pools[name][0].stamp() for name in names)
-        return names, _weight_stamp(weight), pools
+        changes = tuple(version(self.candidates[n]) for n in names if n in self.candidates)
+        return names, _weight_stamp(weight), pools, changes
 
 
 def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:

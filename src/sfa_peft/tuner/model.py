@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -20,10 +19,11 @@ from torch import Tensor, nn
 from ..checkpoint.file import check_selection
 from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
-from ..selection.topk import streaming_topk
-from .delta import Pool
+from ..selection.pick import pick, row_sizes
+from ..selection.topk import RandomSource, Source, TensorSource
 from .layer import SFALayer
 from .plan import Plan, make_plan
+from .pool import Pool
 from .targets import is_excluded
 
 #: torch's own allocator aligns tensors to this many bytes.
@@ -112,16 +112,19 @@ class SFAModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)  # an additional adapter is not trained yet
             layer._active_adapter = self.active_adapters
-        if plan.eligible and self._pool is None:
+        if plan.parameters and self._pool is None:
             self._pool = Pool(
                 adapter_name,
                 needs_selector=peft_config.selects_while_training and not self._plan.loaded,
+                lr_ratio=peft_config.internal_lr_ratio,
+                decay_weight=peft_config.weight_decay_on == "weight",
             )
         layer.update_layer(
             adapter_name,
             peft_config,
-            pool=self._pool if plan.eligible else None,
+            pool=self._pool,
             pool_size=self._plan.budget.internal,
+            parameters=list(plan.parameters),
             width=plan.width,
         )
         if layer is not target:
@@ -227,15 +230,13 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
 
 def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
-    for layer in adapter_layers(model, adapter_name):
-        if adapter_name in layer.entries.pools:
-            return layer.entries.pools[adapter_name][0]
-    return None
+    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
+    return next((pool for pool in pools if pool is not None), None)
 
 
 def _check_order(pool: Pool | None, plan: Plan) -> None:
     """Check that layers were injected in the order that stored positions count them in."""
-    wanted = [t.name for t in plan.targets.values() if t.eligible]
+    wanted = [f"{t.name}.{p}" for t in plan.targets.values() for p in t.parameters]
     if pool is not None and pool.names != wanted:
         pairs = zip(pool.names, wanted, strict=False)
         first = next((a for a, b in pairs if a != b), "one is missing")
@@ -247,15 +248,24 @@ def _check_order(pool: Pool | None, plan: Plan) -> None:
 
 def _select_without_data(pool: Pool, config: SFAConfig) -> None:
     """Make the whole selection at once, by a score that needs no gradients."""
-    if any(layer.base_weight.is_meta for layer in pool.layers) or pool.values.is_meta:
+    weights = [pool.weight(i) for i in range(len(pool.tensors))]
+    if any(weight.is_meta for weight in weights) or pool.values.is_meta:
         return
-    generator = torch.Generator().manual_seed(config.seed)
-    weights = [layer.base_weight.detach() for layer in pool.layers]
-    if config.score == "magnitude":
-        scores = [w.float() for w in weights]
-    else:
-        scores = [torch.rand(w.shape, generator=generator) for w in weights]
-    pool.assign(streaming_topk(scores, pool.values.numel()))
+    sources: list[Source] = [TensorSource(w) for w in weights]
+    if config.score == "random":
+        sources = [
+            RandomSource(w.numel(), f"{config.seed}/{i}", w.device) for i, w in enumerate(weights)
+        ]
+    pool.assign(
+        pick(
+            sources,
+            pool.values.numel(),
+            [pool.slots[:0]] * len(weights),
+            ranking=config.ranking,
+            granularity=config.granularity,
+            row_sizes=row_sizes(weights),
+        )
+    )
 
 
 def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> None:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget
-from ..checkpoint.file import FORMAT_VERSION, check_layers, check_resolved
+from ..checkpoint.file import FORMAT_VERSION, check_resolved, check_tensors, saved_tensors
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
 from .external import output_features
@@ -26,11 +27,10 @@ class Target:
     """One layer to wrap."""
 
     name: str
-    shape: tuple[int, ...]
     role: str | None
     block: int | None
     stage: int | None
-    eligible: bool  # whether its weights may be selected
+    parameters: Mapping[str, tuple[int, ...]]  # those that may be selected from, with their shapes
     width: int  # of its external adapter, 0 for none
 
 
@@ -45,7 +45,7 @@ class Plan:
 
     def to_resolved(self) -> dict[str, Any]:
         """Return what a file must record so that the same adapter can be built again."""
-        layers = [[t.name, list(t.shape)] for t in self.targets.values() if t.eligible]
+        tensors = [[n, list(s)] for t in self.targets.values() for n, s in _full_names(t)]
         return {
             "format": FORMAT_VERSION,
             "backbone": self.backbone.model_type if self.backbone else None,
@@ -54,7 +54,7 @@ class Plan:
             "adapter_dim": self.budget.adapter_dim,
             "internal": self.budget.internal,
             "external": dict(self.budget.widths),
-            "layers": layers,
+            "tensors": tensors,
         }
 
 
@@ -71,11 +71,19 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
         return _loaded_plan(config, config.resolved, modules, backbone, roles)
-    eligible, outputs = match_layers(modules, config, backbone, roles)
-    if not eligible and not outputs:
+    matches = match_layers(modules, config, backbone, roles)
+    outputs = matches.outputs
+    if not matches.parameters and not outputs:
         raise TargetError(_nothing_found(model, config))
-    layers = {n: wrappable(n, m) for n, m in modules.items() if n in eligible | outputs}
-    refuse_shared(model, layers)
+    layers = {
+        n: wrappable(n, m, matches.parameters.get(n, ()), whole=n in matches.whole)
+        for n, m in modules.items()
+        if n in matches.parameters or n in outputs
+    }
+    eligible = {
+        f"{n}.{p}": getattr(layers[n], p) for n, own in matches.parameters.items() for p in own
+    }
+    refuse_shared(model, eligible | {f"{n}.weight": layers[n].weight for n in outputs})
     budget = solve_budget(
         budget=config.budget,
         rho=config.rho,
@@ -83,7 +91,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
         bias=config.external_bias,
         total=_count_parameters(model, backbone, config),
         outputs={n: output_features(layer) for n, layer in layers.items() if n in outputs},
-        eligible=sum(layer.weight.numel() for n, layer in layers.items() if n in eligible),
+        eligible=sum(parameter.numel() for parameter in eligible.values()),
     )
     if not outputs and config.rho is None:
         warnings.warn(
@@ -94,28 +102,30 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
             stacklevel=2,
         )
     _warn_of_unspent_budget(budget, config)
-    names = {n for n in layers if n in eligible and budget.internal} | set(budget.widths)
-    targets = {
-        n: _target(n, layer, roles, n in eligible and budget.internal > 0, budget.widths.get(n, 0))
-        for n, layer in layers.items()
-        if n in names
-    }
+    targets = {}
+    for name, layer in layers.items():
+        own = matches.parameters.get(name, ()) if budget.internal else ()
+        if own or name in budget.widths:
+            targets[name] = _target(name, layer, roles, own, budget.widths.get(name, 0))
     return Plan(backbone, budget, targets, loaded=False)
 
 
 def _target(
-    name: str, layer: Any, roles: Mapping[str, RoleModule], eligible: bool, width: int
+    name: str, layer: Any, roles: Mapping[str, RoleModule], parameters: Sequence[str], width: int
 ) -> Target:
     known = roles.get(name)
     return Target(
         name=name,
-        shape=tuple(layer.weight.shape),
         role=known.role if known else None,
         block=known.block if known else None,
         stage=known.stage if known else None,
-        eligible=eligible,
+        parameters={p: tuple(getattr(layer, p).shape) for p in parameters},
         width=width,
     )
+
+
+def _full_names(target: Target) -> list[tuple[str, tuple[int, ...]]]:
+    return [(f"{target.name}.{p}", shape) for p, shape in target.parameters.items()]
 
 
 def _warn_of_unspent_budget(budget: BudgetPlan, config: SFAConfig) -> None:
@@ -157,25 +167,34 @@ def _loaded_plan(
     roles: Mapping[str, RoleModule],
 ) -> Plan:
     check_resolved(resolved)
-    layers = dict(resolved["layers"])
+    saved = saved_tensors(resolved)
     widths = dict(resolved["external"])
     shapes = {
-        n: tuple(m.weight.shape)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        f"{n}.{p}": tuple(tensor.shape)
         for n, m in modules.items()
-        if isinstance(m, (nn.Linear, nn.Conv2d))
+        for p, tensor in m._parameters.items()
+        if tensor is not None
     }
-    check_layers(resolved["layers"], shapes)
-    check_layers([(n, shapes.get(n, ())) for n in widths], shapes)
+    check_tensors(saved, shapes)
+    weights = [(f"{n}.weight", shapes.get(f"{n}.weight", ())) for n in widths]
+    check_tensors(weights, shapes)
+    parameters: dict[str, list[str]] = {n: [] for n in widths}
+    # Positions count the tensors in the file's order, which is kept also if the model's differs.
+    order = dict.fromkeys(name.rpartition(".")[0] for name, _ in saved)
+    for name, _ in saved:
+        layer, _, parameter = name.rpartition(".")
+        parameters.setdefault(layer, []).append(parameter)
     targets = {
-        n: _target(n, wrappable(n, modules[n]), roles, n in layers, widths.get(n, 0))
-        for n in modules
-        if n in layers or n in widths
+        n: _target(
+            n,
+            wrappable(n, modules[n], parameters[n], whole=n in widths),
+            roles,
+            parameters[n],
+            widths.get(n, 0),
+        )
+        for n in [*order, *(n for n in modules if n in widths and n not in order)]
     }
-    eligible = sum(modules[n].weight.numel() for n in layers)  # pyright: ignore
-    # Positions count the layers in the file's order, which is kept also if the model's differs.
-    ordered = {n: targets[n] for n in layers} | {
-        n: t for n, t in targets.items() if n not in layers
-    }
+    eligible = sum(math.prod(shape) for _, shape in saved)
     budget = BudgetPlan(
         total=resolved["total"],
         allowed=resolved["allowed"],
@@ -188,7 +207,7 @@ def _loaded_plan(
         internal=resolved["internal"],
         eligible=eligible,
     )
-    return Plan(backbone, budget, ordered, loaded=True)
+    return Plan(backbone, budget, targets, loaded=True)
 
 
 def _nothing_found(model: nn.Module, config: SFAConfig) -> str:
@@ -198,6 +217,8 @@ def _nothing_found(model: nn.Module, config: SFAConfig) -> str:
         start = "Please specify `target_modules` in `peft_config`: "
     else:
         looked = f"layers that match target_modules={config.target_modules!r}"
+        if config.target_parameters:
+            looked += f" or target_parameters={config.target_parameters!r}"
         advice = "Check the names (a suffix such as 'query', or one regular expression)."
         start = ""
     return (

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _ExcludedModule,
     check_target_module_exists,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, role_of
 from ..config import SFAConfig
@@ -41,13 +42,28 @@ def own_modules(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+@dataclass(frozen=True)
+class Matches:
+    """What a config names in a model.
+
+    Attributes:
+        parameters: By layer, in model order, the names of its parameters that may be selected from.
+        whole: Layers that are matched as layers, not by names of parameters.
+        outputs: Layers that get an external adapter.
+    """
+
+    parameters: dict[str, tuple[str, ...]]
+    whole: set[str]
+    outputs: set[str]
+
+
 def match_layers(
     modules: Mapping[str, nn.Module],
     config: SFAConfig,
     backbone: Backbone | None,
     roles: Mapping[str, RoleModule],
-) -> tuple[set[str], set[str]]:
-    """Return the names of layers whose weights may be selected, and of those with an adapter."""
+) -> Matches:
+    """Return what `target_modules`, `target_parameters` and `external_modules` name."""
     if config.target_modules is not None:
         eligible = {n for n in modules if _matches(config, config.target_modules, n)}
     else:
@@ -59,7 +75,26 @@ def match_layers(
         outputs = {n for n in eligible if _role_name(n, backbone, roles) in OUTPUT_ROLES}
     if config.rho == 0:
         outputs = set()
-    return eligible, outputs
+    parameters = {}
+    for name, module in modules.items():
+        own = [p for p in module._parameters if _names_parameter(config, name, p)]
+        if name in eligible and "weight" not in own:
+            own.insert(0, "weight")
+        if own:
+            parameters[name] = tuple(own)
+    return Matches(parameters, eligible | outputs, outputs)
+
+
+def _names_parameter(config: SFAConfig, module: str, parameter: str) -> bool:
+    """Whether `target_parameters` names a parameter (and nothing excludes its module)."""
+    targets, full = config.target_parameters, f"{module}.{parameter}"
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        named = re.fullmatch(targets, full) is not None
+    else:
+        named = any(full == t or full.endswith("." + t) for t in targets)
+    return named and _matches(config, {module.rpartition(".")[2]}, module)
 
 
 def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:
@@ -92,51 +127,69 @@ def _role_name(name: str, backbone: Backbone | None, roles: Mapping[str, RoleMod
     return role_of(name) if backbone is None else None
 
 
-def wrappable(name: str, layer: nn.Module) -> Any:
-    """Return the layer if its weight can be adapted.
+def wrappable(name: str, layer: nn.Module, parameters: Sequence[str], *, whole: bool) -> Any:
+    """Return the layer if it can be adapted.
+
+    Args:
+        name: Its path.
+        layer: The layer.
+        parameters: Names of its parameters whose entries may be selected.
+        whole: Whether it is adapted as a layer (weight, external adapter), which needs a linear
+            layer or a convolution, and not only by names of parameters.
 
     Raises:
         TargetError: Naming the layer and what is in the way.
     """
-    kind = type(layer)
-    weight = getattr(layer, "weight", None)
-    plain = (
-        isinstance(layer, (nn.Linear, nn.Conv2d))
-        and kind.__name__ != "NonDynamicallyQuantizableLinear"
-    )
-    if plain and "weight" not in layer._parameters:
+    for parameter in parameters or ("weight",):
+        if isinstance(getattr(layer, parameter, None), Tensor):
+            _check_parameter(name, layer, parameter)
+    kind = type(layer).__name__
+    packed = kind == "NonDynamicallyQuantizableLinear"  # of MultiheadAttention, which bypasses it
+    if packed or (whole and not isinstance(layer, (nn.Linear, nn.Conv2d))):
         raise TargetError(
-            f"`{name}` computes its weight (weight_norm or another parametrization), so entries of "
-            "it cannot be changed. Remove the parametrization first, or leave the layer out."
+            f"`{name}` is a {kind}; only torch.nn.Linear and torch.nn.Conv2d layers can be "
+            "adapted. Leave it out of target_modules (or name the linear layers inside it; single "
+            "parameters of other layers go into target_parameters)."
         )
-    if not plain or not isinstance(weight, torch.Tensor):
+    if next(layer.children(), None) is not None:
         raise TargetError(
-            f"`{name}` is a {kind.__name__}; only torch.nn.Linear and torch.nn.Conv2d layers can "
-            "be adapted. Leave it out of target_modules (or name the linear layers inside it)."
-        )
-    if not weight.is_floating_point():
-        raise TargetError(
-            f"`{name}` holds packed {weight.dtype} weights; single weights inside them cannot be "
-            "changed. Load the model unquantised, or leave the layer out."
-        )
-    if not weight.is_contiguous():
-        raise TargetError(
-            f"`{name}`: its weight is not contiguous, so positions in it are not defined. Call "
-            "model.to(memory_format=torch.contiguous_format) first."
+            f"`{name}` ({kind}) holds other layers, so its own parameters {list(parameters)} "
+            "cannot be changed by wrapping it. Leave them out of target_parameters."
         )
     return layer
 
 
-def refuse_shared(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Refuse layers that are known by a second name, or whose weight another module uses too."""
-    wanted = {id(layer.weight): name for name, layer in layers.items()}
+def _check_parameter(name: str, layer: nn.Module, parameter: str) -> None:
+    tensor = cast(Tensor, getattr(layer, parameter))
+    if parameter not in layer._parameters:
+        raise TargetError(
+            f"`{name}` computes its {parameter} (weight_norm or another parametrization), so "
+            "entries of it cannot be changed. Remove the parametrization first, or leave the layer "
+            "out."
+        )
+    if not tensor.is_floating_point():
+        raise TargetError(
+            f"`{name}` holds packed {tensor.dtype} weights; single weights inside them cannot be "
+            "changed. Load the model unquantised, or leave the layer out."
+        )
+    if not tensor.is_contiguous():
+        raise TargetError(
+            f"`{name}`: its {parameter} is not contiguous, so positions in it are not defined. "
+            "Call model.to(memory_format=torch.contiguous_format) first."
+        )
+
+
+def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that are known by a second name: another module uses them too."""
+    wanted = {id(parameter): name for name, parameter in parameters.items()}
     seen: dict[int, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in wanted:
             continue
         if id(parameter) in seen:
+            where = wanted[id(parameter)].rpartition(".")[0]
             raise TargetError(
-                f"`{wanted[id(parameter)]}`: its weight is shared by `{seen[id(parameter)]}` and "
+                f"`{where}`: its weight is shared by `{seen[id(parameter)]}` and "
                 f"`{name}`. A change would reach both, so it cannot be adapted. Untie the weights, "
                 "or leave the layer out."
             )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a round adds up per weight tensor (Alg. 1 line 8), on one rank or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .rounding import Noise, add_rounded
+from .scores import Score
+from .topk import TensorSource
+
+SCORE_DTYPES = ("float32", "bfloat16")
+
+
+class Accumulator:
+    """The score of one weight tensor: takes its gradients, gives what is to be ranked.
+
+    Args:
+        score: How gradients become a state.
+        weight: Returns the weight (it may be replaced while the round lasts).
+        dtype: Of the state, "float32" or "bfloat16".
+        key: Name of the tensor, for reproducible rounding.
+        loss_scale: Returns the factor that the loss is multiplied with now; None where there is
+            none. Steps are then brought together first, so that one with an overflow can be left
+            out.
+    """
+
+    def __init__(
+        self,
+        score: Score,
+        weight: Callable[[], Tensor],
+        *,
+        dtype: str = "float32",
+        key: str = "",
+        loss_scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.score, self.weight, self.key, self.loss_scale = score, weight, key, loss_scale
+        like = weight()
+        self.state = torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
+        self.num_added = 0  # what rounding depends on; saved, so that a resumed run rounds alike
+        self._direct = score.additive and loss_scale is None
+        self._noise = Noise(0, like.device) if dtype == "bfloat16" else None
+        self._step: Tensor | None = None  # gradient of the present update step
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Take the gradient of one backward (any float dtype, before clipping)."""
+        if self._direct:
+            self._add(gradient)
+            return
+        if self.loss_scale is not None:
+            gradient = gradient.float() / self.loss_scale()
+        if self._step is None:
+            self._step = gradient.detach().to(torch.float32, copy=True)
+        else:
+            self._step.add_(gradient)
+
+    def end_step(self) -> None:
+        """Add the gradient of the update step that ended; a call for every rank to make."""
+        if self._direct or self._step is None:
+            return
+        gradient, self._step = self._step, None
+        if self.score.additive:
+            self._add(gradient)
+            return
+        average_over_ranks(gradient)
+        with torch.no_grad():
+            self._update(gradient)
+
+    def drop_step(self) -> None:
+        """Forget the gradient of an update step that was skipped."""
+        self._step = None
+
+    def reset(self) -> None:
+        """Forget the round."""
+        self.state.zero_()
+        self._step = None
+
+    def source(self) -> TensorSource:
+        """Return what is ranked."""
+        return TensorSource(self.state, self.weight() if self.score.times_weight else None)
+
+    def reduce(self) -> None:
+        """Add the states of all ranks where each holds a share; at the end of a round."""
+        if self.score.additive:
+            self.state.copy_(_sum_over_ranks(self.state))
+
+    def gather(self) -> Tensor:
+        """Return the state of all ranks together, for a checkpoint; a call for every rank."""
+        return _sum_over_ranks(self.state) if self.score.additive else self.state
+
+    def scatter(self, state: Tensor) -> None:
+        """Take up what `gather` returned: shares go to the first rank, the others start at zero."""
+        if self.score.additive and num_ranks() > 1 and dist.get_rank() > 0:
+            self.reset()
+        else:
+            self.state.copy_(state)
+
+    def _add(self, gradient: Tensor) -> None:
+        self.num_added += 1
+        if self._noise is None:
+            self.state.add_(gradient)
+        else:
+            add_rounded(self.state, gradient, self._noise, f"{self.key}/{self.num_added}")
+
+    def _update(self, gradient: Tensor) -> None:
+        update = self.score.update
+        if update is None:
+            return
+        if self._noise is None:
+            self.state = update(self.weight(), gradient, self.state)
+            return
+        before = self.state.float()
+        change = update(self.weight(), gradient, before.clone()).sub_(before)
+        self.num_added += 1
+        add_rounded(self.state, change, self._noise, f"{self.key}/{self.num_added}")
+
+
+def non_finite(accumulators: Mapping[str, Accumulator]) -> list[str]:
+    """Return the names of the tensors whose scores hold NaN or infinity."""
+    return [n for n, a in accumulators.items() if not bool(torch.isfinite(a.state).all())]
+
+
+def num_ranks() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def average_over_ranks(gradient: Tensor) -> None:
+    """Replace a gradient by its mean over ranks, as DistributedDataParallel does."""
+    if num_ranks() > 1:
+        dist.all_reduce(gradient)
+        gradient /= num_ranks()
+
+
+def _sum_over_ranks(state: Tensor) -> Tensor:
+    if num_ranks() == 1:
+        return state
+    total = state.to(torch.float32, copy=True)
+    dist.all_reduce(total)
+    return total.to(state.dtype)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pick: global or per tensor, single weights or output rows (Eq. 5, Alg. 1 line 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import SelectionError
+from .topk import Source, streaming_topk
+
+#: Over which weights scores are compared.
+RANKINGS = ("global", "layer")
+#: What is selected as one.
+GRANULARITIES = ("weight", "row")
+
+
+def pick(
+    sources: Sequence[Source],
+    quota: int,
+    selected: Sequence[Tensor],
+    *,
+    ranking: str = "global",
+    granularity: str = "weight",
+    row_sizes: Sequence[int] | None = None,
+) -> list[Tensor]:
+    """Return the flat positions to admit, for each tensor.
+
+    Args:
+        sources: Scores of each tensor.
+        quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
+            they fit; the rest of the quota stays open for the next pick.
+        selected: For each tensor the positions admitted before (int64, strictly increasing).
+        ranking: "global" compares all weights with each other; "layer" gives every tensor the
+            share of the quota that its size has of all sizes.
+        granularity: "weight", or "row": all weights of one output feature (channel) together,
+            ranked by the mean of their absolute scores.
+        row_sizes: For "row" the number of weights in a row of each tensor.
+
+    Returns:
+        For each tensor positions, int64, strictly increasing.
+
+    Raises:
+        SelectionError: If too few weights have a finite score.
+    """
+    if granularity == "row":
+        if row_sizes is None:
+            raise SelectionError("pick: granularity='row' needs row_sizes.")
+        return _pick_rows(sources, quota, selected, ranking, row_sizes)
+    if ranking == "global":
+        return streaming_topk(sources, quota, selected)
+    quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
+    return [
+        streaming_topk([source], own, [before])[0]
+        for source, own, before in zip(sources, quotas, selected, strict=True)
+    ]
+
+
+def row_sizes(weights: Sequence[Tensor]) -> list[int]:
+    """Return how many weights belong to one output feature (channel) of each tensor."""
+    return [w.numel() // w.shape[0] if w.ndim > 1 else 1 for w in weights]
+
+
+def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> list[int]:
+    """Share a quota so that all tensors end with the same selected share (to one weight).
+
+    Args:
+        quota: Weights to admit now.
+        sizes: Number of weights of each tensor.
+        before: Number of weights admitted before.
+
+    Returns:
+        Weights to admit for each tensor; they add up to `quota`, or to all that are left.
+    """
+    total = sum(sizes)
+    after = min(sum(before) + quota, total)
+    quota = after - sum(before)
+    # What each tensor lacks of its share, in units of 1/total weight: exact in integers.
+    lacks = [
+        min(max(0, after * size - have * total), (size - have) * total)
+        for size, have in zip(sizes, before, strict=True)
+    ]
+    quotas = [lack // total for lack in lacks]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: (-(lacks[i] % total), i))
+    position = 0
+    while sum(quotas) != quota:
+        step = 1 if sum(quotas) < quota else -1
+        place = position % len(sizes)
+        chosen = by_remainder[place if step > 0 else -1 - place]
+        if 0 <= quotas[chosen] + step <= sizes[chosen] - before[chosen]:
+            quotas[chosen] += step
+        position += 1
+    return quotas
+
+
+def _pick_rows(
+    sources: Sequence[Source],
+    quota: int,
+    selected: Sequence[Tensor],
+    ranking: str,
+    row_sizes: Sequence[int],
+) -> list[Tensor]:
+    scores = [
+        _row_scores(source, size, before)
+        for source, size, before in zip(sources, row_sizes, selected, strict=True)
+    ]
+    if ranking == "global":
+        rows = _best_rows(scores, row_sizes, quota)
+    else:
+        quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
+        rows = [
+            _best_rows([score], [size], own)[0]
+            for score, size, own in zip(scores, row_sizes, quotas, strict=True)
+        ]
+    return [
+        (chosen[:, None] * size + torch.arange(size)).reshape(-1).to(source.device)
+        for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
+    ]
+
+
+def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
+    """Return the mean absolute score of each row, -1 where it is selected or not finite; on CPU."""
+    rows = source.numel // size
+    step = max(1, (1 << 20) // size)
+    parts = [
+        source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
+        for first in range(0, rows, step)
+    ]
+    means = torch.cat(parts).cpu()
+    means[~torch.isfinite(means)] = -1
+    means[(selected[::size] // size).cpu()] = -1
+    return means
+
+
+def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> list[Tensor]:
+    """Return for each tensor the rows that come first, while all of them fit into the quota."""
+    every = torch.cat(list(scores))
+    order = torch.sort(every, descending=True, stable=True).indices
+    order = order[every[order] >= 0]
+    lengths = torch.cat([torch.full(s.shape, n) for s, n in zip(scores, sizes, strict=True)])
+    fits = int((lengths[order].cumsum(0) <= quota).sum())
+    chosen = order[:fits].sort().values
+    starts = torch.tensor([0, *(s.numel() for s in scores)]).cumsum(0)
+    cuts = torch.searchsorted(chosen, starts).tolist()
+    return [
+        chosen[a:b] - start
+        for a, b, start in zip(cuts[:-1], cuts[1:], starts[:-1].tolist(), strict=True)
+    ]

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dense training of all candidates inside a round, for the score "weight_difference" (Eq. 4).
+
+Inside a round every weight that may be selected trains with an optimizer like the user's. At its
+end those that moved furthest are selected, and all return to their pretrained values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SelectionError
+from ..selection.accumulators import Accumulator
+from ..tuner.pool import Pool
+
+
+class Candidates:
+    """The change of every weight that may be selected, and an optimizer for it.
+
+    Costs what full fine-tuning costs: for each weight a change, the pretrained value, a gradient
+    and the optimizer's state.
+
+    Args:
+        pool: Its selected entries are left to it.
+        accumulators: One per tensor of the pool; they bring the gradient of an update step here,
+            and the change takes the place of their state.
+    """
+
+    def __init__(self, pool: Pool, accumulators: Sequence[Accumulator]) -> None:
+        self.pool = pool
+        self.changes = [nn.Parameter(torch.zeros_like(a.state)) for a in accumulators]
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._saved: dict[str, Any] | None = None
+        for ordinal, (accumulator, change) in enumerate(
+            zip(accumulators, self.changes, strict=True)
+        ):
+            accumulator.state = change.detach()
+            accumulator.score = replace(accumulator.score, update=partial(self._take, ordinal))
+            pool.entries(ordinal).candidates[pool.adapter_name] = change.detach()
+        pool.withdraw()  # the next forward writes with the change
+
+    def _take(self, ordinal: int, _weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
+        """Keep the gradient of an update step for the optimizer (a score function)."""
+        self.changes[ordinal].grad = gradient
+        return state
+
+    def step(self, optimizer: Any) -> None:
+        """Make the step that the user's optimizer would have made on every candidate."""
+        group = self.pool.group_of(optimizer) if optimizer is not None else None
+        if group is None:
+            raise SelectionError(
+                'score="weight_difference" trains all candidates with an optimizer like yours: '
+                "call SFASelector.step(optimizer), with one of torch's optimizers."
+            )
+        if self._optimizer is None:
+            self._optimizer = _like(optimizer, self.changes)
+            if self._saved:
+                self._optimizer.load_state_dict(self._saved)
+        settings = {k: v for k, v in group.items() if k != "params"}
+        self._optimizer.param_groups[0].update(settings)
+        self._optimizer.param_groups[0]["lr"] = float(group["lr"]) * self.pool.lr_ratio
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        with torch.no_grad():
+            for ordinal, change in enumerate(self.changes):
+                selected = self.pool.indices(ordinal).to(change.device)
+                change.view(-1).index_fill_(0, selected, 0)
+
+    def restart(self) -> None:
+        """Begin a round: the changes are zero again, and so is the optimizer's state."""
+        self._optimizer, self._saved = None, None
+        self.pool.withdraw()
+
+    def remove(self) -> None:
+        """End the dense training: weights hold pretrained values and selected changes only."""
+        self.pool.withdraw()
+        for ordinal, change in enumerate(self.changes):
+            candidates = self.pool.entries(ordinal).candidates
+            mine = candidates.get(self.pool.adapter_name)
+            if mine is not None and mine.data_ptr() == change.data_ptr():
+                del candidates[self.pool.adapter_name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the optimizer's state (the changes are the accumulators' states)."""
+        return self._optimizer.state_dict() if self._optimizer else {}
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Take up the optimizer's state at the next step."""
+        self._optimizer, self._saved = None, state or None
+
+
+def _like(optimizer: Any, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return a fresh optimizer of the same kind and settings."""
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    try:
+        return type(optimizer)(parameters, **options)
+    except (TypeError, ValueError) as error:
+        raise SelectionError(
+            f'score="weight_difference": cannot make a second {type(optimizer).__name__} for the '
+            f"candidates ({error}). Use one of torch.optim's, or another score."
+        ) from error

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One growing selection: a pool, the schedule of its picks, and the scores of a round."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..config import SFAConfig
+from ..errors import SelectionError
+from ..selection.accumulators import Accumulator, non_finite
+from ..selection.pick import pick, row_sizes
+from ..selection.schedule import Schedule
+from ..selection.scores import find_score
+from ..tuner.pool import Pool
+from .candidates import Candidates
+from .late_entries import LateEntries
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """The state behind a selector.
+
+    Args:
+        config: How to score and pick.
+        pool: The pool that is filled.
+        schedule: When to pick how many.
+        loss_scale: Returns the present factor of a gradient scaler; None without one.
+    """
+
+    def __init__(
+        self,
+        config: SFAConfig,
+        pool: Pool,
+        schedule: Schedule,
+        loss_scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.config, self.pool, self.schedule = config, pool, schedule
+        self.loss_scale = loss_scale
+        self.update_steps = 0
+        self.optimizer_steps = pool.optimizer_steps
+        self.accumulators: dict[str, Accumulator] = {}
+        self.candidates: Candidates | None = None
+        self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
+        self.late_entries = LateEntries(pool)
+
+    # --- scores --------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Make room for the scores and let the next step add to them."""
+        self.pool.driver = self
+        score = find_score(self.config.score)
+        for ordinal, name in enumerate(self.pool.names):
+            self.accumulators[name] = Accumulator(
+                score,
+                lambda ordinal=ordinal: self.pool.weight(ordinal),
+                dtype=self.config.score_dtype,
+                key=name,
+                loss_scale=self.loss_scale,
+            )
+        if self.config.score == "weight_difference":
+            self.candidates = Candidates(self.pool, list(self.accumulators.values()))
+        self._observe_next_step()
+
+    def stop(self) -> None:
+        """Free the scores (not those of a selector that took over)."""
+        self._observe(False)
+        if self.candidates is not None:
+            self.candidates.remove()
+            self.candidates = None
+        self.accumulators = {}
+
+    def _observe_next_step(self) -> None:
+        step = self.update_steps + 1
+        self._observe(self.schedule.is_scored(step, self.config.score_every))
+
+    def _observe(self, wanted: bool) -> None:
+        """Let every eligible weight hand its gradient to its score, or no longer."""
+        if self.pool.driver is not self:  # another selector took over
+            return
+        for ordinal, name in enumerate(self.pool.names):
+            observers = self.pool.entries(ordinal).observers
+            if wanted and name in self.accumulators:
+                observers[self.pool.adapter_name] = self.accumulators[name]
+            else:
+                observers.pop(self.pool.adapter_name, None)
+
+    # --- steps ---------------------------------------------------------------------------------
+
+    def step(self, optimizer: Any = None) -> bool:
+        """Count one update step; pick at the end of a round (see `SFASelector.step`)."""
+        torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
+            if _ends_update_step(optimizer):  # an overflow: its gradients do not count
+                for accumulator in self.accumulators.values():
+                    accumulator.drop_step()
+            return False
+        self.update_steps += 1
+        if isinstance(torch_optimizer, torch.optim.Optimizer) and self.config.late_bias_correction:
+            self.late_entries.correct(torch_optimizer, self.joined, self.update_steps)
+        return bool(self.accumulators) and self._score(torch_optimizer)
+
+    def _score(self, optimizer: Any) -> bool:
+        """Finish the scores of an update step; pick at the end of a round."""
+        if self.schedule.is_scored(self.update_steps, self.config.score_every):
+            for accumulator in self.accumulators.values():
+                accumulator.end_step()
+        if self.candidates is not None:
+            self.candidates.step(optimizer)
+        picked = self.schedule.is_pick(self.update_steps)
+        if picked:
+            self._pick()
+        if self.accumulators:
+            self._observe_next_step()
+        return picked
+
+    def _has_stepped(self, optimizer: Any) -> bool:
+        """Whether the optimizer took a step since the last call."""
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return True  # not torch's: its steps cannot be seen
+        if not self.pool.is_trained_by(optimizer):
+            raise SelectionError(
+                f"The optimizer does not train the values of adapter `{self.pool.adapter_name}`. "
+                "Build it from the parameters with requires_grad of the wrapped model."
+            )
+        stepped = self.pool.optimizer_steps > self.optimizer_steps
+        self.optimizer_steps = self.pool.optimizer_steps
+        return stepped
+
+    def _pick(self) -> None:
+        """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
+        accumulators = list(self.accumulators.values())
+        for accumulator in accumulators:
+            accumulator.reduce()
+        self._check_scores()
+        size = len(accumulators)
+        first = self.pool.num_assigned
+        self.pool.assign(
+            pick(
+                [accumulator.source() for accumulator in accumulators],
+                self.schedule.selected_after(self.update_steps) - first,
+                [self.pool.indices(i).sort().values for i in range(size)],
+                ranking=self.config.ranking,
+                granularity=self.config.granularity,
+                row_sizes=row_sizes([self.pool.weight(i) for i in range(size)]),
+            )
+        )
+        self.joined.append((first, self.pool.num_assigned, self.update_steps))
+        logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
+        for accumulator in accumulators:
+            accumulator.reset()
+        if self.candidates is not None:
+            self.candidates.restart()
+        if self.update_steps == self.schedule.last_pick:
+            self.stop()
+
+    def _check_scores(self) -> None:
+        if not any(bool(a.state.any()) for a in self.accumulators.values()):
+            raise SelectionError(
+                f"Update step {self.update_steps}: no gradient has reached any weight that adapter "
+                f"`{self.pool.adapter_name}` may select. Is the adapter active and not merged, "
+                "does another selector or callback drive it, or is gradient checkpointing on with "
+                "use_reentrant=True (which needs use_reentrant=False)?"
+            )
+        for name in non_finite(self.accumulators):
+            logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs (see `SFASelector.state_dict`)."""
+        return {
+            "update_steps": self.update_steps,
+            "total_steps": self.schedule.total_steps,
+            "selection_steps": self.schedule.selection_steps,
+            "joined": list(self.joined),
+            "sums": {name: a.gather() for name, a in self.accumulators.items()},
+            "num_added": {name: a.num_added for name, a in self.accumulators.items()},
+            "candidates": self.candidates.state_dict() if self.candidates else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned; the pool is loaded already."""
+        self.update_steps = int(state["update_steps"])
+        self.joined = [tuple(entry) for entry in state["joined"]]
+        expected = self.joined[-1][1] if self.joined else 0
+        if self.config.granularity == "weight":  # rows may leave a part of a quota open
+            expected = self.schedule.selected_after(self.update_steps)
+        if self.pool.num_assigned != expected:
+            raise SelectionError(
+                f"Adapter `{self.pool.adapter_name}` has {self.pool.num_assigned} selected "
+                f"weights, "
+                f"but after update step {self.update_steps} of this run it should have {expected}. "
+                "Load adapter and selector state from the same checkpoint."
+            )
+        self.stop()
+        if state["sums"]:
+            self.start()
+        if set(state["sums"]) != set(self.accumulators):
+            raise SelectionError(
+                "The selector state holds scores of other layers than the model. Load adapter and "
+                "selector state from the same checkpoint."
+            )
+        for name, accumulator in self.accumulators.items():
+            accumulator.scatter(state["sums"][name])
+            accumulator.num_added = int(state["num_added"][name])
+        if self.candidates is not None:
+            self.candidates.load_state_dict(state["candidates"])
+
+
+def _ends_update_step(optimizer: Any) -> bool:
+    """Whether an update step was due (Accelerate holds it back while it accumulates)."""
+    return getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)

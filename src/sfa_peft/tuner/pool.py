@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values of one adapter's sparse change, and which weight each belongs to.
+
+The pool is one flat parameter of the budgeted length. A slot of it is assigned to one entry of one
+weight by a pick and stays there, so nothing that sees parameters (optimizer, clipping, DDP) ever
+sees a size change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .delta import Cut, Spans, span_length
+from .steps import register
+
+if TYPE_CHECKING:
+    from .layer import SFALayer
+    from .live import LiveEntries
+
+
+def version(tensor: Tensor) -> int:
+    """Return autograd's version counter (inference tensors have none)."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class Pool:
+    """Values of one adapter and the slots that say where each belongs.
+
+    Values and slots are a Parameter and a buffer of the first eligible layer (the anchor), so that
+    they live in the model, also where the tuner around it is not kept.
+
+    Args:
+        adapter_name: The adapter.
+        needs_selector: Whether slots get assigned while training, by a callback or selector.
+        lr_ratio: Learning rate of the values over that of their optimizer.
+        decay_weight: Whether weight decay pulls the weights towards zero, not their change.
+
+    Attributes:
+        tensors: (layer, parameter name) of each weight that may be selected from, in the order
+            that positions count them in; `names` are their full names.
+    """
+
+    def __init__(
+        self,
+        adapter_name: str,
+        *,
+        needs_selector: bool,
+        lr_ratio: float = 1.0,
+        decay_weight: bool = False,
+    ) -> None:
+        self.adapter_name = adapter_name
+        self.needs_selector = needs_selector
+        self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
+        self.idle_forwards = 0  # training forwards with nothing selected and no selector
+        self.tensors: list[tuple[SFALayer, str]] = []
+        self.names: list[str] = []
+        self.starts: list[int] = [0]  # first position of each weight, and the end
+        self._layout: tuple[Tensor, int, list[Spans]] | None = None
+        self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
+        self.driver: object = None  # whoever fills the pool; the latest one does
+        self.optimizer_steps = 0  # steps of an optimizer that trains the values
+        self.stepped_by_grad_scaler = False
+        self.keep_before = False  # whether the values before the next step are wanted
+        self.before: Tensor | None = None
+        register(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
+        return self.__dict__ | {"_layout": None, "_cut": None, "before": None, "driver": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        register(self)
+
+    def add_tensor(self, layer: SFALayer, parameter: str) -> int:
+        """Append a weight that may be selected from and return its ordinal."""
+        self.tensors.append((layer, parameter))
+        self.names.append(f"{layer.name}.{parameter}")
+        self.starts.append(self.starts[-1] + layer.parameter(parameter).numel())
+        return len(self.tensors) - 1
+
+    @property
+    def layers(self) -> list[SFALayer]:
+        """Layers with a weight that may be selected from, each once."""
+        return list(dict.fromkeys(layer for layer, _ in self.tensors))
+
+    def weight(self, ordinal: int) -> Tensor:
+        """Return a weight, with the entries of live adapters in it."""
+        layer, parameter = self.tensors[ordinal]
+        return layer.parameter(parameter)
+
+    def entries(self, ordinal: int) -> LiveEntries:
+        """Return what adapters do to a weight."""
+        layer, parameter = self.tensors[ordinal]
+        return layer.entries[parameter]
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The change of each assigned weight, (size,), fp32 by default; the trainable part."""
+        return self.tensors[0][0].sfa_pool[self.adapter_name]
+
+    @property
+    def slots(self) -> Tensor:
+        """Position of each value, int64 (size,); -1 where not assigned yet, only at the end."""
+        return cast(Tensor, self.tensors[0][0].sfa_slots[self.adapter_name])
+
+    @property
+    def num_assigned(self) -> int:
+        """Number of weights selected so far."""
+        return _count_assigned(self.slots)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no weight is selected yet."""
+        return not any(self.layout())
+
+    def layout(self) -> list[Spans]:
+        """Return for each weight the (first, last + 1) ranges of slots that belong to it."""
+        slots = self.slots
+        stamp = version(slots)
+        if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
+            self._layout = (slots, stamp, _spans(slots, self.starts))
+        return self._layout[2]
+
+    def indices(self, ordinal: int) -> Tensor:
+        """Return a weight's selected flat positions, int64, in slot order."""
+        slots, spans = self.slots, self.layout()[ordinal]
+        if not spans:
+            return slots[:0]
+        return torch.cat([slots[a:b] for a, b in spans]) - self.starts[ordinal]
+
+    def count(self, ordinal: int) -> int:
+        """Return how many entries of a weight are selected."""
+        return span_length(self.layout()[ordinal])
+
+    def assign(self, selected: Sequence[Tensor]) -> None:
+        """Give the next free slots to newly selected weights.
+
+        Args:
+            selected: For each weight flat positions, int64, strictly increasing.
+        """
+        slots, first = self.slots, self.num_assigned
+        positions = [
+            s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)
+        ]
+        joined = torch.cat(positions)
+        with torch.no_grad():
+            slots[first : first + joined.numel()] = joined
+
+    def slices(self) -> Sequence[Tensor]:
+        """Return for each weight a stand-in for its slice of values, wired to their gradient."""
+        values, spans = self.values, self.layout()
+        key = (id(values), values.dtype, values.device, values.requires_grad, id(spans))
+        if self._cut is None or self._cut[0] != key:
+            with torch.inference_mode(False), torch.enable_grad():
+                # The parameter and the spans are kept alive by the cut, so their ids stay theirs.
+                self._cut = (key, Cut.apply(values, spans), (values, spans))
+        return self._cut[1]
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Return what changes whenever values or slots do.
+
+        Fused optimizers write values without telling autograd, so their steps are counted too.
+        """
+        values, slots = self.values, self.slots
+        return (
+            id(values),
+            values.data_ptr(),
+            version(values),
+            self.optimizer_steps,
+            id(slots),
+            version(slots),
+        )
+
+    def originals(self) -> Tensor:
+        """Return the pretrained entry of each value, in its dtype; 0 where not assigned."""
+        values = self.values
+        found = torch.zeros_like(values, requires_grad=False)
+        for ordinal, spans in enumerate(self.layout()):
+            if spans:
+                undo = self.entries(ordinal).originals_at(self.weight(ordinal), self.adapter_name)
+                parts = undo.to(found).split([b - a for a, b in spans])
+                for (a, b), part in zip(spans, parts, strict=True):
+                    found[a:b] = part
+        return found
+
+    def is_trained_by(self, optimizer: Any) -> bool:
+        """Whether the values are among an optimizer's parameters (no, once they are deleted)."""
+        return self.group_of(optimizer) is not None
+
+    def group_of(self, optimizer: Any) -> dict[str, Any] | None:
+        """Return the optimizer's parameter group that holds the values, None where it has none."""
+        if not self.tensors or self.adapter_name not in self.tensors[0][0].sfa_pool:
+            return None
+        values = self.values
+        for group in optimizer.param_groups:
+            if any(p is values for p in group["params"]):
+                return group
+        return None
+
+    def withdraw(self) -> None:
+        """Put the pretrained entries back into the weights, but for merged layers."""
+        for layer in self.layers:
+            if not layer.merged:
+                layer.withdraw()
+
+
+def _count_assigned(slots: Tensor) -> int:
+    """Count positions that are assigned; none are on the meta device, which holds no values."""
+    return 0 if slots.is_meta else int((slots >= 0).sum())
+
+
+def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
+    """Cut slots (sorted within each pick) at the weights' first positions."""
+    spans: list[Spans] = [[] for _ in starts[:-1]]
+    used = slots[: _count_assigned(slots)]
+    if not used.numel():
+        return spans
+    breaks = (used[1:] < used[:-1]).nonzero().squeeze(1) + 1  # where a new pick begins
+    edges = [0, *breaks.tolist(), used.numel()]
+    bounds = torch.tensor(starts, device=slots.device)
+    for first, last in pairwise(edges):
+        cuts = (torch.searchsorted(used[first:last], bounds) + first).tolist()
+        for ordinal, (a, b) in enumerate(pairwise(cuts)):
+            if a < b:
+                spans[ordinal].append((a, b))
+    return spans

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens around an optimizer's step, in any loop, by torch's own optimizer hooks.
+
+Before it: the values are kept where the step is changed afterwards. After it: the step is scaled by
+the values' own learning rate, decay that is meant for the weights is applied, and weights whose
+values changed go back to the pretrained entries until the next forward. Hooks see every step:
+fused optimizers write values without telling autograd.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import AdamW
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from .pool import Pool
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+_hooks_installed = False
+
+
+def register(pool: Pool) -> None:
+    """Watch the steps of any optimizer that trains a pool's values."""
+    global _hooks_installed  # noqa: PLW0603 (one pair of hooks for the process, like torch's own)
+    _POOLS.add(pool)
+    if not _hooks_installed:
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+        _hooks_installed = True
+
+
+def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    for pool in list(_POOLS):
+        group = pool.group_of(optimizer)
+        if group is None:
+            continue
+        if pool.decay_weight and group.get("weight_decay"):
+            _check_decay(optimizer)
+            if not _is_decoupled(optimizer, group):
+                _add_decay_to_gradient(pool, group)
+        if pool.optimizer_steps == 0 and _called_by_grad_scaler():
+            pool.stepped_by_grad_scaler = True
+        if pool.lr_ratio != 1 or pool.keep_before:
+            pool.before = pool.values.detach().clone()
+
+
+def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    if _was_skipped(optimizer):
+        return
+    for pool in list(_POOLS):
+        group = pool.group_of(optimizer)
+        if group is None:
+            continue
+        with torch.no_grad():
+            if pool.lr_ratio != 1 and pool.before is not None:
+                values = pool.values
+                values.copy_(torch.lerp(pool.before, values.detach(), pool.lr_ratio))
+            if not pool.keep_before:
+                pool.before = None
+            if pool.decay_weight and group.get("weight_decay") and _is_decoupled(optimizer, group):
+                rate = float(group["lr"]) * pool.lr_ratio * group["weight_decay"]
+                pool.values.sub_(pool.originals(), alpha=rate)
+        pool.optimizer_steps += 1
+        pool.withdraw()
+
+
+def _was_skipped(optimizer: Any) -> bool:
+    """Whether a gradient scaler let a fused optimizer run although gradients overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and float(found) != 0
+
+
+def _called_by_grad_scaler() -> bool:
+    """Whether a gradient scaler makes the present step (it tells nobody but fused optimizers)."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("grad_scaler.py"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool:
+    """Whether decay acts on the parameter itself (AdamW) and not through its gradient."""
+    if isinstance(optimizer, AdamW) or type(optimizer).__name__ in ("Adafactor", "Muon"):
+        return True
+    return bool(group.get("decoupled_weight_decay"))
+
+
+def _check_decay(optimizer: Any) -> None:
+    module = type(optimizer).__module__
+    if not isinstance(optimizer, AdamW) and not module.startswith("torch.optim"):
+        raise ConfigError(
+            f"SFAConfig.weight_decay_on='weight': how {type(optimizer).__name__} decays is not "
+            "known. Use one of torch.optim's optimizers, weight_decay_on='change', or "
+            "weight_decay=0."
+        )
+
+
+def _add_decay_to_gradient(pool: Pool, group: dict[str, Any]) -> None:
+    """Add what decay of the pretrained entries adds to the gradient of decay of their change."""
+    if pool.values.grad is not None:
+        sign = -1 if group.get("maximize") else 1
+        pool.values.grad.add_(pool.originals(), alpha=sign * group["weight_decay"])
