@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One method in a process of its own: builds it and runs steps when `cost.py` asks.
+
+One JSON object per line: requests on standard input, replies on standard output. A process of its
+own makes the peak memory that of one method; staying alive lets the methods take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from cost_models import (
+    ROUNDS,
+    NotAvailable,
+    make_selector,
+    make_task,
+    prepare,
+    trained_parameters,
+)
+from torch import Tensor
+
+from sfa_peft import SFASelector
+
+WARM_UP_STEPS = 2
+
+
+class Memory:
+    """Present and peak memory in bytes: resident on CPU, allocated by torch on CUDA."""
+
+    def __init__(self, device: str) -> None:
+        self.is_cuda = device == "cuda"
+
+    def now(self) -> int:
+        """Return the memory in use."""
+        return torch.cuda.memory_allocated() if self.is_cuda else _status("VmRSS")
+
+    def peak(self) -> int:
+        """Return the largest memory since the start or the last `reset`."""
+        # Not ru_maxrss on Linux: a child starts with its parent's.
+        return torch.cuda.max_memory_allocated() if self.is_cuda else _status("VmHWM")
+
+    def reset(self) -> None:
+        """Let the peak start anew."""
+        if self.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        elif sys.platform == "linux":
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int:
+    if sys.platform != "linux":  # macOS gives the peak only, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no line {name}")
+
+
+class Job:
+    """A model, its optimizer and its selector: what one row of the table runs.
+
+    Args:
+        case: A `Case` as a dict.
+        settings: backbone, resolution, batch_size, dtype, device, rounds.
+    """
+
+    def __init__(self, case: dict[str, Any], settings: dict[str, Any]) -> None:
+        self.device, self.phase = settings["device"], case["phase"]
+        self.memory = Memory(self.device)
+        dtype = getattr(torch, settings["dtype"])
+        task = make_task(settings["backbone"], settings["resolution"], dtype, self.device)
+        self.size = sum(p.numel() for p in task.backbone.parameters())
+        self.model = prepare(task, case).train()
+        self.selector: SFASelector | None = None
+        if case["method"].startswith(("sfa_", "pick")):
+            # A pick per round, and one round behind the last.
+            total_steps = max(ROUNDS, settings["rounds"] + WARM_UP_STEPS + 1)
+            self.selector = make_selector(self.model, self.phase, total_steps)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        side, generator = settings["resolution"], torch.Generator().manual_seed(0)
+        images = torch.randn(settings["batch_size"], 3, side, side, generator=generator)
+        self.images = images.to(device=self.device, dtype=dtype)
+        self.run_peak = 0
+        for _ in range(WARM_UP_STEPS):
+            self.update()
+            self.select()
+            self.optimizer.zero_grad()
+
+    def update(self) -> None:
+        """Forward, backward and the optimizer's step."""
+        self.model(self.images).backward()
+        self.optimizer.step()
+
+    def select(self) -> None:
+        """Count the step, and pick if a round ends."""
+        if self.selector is not None:
+            self.selector.step(self.optimizer)
+
+    def steps(self, count: int) -> dict[str, Any]:
+        """Return the seconds of each of `count` training steps."""
+
+        def step() -> None:
+            self.update()
+            self.select()
+            self.optimizer.zero_grad()
+
+        return {"seconds": [self._time(step) for _ in range(count)]}
+
+    def pick(self) -> dict[str, Any]:
+        """Return time and extra memory of a pick, and of `torch.topk` on the same scores."""
+        selector = self.selector
+        if selector is None or selector.schedule is None:
+            raise RuntimeError("only a row with a growing selection can pick")
+        step = self._time(self.update)
+        self.run_peak = max(self.run_peak, self.memory.peak())
+        steps = selector.update_steps
+        count = selector.schedule.selected_after(steps + 1) - selector.selected
+        sums = list(selector.state_dict()["sums"].values())
+        plain, plain_bytes = self._extra(lambda: _plain_topk(sums, count))
+        seconds, extra = self._extra(self.select)
+        self.run_peak = max(self.run_peak, self.memory.peak())
+        self.optimizer.zero_grad()
+        if selector.selected < selector.schedule.selected_after(steps + 1):
+            raise RuntimeError("the step that was timed as a pick did not pick")
+        self.memory.reset()
+        return {
+            "step_seconds": step,
+            "pick_seconds": seconds,
+            "pick_extra_bytes": extra,
+            "topk_seconds": plain,
+            "topk_extra_bytes": plain_bytes,
+            "selected": count,
+            "eligible": sum(s.numel() for s in sums),
+        }
+
+    def peak(self) -> dict[str, Any]:
+        """Return the peak memory of everything so far (without the plain `torch.topk`)."""
+        return {"peak_bytes": max(self.run_peak, self.memory.peak())}
+
+    def _extra(self, action: Callable[[], object]) -> tuple[float, int]:
+        """Return seconds of an action, and by how much memory rose above its start."""
+        self.memory.reset()
+        before = self.memory.now()
+        seconds = self._time(action)
+        return seconds, self.memory.peak() - before
+
+    def _time(self, action: Callable[[], object]) -> float:
+        self._wait()
+        start = time.perf_counter()
+        action()
+        self._wait()
+        return time.perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def _plain_topk(sums: list[Tensor], count: int) -> Tensor:
+    """Rank as is usually done: join the scores in a copy and sort out the largest."""
+    return torch.cat([s.reshape(-1) for s in sums]).abs_().topk(count, sorted=False).indices
+
+
+def build(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+    """Return the job and what is known before it is timed."""
+    memory = Memory("cpu")
+    imports = memory.now()
+    torch.set_num_threads(settings["threads"])
+    job = Job(case, settings)
+    is_cuda = settings["device"] == "cuda"
+    return job, {
+        "imports_bytes": imports,
+        "trained": trained_parameters(job.model),
+        "backbone": job.size,
+        "device_name": torch.cuda.get_device_name() if is_cuda else "cpu",
+    }
+
+
+def serve(requests: TextIO, replies: TextIO) -> None:
+    """Answer requests until there are no more."""
+    job: Job | None = None
+    for line in requests:
+        request = json.loads(line)
+        name, arguments = request["do"], request["with"]
+        try:
+            if name == "build":
+                job, reply = build(**arguments)
+            else:
+                reply = getattr(job, name)(**arguments)
+        except NotAvailable as error:
+            reply = {"not_available": str(error)}
+        except Exception as error:  # whatever a library raises becomes a row that says so
+            traceback.print_exc()
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    # Libraries may print: only replies go to the pipe.
+    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(sys.stdin, pipe)
