@@ -137,7 +137,12 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
     state = fresh.state_dict()
     fresh.close()
     sums = {} if phase == "after" else {n: _zeros(s) for n, s in state["sums"].items()}
-    state |= {"update_steps": picks * SELECTION_STEPS, "sums": sums}
+    state |= {
+        "update_steps": picks * SELECTION_STEPS,
+        "sums": sums,
+        "num_added": dict.fromkeys(sums, 0),
+        "joined": schedule.joined(picks * SELECTION_STEPS),
+    }
     ends = [schedule.selected_after(i * SELECTION_STEPS) for i in range(picks + 1)]
     _fill(pool.slots, pool.starts[-1], ends)
     resumed = SFASelector(model)

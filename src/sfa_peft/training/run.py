@@ -15,6 +15,7 @@ from ..selection.accumulators import Accumulator, non_finite
 from ..selection.pick import pick, row_sizes
 from ..selection.schedule import Schedule
 from ..selection.scores import find_score
+from ..tuner.delta import Observer
 from ..tuner.pool import Pool
 from .candidates import Candidates
 from .late_entries import LateEntries
@@ -85,7 +86,7 @@ class Run:
         for ordinal, name in enumerate(self.pool.names):
             observers = self.pool.entries(ordinal).observers
             if wanted and name in self.accumulators:
-                observers[self.pool.adapter_name] = self.accumulators[name]
+                observers[self.pool.adapter_name] = Observer(self.accumulators[name])
             else:
                 observers.pop(self.pool.adapter_name, None)
 

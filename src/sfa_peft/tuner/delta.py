@@ -7,6 +7,8 @@ from the dense gradient of one layer at a time. `Cut` joins what the layers gath
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -54,11 +56,46 @@ class Cut(torch.autograd.Function):
         return joined, None
 
 
+class Observer:
+    """What is shown the dense gradient of a weight, in eager and in compiled backwards.
+
+    Args:
+        function: Called with each gradient.
+    """
+
+    def __init__(self, function: Callable[[Tensor], None]) -> None:
+        self.function = function
+        self.handle = next(_handles)  # a graph can hold a number, but no object
+        _OBSERVERS[self.handle] = self
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Show a gradient."""
+        self.function(gradient)
+
+
+_handles = itertools.count()
+_OBSERVERS: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("sfa_peft::hand_over", mutates_args=())
+def hand_over(gradient: Tensor, indices: Tensor, handle: int) -> Tensor:
+    """Show a gradient to an observer and return its entries at flat positions: one graph node."""
+    observer = _OBSERVERS.get(handle)
+    if observer is not None:
+        observer(gradient)
+    return gradient.reshape(-1).index_select(0, indices)
+
+
+@hand_over.register_fake
+def _(gradient: Tensor, indices: Tensor, handle: int) -> Tensor:
+    return gradient.new_empty(indices.shape)
+
+
 class Tap(NamedTuple):
     """What one adapter wants from a weight's gradient."""
 
     indices: Tensor  # flat positions in the weight, int32, in the order of the adapter's slots
-    observer: Callable[[Tensor], None] | None  # gets the dense gradient (scores)
+    observer: Observer | None  # gets the dense gradient (scores)
 
 
 class LiveWeight(torch.autograd.Function):
@@ -81,7 +118,11 @@ class LiveWeight(torch.autograd.Function):
         flat = grad.reshape(-1)
         slice_grads = []
         for tap, dtype in zip(ctx.taps, ctx.dtypes, strict=True):
-            if tap.observer is not None:
-                tap.observer(grad)
-            slice_grads.append(flat.index_select(0, tap.indices).to(dtype))
+            if torch.compiler.is_compiling() and tap.observer is not None:
+                gathered = hand_over(grad, tap.indices, tap.observer.handle)
+            else:
+                if tap.observer is not None:
+                    tap.observer(grad)
+                gathered = flat.index_select(0, tap.indices)
+            slice_grads.append(gathered.to(dtype))
         return (grad if ctx.needs_input_grad[0] else None, None, *slice_grads)

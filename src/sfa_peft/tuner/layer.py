@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAWarning
-from .delta import LiveWeight
+from .delta import LiveWeight, Tap
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .live import LiveEntries, eager
 from .pool import Pool
@@ -57,6 +57,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters = []
         self.entries: dict[str, LiveEntries] = {}  # by name of the base layer's parameter
+        self.ready = False  # whether a compiled forward may go on with what was prepared
         self.resolved: dict[str, dict[str, Any]] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
@@ -155,7 +156,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
-        self.refresh(names)
+        if not (torch.compiler.is_compiling() and self.ready):
+            self.refresh(names)
         out = self._base_forward(*args, **kwargs)
         for name in names:
             if name in self.sfa_down:
@@ -187,9 +189,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         watched = {}
         for parameter, entries in self.entries.items():
-            for name in entries.live:
-                self._watch(*entries.pools[name])
-            taps, slices = entries.taps()
+            if torch.compiler.is_compiling() and self.ready:
+                taps, slices = entries.prepared
+            else:
+                taps, slices = self._taps(entries)
             if taps:
                 watched[parameter] = LiveWeight.apply(self.parameter(parameter), taps, *slices)
         if not watched:
@@ -197,7 +200,20 @@ class SFALayer(nn.Module, BaseTunerLayer):
         # By name and not F.linear: any layer type and the hooks on it keep working.
         return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
-    @eager
+    @eager  # a cut is kept between forwards, so no graph may own it
+    def _taps(self, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
+        for name in entries.live:
+            self._watch(*entries.pools[name])
+        return entries.taps()
+
+    def prepare(self) -> None:
+        """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
+        self.ready = not (self.merged or self.disable_adapters)
+        if self.ready:
+            self.refresh(self._effective_adapters())
+            for entries in self.entries.values():
+                entries.prepared = self._taps(entries) if torch.is_grad_enabled() else ([], [])
+
     def _watch(self, pool: Pool, ordinal: int) -> None:
         """Report once that a selection is being trained which nobody makes."""
         if ordinal or not (pool.needs_selector and self.training and pool.values.requires_grad):
@@ -218,6 +234,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def withdraw(self) -> None:
         """Put the original entries back into the parameters, to the bit."""
+        self.ready = False
         for parameter, entries in self.entries.items():
             entries.withdraw(self.parameter(parameter))
 

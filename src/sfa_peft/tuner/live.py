@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .delta import Spans, Tap
+from .delta import Observer, Spans, Tap
 from .pool import Pool, version
 
 #: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
@@ -48,10 +48,11 @@ class LiveEntries:
 
     def __init__(self) -> None:
         self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this weight's ordinal
-        self.observers: dict[str, Callable[[Tensor], None]] = {}  # get the dense gradient (scores)
+        self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.candidates: dict[str, Tensor] = {}  # change of all entries while candidates train
         self.live: tuple[str, ...] = ()
         self.in_graph = False  # a backward that needs the weight as it is may still come
+        self.prepared: tuple[list[Tap], list[Tensor]] = ([], [])  # for a compiled forward
         self._supports: dict[str, Support] = {}
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
@@ -110,7 +111,6 @@ class LiveEntries:
         self._restore(copy)
         return copy
 
-    @eager  # a cut is kept between forwards, so no graph may own it
     def taps(self) -> tuple[list[Tap], list[Tensor]]:
         """Return what live adapters want from the weight's gradient, and their slices of values."""
         taps, slices = [], []
