@@ -179,7 +179,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_never_selected(caplog):
     for step in range(20):
         model(torch.randn(4, 12)).sum().backward()
         if step == 0:
-            pool.entries(0).observers["default"].state[0] = float("nan")
+            pool.entries(0).observers["default"].function.state[0] = float("nan")
         selector.step()
     assert "`first.weight`: gradients were NaN" in caplog.text
     assert selector.selected_share == 1
