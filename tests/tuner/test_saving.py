@@ -160,7 +160,7 @@ def _damage(folder, suffix, change):
     [
         ("sfa_slots", lambda t: t + 10**9, "eligible weights"),
         ("sfa_slots", torch.zeros_like, "repeat or have gaps"),
-        ("sfa_slots", lambda t: t.int(), "positions int64"),
+        ("sfa_slots", lambda t: t.short(), "positions integers"),
         ("sfa_slots", lambda t: t[:-1].clone(), "of one length"),
         ("sfa_slots", lambda t: torch.where(t == t.min(), -1, t), "repeat or have gaps"),
         ("sfa_pool", lambda t: t * float("nan"), "NaN or infinite"),

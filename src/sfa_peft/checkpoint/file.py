@@ -3,7 +3,8 @@
 
 `adapter_model.safetensors` holds external adapters and head under their module paths, and on the
 first adapted layer the selection as two tensors of equal length: `sfa_pool` (float values of the
-change) and `sfa_slots` (int64 position of each value, -1 for a value not assigned yet). A position
+change) and `sfa_slots` (position of each value, -1 for a value not assigned yet; int32, or int64
+where that is too small). A position
 counts the entries of the tensors listed in `adapter_config.json` under `resolved.tensors`, one
 after the other, each in C order.
 """
@@ -106,16 +107,20 @@ def check_selection(name: str, slots: Tensor, values: Tensor, num_weights: int) 
 
     Args:
         name: Where they were found, for the message.
-        slots: Positions, int64, -1 only at the end.
+        slots: Positions, int32 or int64, -1 only at the end.
         values: Values of the change, one per position.
         num_weights: Number of eligible weights in the model.
 
     Raises:
         AdapterFileError: If lengths, type, range, order or values are wrong.
     """
-    if slots.dtype != torch.int64 or slots.ndim != 1 or values.shape != slots.shape:
+    if (
+        slots.dtype not in (torch.int32, torch.int64)
+        or slots.ndim != 1
+        or values.shape != slots.shape
+    ):
         raise AdapterFileError(
-            f"{name}: expected two flat tensors of one length, positions int64; got "
+            f"{name}: expected two flat tensors of one length, positions integers; got "
             f"{slots.dtype} {list(slots.shape)} and {values.dtype} {list(values.shape)}."
         )
     assigned = int((slots >= 0).sum())

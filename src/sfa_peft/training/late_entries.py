@@ -88,18 +88,26 @@ class LateEntries:
 def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:
     """Return what Adam subtracts from slots first to last - 1 if its step count is `count`."""
     beta1, beta2 = group["betas"]
-    squares = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"][first:last]
+    squares = _second_moment(group, state)[first:last]
     divisor = (squares.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
     rate = float(group["lr"]) * ratio / (1 - beta1**count)
     return state["exp_avg"][first:last].div(divisor).mul_(rate)
 
 
 def _exchange(pool: Pool, group: Any, state: Any, first: int, last: int, age: int) -> None:
-    shared = float(state["step"])
+    """Put what Adam would have subtracted at this age in the place of what it did subtract."""
+    shared, (beta1, beta2) = float(state["step"]), group["betas"]
+    rate = float(group["lr"]) * pool.lr_ratio
     with torch.no_grad():
-        part = pool.values[first:last]
-        part.add_(_update(group, state, first, last, shared, pool.lr_ratio))
-        part.sub_(_update(group, state, first, last, age, pool.lr_ratio))
+        part, mean = pool.values[first:last], state["exp_avg"][first:last]
+        root = _second_moment(group, state)[first:last].sqrt()
+        for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
+            divisor = (root / math.sqrt(1 - beta2**count)).add_(group["eps"])
+            part.addcdiv_(mean, divisor, value=sign * rate / (1 - beta1**count))
+
+
+def _second_moment(group: Any, state: Any) -> Tensor:
+    return state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
 
 
 def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool:

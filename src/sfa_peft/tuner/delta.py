@@ -35,7 +35,7 @@ class Cut(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, spans: list[Spans]) -> tuple[Tensor, ...]:
         """Return one stand-in per weight, of the length of its slice."""
         ctx.spans, ctx.shape = spans, values.shape
-        ctx.dtype, ctx.device = values.dtype, values.device
+        ctx.options = {"dtype": values.dtype, "device": values.device}
         ctx.set_materialize_grads(False)
         sizes = [span_length(layer) for layer in spans]
         return tuple(
@@ -45,14 +45,16 @@ class Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor, None]:  # pyright: ignore
         """Return the gradient of all values."""
-        joined = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
+        pieces: list[tuple[int, Tensor]] = []
         for spans, grad in zip(ctx.spans, grads, strict=True):
-            if grad is None:
-                continue
-            first = 0
-            for a, b in spans:
-                joined[a:b] = grad[first : first + b - a]
-                first += b - a
+            if spans:
+                own = torch.zeros(span_length(spans), **ctx.options) if grad is None else grad
+                parts = own.split([b - a for a, b in spans])
+                pieces += [(a, part) for (a, _), part in zip(spans, parts, strict=True)]
+        pieces.sort(key=lambda piece: piece[0])  # slots are dealt out without gaps
+        assigned = sum(part.numel() for _, part in pieces)
+        rest = torch.zeros(ctx.shape[0] - assigned, **ctx.options)
+        joined = torch.cat([*(part for _, part in pieces), rest])
         return joined, None
 
 

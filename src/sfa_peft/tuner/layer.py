@@ -4,26 +4,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAWarning
 from .delta import LiveWeight, Tap
-from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .external import apply_bottleneck, make_projections
 from .live import LiveEntries, eager
 from .pool import Pool
+from .switching import Switching
 
 #: Training forwards with nothing selected after which a missing selector is reported.
 _PATIENCE = 3
 
 
-class SFALayer(nn.Module, BaseTunerLayer):
+class SFALayer(Switching):
     """A layer whose selected weights and external adapter train while the rest stays frozen.
 
     Args:
@@ -63,16 +63,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.in_features = getattr(base_layer, f"in_{kind}", None)
         self.out_features = getattr(base_layer, f"out_{kind}", None)
 
-    def parameter(self, name: str) -> Tensor:
-        """Return a parameter of the base layer, with the entries of live adapters in it."""
-        return cast(Tensor, getattr(self.get_base_layer(), name))
-
-    @property
-    def base_weight(self) -> Tensor:
-        """The base layer's weight (its first parameter where it has none of that name)."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return next(self.get_base_layer().parameters()) if weight is None else weight
-
     # --- building ------------------------------------------------------------------------------
 
     def update_layer(
@@ -108,7 +98,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
                     torch.zeros(pool_size, device=device, dtype=dtype)
                 )
                 self.sfa_slots[adapter_name] = torch.full(
-                    (pool_size,), -1, dtype=torch.int64, device=device
+                    (pool_size,), -1, dtype=pool.slots_dtype, device=device
                 )
         if width:
             down, up = make_projections(
@@ -132,15 +122,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     # --- forward -------------------------------------------------------------------------------
 
-    def has_adapter(self, adapter_name: str) -> bool:
-        """Whether an adapter changes this layer's parameters or output."""
-        return self.find_pool(adapter_name) is not None or adapter_name in self.sfa_down
-
-    def find_pool(self, adapter_name: str) -> Pool | None:
-        """Return the pool of an adapter's change of this layer, None if it has none."""
-        pools = (e.pools[adapter_name][0] for e in self.entries.values() if adapter_name in e.pools)
-        return next(pools, None)
-
     def _effective_adapters(self) -> list[str]:
         """Names whose change and external adapter act now."""
         if self.merged:
@@ -163,16 +144,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
-
-    def refresh(self, names: list[str]) -> None:
-        """Make the base layer's parameters hold the changes of the named adapters."""
-        for parameter, entries in self.entries.items():
-            entries.refresh(self.parameter(parameter), names)
-
-    @property
-    def in_graph(self) -> bool:
-        """Whether a backward that needs the parameters as they are may still come."""
-        return any(entries.in_graph for entries in self.entries.values())
 
     def _pretrained_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
@@ -229,116 +200,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
                     SFAWarning,
                     stacklevel=2,
                 )
-
-    # --- switching, merging --------------------------------------------------------------------
-
-    def withdraw(self) -> None:
-        """Put the original entries back into the parameters, to the bit."""
-        self.ready = False
-        for parameter, entries in self.entries.items():
-            entries.withdraw(self.parameter(parameter))
-
-    def _forget(self) -> None:
-        for entries in self.entries.values():
-            entries.forget()
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; the next forward writes what they change."""
-        before = self.active_adapters
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if not self.merged and self.active_adapters != before:
-            self.withdraw()
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
-        super().enable_adapters(enabled)
-        if not self.merged and not self.in_graph:
-            self.withdraw()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter from the layer."""
-        self.withdraw()
-        super().delete_adapter(adapter_name)
-        for entries in self.entries.values():
-            entries.remove(adapter_name)
-        self.resolved.pop(adapter_name, None)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Leave the change of adapters in the weight until `unmerge`.
-
-        External adapters cannot be folded into a weight: they stay in the forward.
-
-        Args:
-            safe_merge: Whether to check first that nothing becomes NaN or infinite.
-            adapter_names: Adapters to merge; None for the active ones.
-
-        Raises:
-            ValueError: If `safe_merge` finds a value that is not finite.
-        """
-        names = [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
-        if safe_merge:
-            for name in names:
-                self._check_finite(name)
-        self.merged_adapters.extend(names)
-        if names:
-            self.refresh(self.merged_adapters)
-
-    def unmerge(self) -> None:
-        """Put the original entries back, to the bit."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self.merged_adapters.clear()
-        self.withdraw()
-
-    def _check_finite(self, name: str) -> None:
-        tensors: list[Tensor] = []
-        if name in self.sfa_down:
-            tensors += [*self.sfa_down[name].parameters(), *self.sfa_up[name].parameters()]
-        for entries in self.entries.values():
-            if name in entries.pools:
-                pool, ordinal = entries.pools[name]
-                tensors += [pool.values[a:b] for a, b in pool.layout()[ordinal]]
-        if not all(bool(torch.isfinite(t).all()) for t in tensors):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-            )
-
-    def unload(self) -> nn.Module:
-        """Return what stands in the wrapper's place afterwards: the base layer, merged or not."""
-        base = self.get_base_layer()
-        if not self.merged:
-            self.withdraw()
-            return base
-        kept = [
-            (self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down
-        ]
-        return AdaptedLayer(base, kept) if kept else base
-
-    # --- state ---------------------------------------------------------------------------------
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Like any module's, with the original entries in the base layer unless merged."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer."
-        for parameter, entries in self.entries.items():
-            if entries.live and not self.merged and prefix + parameter in state:
-                state[prefix + parameter] = entries.original(self.parameter(parameter))
-        return state
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # What is loaded next are original weights: take ours out before, look at them anew after.
-        self.withdraw()
-        self._forget()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SFALayer:
-        self.withdraw()
-        self._forget()
-        super()._apply(fn, recurse)
-        if self.merged:
-            self.refresh(self.merged_adapters)
-        return self
 
     def extra_repr(self) -> str:
         """Name the role, and per adapter how many weights are selected."""

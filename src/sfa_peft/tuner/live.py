@@ -139,7 +139,7 @@ class LiveEntries:
         for name in self.live:
             support = self._supports[name]
             if support.indices.numel():
-                flat.index_copy_(0, support.indices.long(), support.undo)
+                flat.scatter_(0, support.indices.long(), support.undo)
 
     def _find_support(self, name: str, weight: Tensor) -> Support:
         """Return an adapter's entries; the weight must hold the originals."""
@@ -149,9 +149,12 @@ class LiveEntries:
         if known is not None and known.spans is spans:
             return known
         index = pool.indices(ordinal).to(weight.device)
-        undo = weight.detach().view(-1).index_select(0, index)
         small = weight.numel() <= torch.iinfo(torch.int32).max
-        return Support(spans, index.int() if small else index, undo)
+        indices = pool.room(ordinal, torch.int32 if small else torch.int64, weight.device)
+        undo = pool.room(ordinal, weight.dtype, weight.device)
+        indices.copy_(index)
+        torch.index_select(weight.detach().view(-1), 0, index, out=undo)
+        return Support(spans, indices, undo)
 
     def _write(self, name: str, weight: Tensor, *, onto_others: bool) -> None:
         """Write original plus change, added in fp32; on shared entries onto what is there."""
@@ -163,7 +166,7 @@ class LiveEntries:
         values = self.pools[name][0].values.detach()
         parts = [values[a:b] for a, b in support.spans]
         change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
-        flat.index_copy_(0, index, (start.float() + change).to(start.dtype))
+        flat.scatter_(0, index, (start.float() + change).to(start.dtype))  # faster than index_copy_
 
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""

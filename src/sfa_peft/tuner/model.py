@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -22,8 +21,8 @@ from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
+from .compiled import before_forward
 from .layer import SFALayer
-from .live import eager
 from .plan import Plan, make_plan
 from .pool import Pool
 from .targets import is_excluded
@@ -75,8 +74,8 @@ class SFAModel(BaseTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
-        if _before_forward not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_before_forward)
+        if before_forward not in model._forward_pre_hooks.values():
+            model.register_forward_pre_hook(before_forward)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
         resolved = plan.to_resolved()
@@ -120,6 +119,7 @@ class SFAModel(BaseTuner):
             self._pool = Pool(
                 adapter_name,
                 needs_selector=peft_config.selects_while_training and not self._plan.loaded,
+                num_weights=self._plan.budget.eligible,
                 lr_ratio=peft_config.internal_lr_ratio,
                 decay_weight=peft_config.weight_decay_on == "weight",
             )
@@ -226,20 +226,6 @@ class SFAModel(BaseTuner):
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
 
 
-def _before_forward(model: nn.Module, _args: Any) -> None:
-    """Do first what a graph cannot hold, under torch.compile; whoever calls the model."""
-    if torch.compiler.is_compiling():
-        _prepare(model)
-
-
-@eager
-def _prepare(model: nn.Module) -> None:
-    """Let every layer write its weights and look up its taps, outside a compiled graph."""
-    for module in model.modules():
-        if isinstance(module, SFALayer):
-            module.prepare()
-
-
 def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
     """Return the layers that an adapter changes, in model order."""
     layers = (m for m in model.modules() if isinstance(m, SFALayer))
@@ -278,7 +264,7 @@ def _select_without_data(pool: Pool, config: SFAConfig) -> None:
         pick(
             sources,
             pool.values.numel(),
-            [pool.slots[:0]] * len(weights),
+            [pool.slots[:0].long()] * len(weights),
             ranking=config.ranking,
             granularity=config.granularity,
             row_sizes=row_sizes(weights),

@@ -37,6 +37,7 @@ class Pool:
     Args:
         adapter_name: The adapter.
         needs_selector: Whether slots get assigned while training, by a callback or selector.
+        num_weights: Number of weights that may be selected, of all layers together.
         lr_ratio: Learning rate of the values over that of their optimizer.
         decay_weight: Whether weight decay pulls the weights towards zero, not their change.
 
@@ -50,17 +51,21 @@ class Pool:
         adapter_name: str,
         *,
         needs_selector: bool,
+        num_weights: int,
         lr_ratio: float = 1.0,
         decay_weight: bool = False,
     ) -> None:
         self.adapter_name = adapter_name
         self.needs_selector = needs_selector
+        small = num_weights <= torch.iinfo(torch.int32).max
+        self.slots_dtype = torch.int32 if small else torch.int64
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
         self.idle_forwards = 0  # training forwards with nothing selected and no selector
         self.tensors: list[tuple[SFALayer, str]] = []
         self.names: list[str] = []
         self.starts: list[int] = [0]  # first position of each weight, and the end
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
@@ -71,7 +76,8 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        return self.__dict__ | {"_layout": None, "_cut": None, "before": None, "driver": None}
+        dropped = {"_layout": None, "_cut": None, "before": None, "driver": None, "_buffers": {}}
+        return self.__dict__ | dropped
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -106,7 +112,10 @@ class Pool:
 
     @property
     def slots(self) -> Tensor:
-        """Position of each value, int64 (size,); -1 where not assigned yet, only at the end."""
+        """Position of each value, (size,); -1 where not assigned yet, only at the end.
+
+        int32, or int64 where there are more positions than that can name (or a file had it).
+        """
         return cast(Tensor, self.tensors[0][0].sfa_slots[self.adapter_name])
 
     @property
@@ -125,14 +134,27 @@ class Pool:
         stamp = version(slots)
         if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
             self._layout = (slots, stamp, _spans(slots, self.starts))
+            self._buffers = {}
         return self._layout[2]
+
+    def room(self, ordinal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return room for one number per selected entry of a weight.
+
+        All weights share one buffer: many small ones, made in the course of a forward, would lie
+        between its activations and keep the allocator from using their memory again.
+        """
+        counts = [span_length(spans) for spans in self.layout()]
+        if (dtype, device) not in self._buffers:
+            self._buffers[dtype, device] = torch.empty(sum(counts), dtype=dtype, device=device)
+        first = sum(counts[:ordinal])
+        return self._buffers[dtype, device][first : first + counts[ordinal]]
 
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""
         slots, spans = self.slots, self.layout()[ordinal]
         if not spans:
-            return slots[:0]
-        return torch.cat([slots[a:b] for a, b in spans]) - self.starts[ordinal]
+            return slots[:0].long()
+        return torch.cat([slots[a:b] for a, b in spans]).long() - self.starts[ordinal]
 
     def count(self, ordinal: int) -> int:
         """Return how many entries of a weight are selected."""
@@ -223,7 +245,7 @@ def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
         return spans
     breaks = (used[1:] < used[:-1]).nonzero().squeeze(1) + 1  # where a new pick begins
     edges = [0, *breaks.tolist(), used.numel()]
-    bounds = torch.tensor(starts, device=slots.device)
+    bounds = torch.tensor(starts, dtype=slots.dtype, device=slots.device)
     for first, last in pairwise(edges):
         cuts = (torch.searchsorted(used[first:last], bounds) + first).tolist()
         for ordinal, (a, b) in enumerate(pairwise(cuts)):
