@@ -127,9 +127,10 @@ class LiveEntries:
         """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
         for name in names:
             if name in self.candidates:
-                self._pretrained = weight.detach().clone()
+                if self._pretrained is None:
+                    self._pretrained = weight.detach().clone()
                 change = self.candidates[name].to(weight.device)
-                weight.detach().copy_((self._pretrained.float() + change).to(weight.dtype))
+                weight.detach().copy_((weight.detach().float() + change).to(weight.dtype))
 
     def _restore(self, weight: Tensor) -> None:
         if self._pretrained is not None:
