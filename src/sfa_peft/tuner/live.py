@@ -118,8 +118,8 @@ class LiveEntries:
         for name in self.live:
             pool, ordinal = self.pools[name]
             observer, support = self.observers.get(name), self._supports[name]
-            # With nothing selected nor scored one weight keeps the values in the graph: a loss needs
-            # a gradient to have, and DistributedDataParallel one for each parameter.
+            # With nothing selected nor scored one weight keeps the values in the graph: a loss must
+            # have a gradient, and DistributedDataParallel wants one for each parameter.
             alone = ordinal == len(pool.tensors) - 1 and pool.is_empty
             wanted = observer is not None or support.spans or alone
             if pool.values.requires_grad and wanted:

@@ -211,9 +211,9 @@ def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         if id(parameter) not in wanted:
             continue
         if id(parameter) in seen:
-            where = wanted[id(parameter)].rpartition(".")[0]
+            where, _, own = wanted[id(parameter)].rpartition(".")
             raise TargetError(
-                f"`{where}`: its weight is shared by `{seen[id(parameter)]}` and "
+                f"`{where}`: its {own} is shared by `{seen[id(parameter)]}` and "
                 f"`{name}`. A change would reach both, so it cannot be adapted. Untie the weights, "
                 "or leave the layer out."
             )
