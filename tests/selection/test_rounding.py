@@ -45,6 +45,8 @@ def test_what_bfloat16_can_hold_is_kept_exactly():
 
 def test_infinity_and_nan_stay_what_they_are():
     special = torch.tensor([float("inf"), -float("inf"), float("nan")] * 500)
+    # NaNs whose lower bits are all set: adding to them would carry into the sign.
+    special.view(torch.int32)[:4] = torch.tensor([0x7FFFFFFF, -1] * 2, dtype=torch.int32)
     rounded = round_stochastically(special.clone(), NOISE, "k")
     assert torch.equal(rounded.isnan(), special.isnan())
     assert torch.equal(rounded[~special.isnan()], special[~special.isnan()])

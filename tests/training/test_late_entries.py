@@ -82,7 +82,10 @@ def per_pick_reference(make, gradients, values, joined):
 
 
 def train(make, **options):
-    """Train with a decaying rate; return the values, their gradients, and picks."""
+    """Train with a decaying rate and shrinking gradients, which amsgrad's maximum remembers.
+
+    Return the pool, the gradients of its values, and the picks.
+    """
     model, pool = build(**options)
     selector = SFASelector(model, total_steps=TOTAL)
     optimizer = make([pool.values])
@@ -90,7 +93,7 @@ def train(make, **options):
     for step in range(TOTAL):
         optimizer.param_groups[0]["lr"] *= 0.95 if step else 1
         x = torch.randn(8, 12, generator=torch.Generator().manual_seed(step))
-        model(x).square().mean().backward()
+        (0.7**step * model(x).square().mean()).backward()
         gradients.append(pool.values.grad.clone())
         optimizer.step()
         selector.step(optimizer)
