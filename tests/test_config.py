@@ -22,6 +22,24 @@ from sfa_peft import ConfigError, SFAConfig
         ({"score": "fisher"}, "unknown score 'fisher'.*accumulated_gradient"),
         ({"selection_steps": 0}, "at least 1, got 0"),
         ({"total_steps": -5}, "at least 1, got -5"),
+        ({"score": 3}, "unknown score 3"),
+        ({"score_dtype": "float16"}, "score_dtype: expected one of float32, bfloat16, got 'float1"),
+        ({"score_every": 0}, "score_every: expected .* at least 1, got 0"),
+        ({"score_every": 1.5}, "score_every"),
+        ({"score": "weight_difference", "score_every": 2}, "on every step"),
+        ({"ranking": "local"}, "ranking: expected one of global, layer, got 'local'"),
+        ({"ranking": None}, "ranking: expected one of"),
+        ({"granularity": "column"}, "granularity: expected one of weight, row"),
+        ({"schedule": "square"}, "schedule: expected one of linear, cubic, one_shot, literal"),
+        ({"select_until": 0}, "0 < select_until <= 1, got 0"),
+        ({"select_until": 1.01}, "0 < select_until <= 1"),
+        ({"select_until": True}, "0 < select_until <= 1"),
+        ({"internal_lr_ratio": 0}, "a factor above 0, got 0"),
+        ({"internal_lr_ratio": -1.0}, "a factor above 0"),
+        ({"internal_lr_ratio": float("inf")}, "a factor above 0"),
+        ({"weight_decay_on": "both"}, "weight_decay_on: expected one of change, weight"),
+        ({"seed": 1.5}, "seed: expected an integer"),
+        ({"seed": None}, "seed: expected an integer"),
         ({"layers_pattern": "blocks"}, "layers_to_transform"),
         ({"target_modules": ".*query", "layers_to_transform": [0]}, "is a str"),
     ],
@@ -32,7 +50,23 @@ def test_a_value_out_of_range_is_refused_with_what_was_expected(changes, message
 
 
 def test_a_saved_config_is_json_and_reads_back_equal(tmp_path):
-    config = SFAConfig(budget=0.1, target_modules=["query", "key"], total_steps=100)
+    config = SFAConfig(
+        budget=0.1,
+        target_modules=["query", "key"],
+        target_parameters=["bias", "norm.weight"],
+        total_steps=100,
+        score="movement",
+        score_dtype="bfloat16",
+        score_every=2,
+        ranking="layer",
+        granularity="row",
+        schedule="cubic",
+        select_until=0.5,
+        late_bias_correction=False,
+        internal_lr_ratio=3.0,
+        weight_decay_on="weight",
+        seed=7,
+    )
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SFA"
     assert SFAConfig.from_pretrained(tmp_path) == config

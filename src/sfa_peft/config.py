@@ -195,6 +195,7 @@ class SFAConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         self._check_budget()
         self._check_layers()
+        self._check_score()
         self._check_schedule()
 
     def _check_budget(self) -> None:
@@ -237,8 +238,6 @@ class SFAConfig(PeftConfig):
             )
 
     def _check_schedule(self) -> None:
-        if self.resolved is None:  # a trained adapter loads without its user's own score
-            find_score(self.score)
         choices = {
             "score_dtype": SCORE_DTYPES,
             "ranking": RANKINGS,
@@ -252,13 +251,6 @@ class SFAConfig(PeftConfig):
                     f"SFAConfig.{name}: expected one of {', '.join(allowed)}, got "
                     f"{getattr(self, name)!r}."
                 )
-        if not _is_int(self.seed):
-            raise ConfigError(f"SFAConfig.seed: expected an integer, got {self.seed!r}.")
-        if not _is_int(self.score_every) or self.score_every < 1:
-            raise ConfigError(
-                f"SFAConfig.score_every: expected a number of steps of at least 1, got "
-                f"{self.score_every!r}."
-            )
         if not _is_number(self.internal_lr_ratio) or self.internal_lr_ratio <= 0:
             raise ConfigError(
                 "SFAConfig.internal_lr_ratio: expected a factor above 0, got "
@@ -277,6 +269,24 @@ class SFAConfig(PeftConfig):
                     f"SFAConfig.{name}: expected a number of update steps of at least 1, got "
                     f"{value!r}. None lets the run decide."
                 )
+
+    def _check_score(self) -> None:
+        if self.resolved is None:  # a trained adapter loads without its user's own score
+            find_score(self.score)
+        if not _is_int(self.seed):
+            raise ConfigError(f"SFAConfig.seed: expected an integer, got {self.seed!r}.")
+        if not _is_int(self.score_every) or self.score_every < 1:
+            raise ConfigError(
+                f"SFAConfig.score_every: expected a number of steps of at least 1, got "
+                f"{self.score_every!r}."
+            )
+        if self.score == "weight_difference" and (
+            self.score_every > 1 or self.score_dtype != "float32"
+        ):
+            raise ConfigError(
+                'SFAConfig: score="weight_difference" trains candidates in fp32 on every step; '
+                f"leave out score_every={self.score_every} and score_dtype={self.score_dtype!r}."
+            )
 
     @property
     def selects_while_training(self) -> bool:

@@ -7,17 +7,10 @@ from peft import get_peft_model
 
 from sfa_peft import SFAConfig, SFASelector
 from sfa_peft.tuner.model import find_pool
-from tests.reference import DenseReference, deltas_of, masks_of
+from tests.reference import DenseReference, assert_same
 from tests.tiny import MLP, images, upernet
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-
-
-def _compare(pool, reference: DenseReference) -> None:
-    masks, deltas = masks_of(pool), deltas_of(pool)
-    for name in masks:
-        assert torch.equal(masks[name], reference.mask[name]), name
-        torch.testing.assert_close(deltas[name], reference.delta[name], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -46,7 +39,7 @@ def test_every_step_of_an_mlp_equals_the_dense_reference(accumulation, decay):
         scheduler.step()
         optimizer.zero_grad()
         reference.step(rate, decay, BETAS, EPS)
-        _compare(pool, reference)
+        assert_same(pool, reference)
     assert pool.num_assigned == pool.values.numel()
 
 
@@ -89,7 +82,7 @@ def test_every_step_of_swinv2_with_external_adapters_equals_the_dense_reference(
         selector.step(optimizer)
         optimizer.zero_grad()
         reference.step(1e-3, 0.01, BETAS, 1e-6)
-        _compare(pool, reference)
+        assert_same(pool, reference)
     assert pool.num_assigned == pool.values.numel()
 
 
@@ -113,4 +106,4 @@ def test_without_the_correction_late_entries_differ_from_the_reference():
         optimizer.zero_grad()
         reference.step(1e-2, 0.0, BETAS, EPS)
     with pytest.raises(AssertionError):
-        _compare(pool, reference)
+        assert_same(pool, reference)

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import SelectionError
 from .rounding import Noise, add_rounded
 from .scores import Score
 from .topk import TensorSource
@@ -111,12 +112,24 @@ class Accumulator:
         if update is None:
             return
         if self._noise is None:
-            self.state = update(self.weight(), gradient, self.state)
+            after = self._checked(update(self.weight(), gradient, self.state))
+            if after is not self.state:  # copied: it may be the weight itself, which we must keep
+                self.state.copy_(after)
             return
         before = self.state.float()
-        change = update(self.weight(), gradient, before.clone()).sub_(before)
+        change = self._checked(update(self.weight(), gradient, before.clone())).float() - before
         self.num_added += 1
         add_rounded(self.state, change, self._noise, f"{self.key}/{self.num_added}")
+
+    def _checked(self, state: object) -> Tensor:
+        """Return what a score function gave back, if it can be a state."""
+        if isinstance(state, Tensor) and state.shape == self.state.shape:
+            return state
+        got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+        raise SelectionError(
+            f"score={self.score.name!r}: the function must return the new state of `{self.key}`, a "
+            f"tensor of shape {list(self.state.shape)}, but it returned {got}."
+        )
 
 
 def non_finite(accumulators: Mapping[str, Accumulator]) -> list[str]:

@@ -12,7 +12,8 @@ from random import Random
 import torch
 from torch import Tensor
 
-#: Entries rounded together; also the length of the noise that is used again, turned each time.
+#: Entries rounded together; also the length of the noise that is used again, turned each time:
+#: as many as there are 16-bit numbers.
 _TILE = 1 << 16
 _INF_BITS = 0x7F800000
 
@@ -27,7 +28,8 @@ class Noise:
 
     def __init__(self, seed: int, device: torch.device) -> None:
         generator = torch.Generator().manual_seed(seed)
-        tile = torch.randint(0, 1 << 16, (_TILE,), dtype=torch.int32, generator=generator)
+        # Every number once, so that over all offsets an entry meets each equally often.
+        tile = torch.randperm(_TILE, dtype=torch.int32, generator=generator)
         self._tile = torch.cat([tile, tile]).to(device)
 
     def draw(self, size: int, key: str) -> Tensor:
@@ -55,6 +57,6 @@ def add_rounded(target: Tensor, addend: Tensor, noise: Noise, key: str) -> None:
 def round_stochastically(exact: Tensor, noise: Noise, key: str) -> Tensor:
     """Return a float32 piece (at most a tile, overwritten) rounded to what bfloat16 can hold."""
     bits = exact.view(torch.int32)
-    special = (bits & _INF_BITS) == _INF_BITS  # infinity and NaN keep their bits
+    special = (bits & _INF_BITS) == _INF_BITS  # infinity and NaN stay as they are
     rounded = (bits + noise.draw(bits.numel(), key).masked_fill(special, 0)) & -0x10000
     return rounded.view(torch.float32)

@@ -49,13 +49,12 @@ class Schedule:
     @property
     def num_picks(self) -> int:
         """n - 1, so that the last pick still trains for s steps or more; fewer where limited."""
-        if self.kind == "one_shot":
-            return min(1, self.num_rounds - 1)
+        most = min(1, self.num_rounds - 1) if self.kind == "one_shot" else self.num_rounds - 1
         if self.select_until is None:
-            return self.num_rounds - 1
+            return most
         # A decimal fraction is taken as written, whatever binary floats make of it.
         limit = math.floor(Fraction(str(self.select_until)) * self.total_steps)
-        return min(self.num_rounds - 1, limit // self.selection_steps)
+        return min(most, limit // self.selection_steps)
 
     @property
     def last_pick(self) -> int:

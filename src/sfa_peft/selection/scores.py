@@ -108,13 +108,13 @@ def register_score(name: str, function: ScoreFunction) -> None:
     Raises:
         ConfigError: If the name is taken by a score of this library or is not a word.
     """
-    known = _SCORES.get(name)
     if not isinstance(name, str) or not name.isidentifier():
         raise ConfigError(f"register_score: expected a word as the name, got {name!r}.")
     if not callable(function):
         raise ConfigError(
             f"register_score: expected a function (weight, gradient, state), got {function!r}."
         )
+    known = _SCORES.get(name)
     if known is not None and known.use:
         raise ConfigError(f"register_score: {name!r} is a score of sfa_peft; take another name.")
     _SCORES[name] = Score(name, "", function)
@@ -126,7 +126,7 @@ def find_score(name: str) -> Score:
     Raises:
         ConfigError: If there is none; the message lists what there is.
     """
-    if name not in _SCORES:
+    if not isinstance(name, str) or name not in _SCORES:
         raise ConfigError(
             f"SFAConfig.score: unknown score {name!r}; expected one of {', '.join(_SCORES)}. A "
             "score of your own must be registered first: sfa_peft.register_score(name, function)."

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import SelectionError
 from ..selection.accumulators import Accumulator
 from ..tuner.pool import Pool
+from ..tuner.steps import add_decay, is_decoupled
 
 
 class Candidates:
@@ -64,12 +65,21 @@ class Candidates:
             if self._saved:
                 self._optimizer.load_state_dict(self._saved)
         settings = {k: v for k, v in group.items() if k != "params"}
+        settings["lr"] = float(group["lr"]) * self.pool.lr_ratio
         self._optimizer.param_groups[0].update(settings)
-        self._optimizer.param_groups[0]["lr"] = float(group["lr"]) * self.pool.lr_ratio
+        decay = settings.get("weight_decay", 0) if self.pool.decay_weight else 0
+        coupled = not is_decoupled(optimizer, settings)
+        self.pool.withdraw()  # so that weights are the pretrained ones
+        weights = [self.pool.weight(i).detach() for i in range(len(self.changes))]
+        for change, weight in zip(self.changes, weights, strict=True):
+            if decay and coupled:
+                add_decay(change, weight, settings)
         self._optimizer.step()
         self._optimizer.zero_grad()
         with torch.no_grad():
-            for ordinal, change in enumerate(self.changes):
+            for ordinal, (change, weight) in enumerate(zip(self.changes, weights, strict=True)):
+                if decay and not coupled:
+                    change.sub_(weight, alpha=settings["lr"] * decay)
                 selected = self.pool.indices(ordinal).to(change.device)
                 change.view(-1).index_fill_(0, selected, 0)
 

@@ -35,9 +35,9 @@ class LateEntries:
     """Gives the late entries of a pool the bias correction of their own age.
 
     torch's Adam and AdamW (foreach, fused, amsgrad, maximize) are known. Any other optimizer that
-    keeps `step`, `exp_avg` and `exp_avg_sq` is watched for one step: if that was Adam's, its steps
-    are exchanged too. Everything else (SGD, Adafactor, NAdam, ...) works as it is, and a line in
-    the log says so.
+    keeps `step`, `exp_avg` and `exp_avg_sq` is judged by the first step that moves late entries: if
+    that was Adam's, it is exchanged too, and so are those after it. Everything else (SGD,
+    Adafactor, NAdam, ...) works as it is, and a line in the log says so.
 
     Args:
         pool: Values whose steps are exchanged.
@@ -46,6 +46,7 @@ class LateEntries:
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
         self._verdicts: dict[type, bool] = {Adam: True, AdamW: True}
+        pool.keep_before = True  # until the optimizer is known
 
     def correct(self, optimizer: Any, joined: Ranges, step: int) -> None:
         """Exchange the update just taken; before the learning rate changes.
@@ -57,7 +58,7 @@ class LateEntries:
         """
         late = [(a, b, step - since) for a, b, since in joined if step > since]
         group = self.pool.group_of(optimizer)
-        if not late or group is None:
+        if group is None:
             return
         state = optimizer.state.get(self.pool.values, {})
         if self._is_adam(optimizer, group, state, late):
@@ -67,22 +68,22 @@ class LateEntries:
 
     def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
         kind = type(optimizer)
-        if kind in self._verdicts:
-            return self._verdicts[kind]
-        keeps = {"step", "exp_avg", "exp_avg_sq"} <= set(state) and {"betas", "eps"} <= set(group)
-        if keeps and self.pool.before is None:
-            self.pool.keep_before = True  # look at the next step
-            return False
-        verdict = keeps and _took_adams_step(self.pool, group, state, late)
-        self._verdicts[kind] = verdict
+        if kind not in self._verdicts:
+            verdict = _took_adams_step(self.pool, group, state, late)
+            if verdict is None:
+                return False  # nothing moved, so there is nothing to exchange either
+            self._judge(kind, verdict)
         self.pool.keep_before, self.pool.before = False, None
+        return self._verdicts[kind]
+
+    def _judge(self, kind: type, verdict: bool) -> None:
+        self._verdicts[kind] = verdict
         if not verdict:
             logger.warning(
                 "%s works as it is: weights that join late get no bias correction of their own "
                 "age. That is known for Adam's formula only.",
                 kind.__name__,
             )
-        return verdict
 
 
 def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:
@@ -110,16 +111,28 @@ def _second_moment(group: Any, state: Any) -> Tensor:
     return state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
 
 
-def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool:
-    """Whether the step just taken was Adam's, with decoupled weight decay or none."""
-    first, last = late[0][0], late[-1][1]
-    before, after = pool.before, pool.values.detach()[first:last]
-    if before is None:
+def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool | None:
+    """Whether the step just taken was Adam's, with decoupled weight decay or none.
+
+    None where that cannot be seen yet: no late entry has moved.
+    """
+    wanted = {"step", "exp_avg", "exp_avg_sq"}
+    if group.get("amsgrad"):
+        wanted.add("max_exp_avg_sq")
+    if not wanted <= set(state) or not {"betas", "eps"} <= set(group):
         return False
+    before = pool.before
+    if not late or before is None:
+        return None
+    first, last = late[0][0], late[-1][1]
+    start, after = before[first:last], pool.values.detach()[first:last]
     update = _update(group, state, first, last, float(state["step"]), pool.lr_ratio)
+    if not bool(update.any()):
+        return None
+    slack = _TOLERANCE * update.abs().max() + torch.finfo(start.dtype).eps * start.abs().max()
     for decay in {0.0, float(group.get("weight_decay") or 0.0)}:
-        kept = 1 - float(group["lr"]) * pool.lr_ratio * decay
-        error = (before[first:last] * kept - update - after).abs().max()
-        if bool(error <= _TOLERANCE * update.abs().max()):
+        rate = float(group["lr"]) * pool.lr_ratio * decay
+        pull = start + pool.originals()[first:last] if pool.decay_weight else start
+        if bool((start - rate * pull - update - after).abs().max() <= slack):
             return True
     return False

@@ -47,7 +47,7 @@ class Run:
         self.accumulators: dict[str, Accumulator] = {}
         self.candidates: Candidates | None = None
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
-        self.late_entries = LateEntries(pool)
+        self.late_entries = LateEntries(pool) if config.late_bias_correction else None
 
     # --- scores --------------------------------------------------------------------------------
 
@@ -96,12 +96,13 @@ class Run:
         """Count one update step; pick at the end of a round (see `SFASelector.step`)."""
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
-            if _ends_update_step(optimizer):  # an overflow: its gradients do not count
+            # With a scaler it was an overflow, whose gradients do not count; else a micro-batch.
+            if self.loss_scale is not None and _ends_update_step(optimizer):
                 for accumulator in self.accumulators.values():
                     accumulator.drop_step()
             return False
         self.update_steps += 1
-        if isinstance(torch_optimizer, torch.optim.Optimizer) and self.config.late_bias_correction:
+        if isinstance(torch_optimizer, torch.optim.Optimizer) and self.late_entries is not None:
             self.late_entries.correct(torch_optimizer, self.joined, self.update_steps)
         return bool(self.accumulators) and self._score(torch_optimizer)
 
@@ -150,7 +151,8 @@ class Run:
                 row_sizes=row_sizes([self.pool.weight(i) for i in range(size)]),
             )
         )
-        self.joined.append((first, self.pool.num_assigned, self.update_steps))
+        if self.pool.num_assigned > first:
+            self.joined.append((first, self.pool.num_assigned, self.update_steps))
         logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
         for accumulator in accumulators:
             accumulator.reset()

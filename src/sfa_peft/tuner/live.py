@@ -118,7 +118,11 @@ class LiveEntries:
         for name in self.live:
             pool, ordinal = self.pools[name]
             observer, support = self.observers.get(name), self._supports[name]
-            if pool.values.requires_grad and (observer is not None or support.spans):
+            # With nothing selected nor scored one weight keeps the values in the graph: a loss must
+            # have a gradient, and DistributedDataParallel wants one for each parameter.
+            alone = ordinal == len(pool.tensors) - 1 and pool.is_empty
+            wanted = observer is not None or support.spans or alone
+            if pool.values.requires_grad and wanted:
                 taps.append(Tap(support.indices, observer))
                 slices.append(pool.slices()[ordinal])
         return taps, slices
@@ -127,9 +131,10 @@ class LiveEntries:
         """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
         for name in names:
             if name in self.candidates:
-                self._pretrained = weight.detach().clone()
+                if self._pretrained is None:
+                    self._pretrained = weight.detach().clone()
                 change = self.candidates[name].to(weight.device)
-                weight.detach().copy_((self._pretrained.float() + change).to(weight.dtype))
+                weight.detach().copy_((weight.detach().float() + change).to(weight.dtype))
 
     def _restore(self, weight: Tensor) -> None:
         if self._pretrained is not None:

@@ -134,6 +134,10 @@ class SFAModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _inject_parameters(self, *_args: Any, **_kwargs: Any) -> list[str]:
+        # PEFT would wrap what `target_parameters` names once more; their layers are wrapped.
+        return [f"{t.name}.{p}" for t in self._plan.targets.values() for p in t.parameters]
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:

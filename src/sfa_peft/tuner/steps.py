@@ -14,6 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -46,8 +47,9 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
             continue
         if pool.decay_weight and group.get("weight_decay"):
             _check_decay(optimizer)
-            if not _is_decoupled(optimizer, group):
-                _add_decay_to_gradient(pool, group)
+            if not is_decoupled(optimizer, group):
+                scale = getattr(optimizer, "grad_scale", None)  # of a fused one, under a scaler
+                add_decay(pool.values, pool.originals(), group, 1.0 if scale is None else scale)
         if pool.optimizer_steps == 0 and _called_by_grad_scaler():
             pool.stepped_by_grad_scaler = True
         if pool.lr_ratio != 1 or pool.keep_before:
@@ -67,7 +69,7 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
                 values.copy_(torch.lerp(pool.before, values.detach(), pool.lr_ratio))
             if not pool.keep_before:
                 pool.before = None
-            if pool.decay_weight and group.get("weight_decay") and _is_decoupled(optimizer, group):
+            if pool.decay_weight and group.get("weight_decay") and is_decoupled(optimizer, group):
                 rate = float(group["lr"]) * pool.lr_ratio * group["weight_decay"]
                 pool.values.sub_(pool.originals(), alpha=rate)
         pool.optimizer_steps += 1
@@ -90,7 +92,7 @@ def _called_by_grad_scaler() -> bool:
     return False
 
 
-def _is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool:
+def is_decoupled(optimizer: Any, group: dict[str, Any]) -> bool:
     """Whether decay acts on the parameter itself (AdamW) and not through its gradient."""
     if isinstance(optimizer, AdamW) or type(optimizer).__name__ in ("Adafactor", "Muon"):
         return True
@@ -107,8 +109,8 @@ def _check_decay(optimizer: Any) -> None:
         )
 
 
-def _add_decay_to_gradient(pool: Pool, group: dict[str, Any]) -> None:
-    """Add what decay of the pretrained entries adds to the gradient of decay of their change."""
-    if pool.values.grad is not None:
+def add_decay(change: Tensor, weight: Tensor, group: dict[str, Any], scale: Any = 1.0) -> None:
+    """Add to the gradient of a change what coupled decay of the pretrained weight adds to it."""
+    if change.grad is not None:
         sign = -1 if group.get("maximize") else 1
-        pool.values.grad.add_(pool.originals(), alpha=sign * group["weight_decay"])
+        change.grad.add_(weight.to(change.grad) * scale, alpha=sign * group["weight_decay"])

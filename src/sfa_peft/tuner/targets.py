@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -77,24 +78,47 @@ def match_layers(
         outputs = set()
     parameters = {}
     for name, module in modules.items():
-        own = [p for p in module._parameters if _names_parameter(config, name, p)]
+        present = [p for p, tensor in module._parameters.items() if tensor is not None]
+        own = [p for p in present if _names_parameter(config, name, p)]
         if name in eligible and "weight" not in own:
             own.insert(0, "weight")
         if own:
             parameters[name] = tuple(own)
+    _refuse_unmatched(config, parameters)
     return Matches(parameters, eligible | outputs, outputs)
 
 
 def _names_parameter(config: SFAConfig, module: str, parameter: str) -> bool:
     """Whether `target_parameters` names a parameter (and nothing excludes its module)."""
-    targets, full = config.target_parameters, f"{module}.{parameter}"
-    if not targets:
-        return False
-    if isinstance(targets, str):
-        named = re.fullmatch(targets, full) is not None
-    else:
-        named = any(full == t or full.endswith("." + t) for t in targets)
+    full = f"{module}.{parameter}"
+    named = any(is_name(full) for is_name in _parameter_rules(config).values())
     return named and _matches(config, {module.rpartition(".")[2]}, module)
+
+
+def _parameter_rules(config: SFAConfig) -> dict[str, Callable[[str], object]]:
+    """Return what tells whether a full name is meant, for each of `target_parameters`."""
+    targets = config.target_parameters or ()
+    if isinstance(targets, str):
+        return {targets: re.compile(targets).fullmatch}
+    return {t: partial(_ends_with, t) for t in sorted(targets)}
+
+
+def _ends_with(end: str, full: str) -> bool:
+    return f".{full}".endswith(f".{end}")
+
+
+def _refuse_unmatched(config: SFAConfig, parameters: Mapping[str, Sequence[str]]) -> None:
+    """Refuse `target_parameters` of which a name (or the regular expression) finds nothing."""
+    found = [f"{n}.{p}" for n, own in parameters.items() for p in own]
+    rules = _parameter_rules(config)
+    missing = [target for target, is_name in rules.items() if not any(map(is_name, found))]
+    if missing:
+        raise TargetError(
+            f"target_parameters: no parameter of a layer in the model matches {missing}. Give the "
+            "end of its name ('norm.weight', 'bias') or one regular expression for whole names, "
+            "and check exclude_modules, modules_to_save and layers_to_transform, which leave "
+            "layers out."
+        )
 
 
 def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:
@@ -187,9 +211,9 @@ def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         if id(parameter) not in wanted:
             continue
         if id(parameter) in seen:
-            where = wanted[id(parameter)].rpartition(".")[0]
+            where, _, own = wanted[id(parameter)].rpartition(".")
             raise TargetError(
-                f"`{where}`: its weight is shared by `{seen[id(parameter)]}` and "
+                f"`{where}`: its {own} is shared by `{seen[id(parameter)]}` and "
                 f"`{name}`. A change would reach both, so it cannot be adapted. Untie the weights, "
                 "or leave the layer out."
             )

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from sfa_peft import ConfigError, SelectionError, SFAConfig, register_score
+from sfa_peft.selection import scores
+from sfa_peft.selection.accumulators import Accumulator, non_finite
+from sfa_peft.selection.scores import find_score
+
+SHAPE = (6, 5)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def gradients():
+    """Four update steps of three micro-batches that partly cancel."""
+    return torch.randn(4, 3, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def own_scores():
+    before = dict(scores._SCORES)
+    yield register_score
+    scores._SCORES.clear()
+    scores._SCORES.update(before)
+
+
+def _feed(accumulator, gradients):
+    for step in gradients:
+        for micro in step:
+            accumulator(micro)
+        accumulator.end_step()
+    return accumulator.source().read(0, gradients[0, 0].numel()).view(SHAPE)
+
+
+DENSE = {
+    "accumulated_gradient": lambda w, steps: steps.sum(0),
+    "absolute_gradient": lambda w, steps: steps.abs().sum(0),
+    "squared_gradient": lambda w, steps: steps.square().sum(0),
+    "movement": lambda w, steps: (steps * w).sum(0),
+}
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("name", DENSE)
+def test_a_score_equals_its_formula_over_the_gradients_of_update_steps(
+    name, scale, weight, gradients
+):
+    loss_scale = None if scale is None else lambda: scale
+    accumulator = Accumulator(find_score(name), lambda: weight, loss_scale=loss_scale)
+    got = _feed(accumulator, gradients * (scale or 1))
+    # The gradient of an update step is the sum of its micro-batches', and only then is it squared.
+    torch.testing.assert_close(got, DENSE[name](weight, gradients.sum(1)), rtol=1e-5, atol=1e-6)
+    accumulator.reset()
+    torch.testing.assert_close(_feed(accumulator, gradients * (scale or 1)), got)
+
+
+@pytest.mark.parametrize("name", ["absolute_gradient", "squared_gradient"])
+def test_micro_batches_that_cancel_leave_no_trace(name, weight):
+    accumulator = Accumulator(find_score(name), lambda: weight)
+    accumulator(torch.ones(SHAPE))
+    accumulator(-torch.ones(SHAPE))
+    accumulator.end_step()
+    assert not accumulator.state.any()
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_dropped_step_leaves_no_trace(name, weight, gradients):
+    accumulator = Accumulator(find_score(name), lambda: weight, loss_scale=lambda: 1.0)
+    accumulator(torch.full(SHAPE, float("inf")))
+    accumulator.drop_step()
+    accumulator.end_step()
+    torch.testing.assert_close(
+        _feed(accumulator, gradients),
+        DENSE[name](weight, gradients.sum(1)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_bfloat16_state_is_right_on_average_and_repeats(name):
+    size = 20_000
+    weight = torch.full((size,), 2.0)
+    steps = torch.full((50, size), 0.013)
+    states = []
+    for _ in range(2):
+        accumulator = Accumulator(find_score(name), lambda: weight, dtype="bfloat16", key="w")
+        for step in steps:
+            accumulator(step)
+            accumulator.end_step()
+        assert accumulator.state.dtype == torch.bfloat16
+        states.append(accumulator.source().read(0, size))
+    assert torch.equal(*states)
+    expected = float(DENSE[name](weight, steps)[0])
+    assert abs(float(states[0].mean()) / expected - 1) < 1e-3
+
+
+def test_the_state_keeps_gradients_of_any_dtype_and_layout(weight):
+    accumulator = Accumulator(find_score("absolute_gradient"), lambda: weight)
+    gradient = torch.randn(SHAPE[::-1]).bfloat16().T
+    accumulator(gradient)
+    gradient.zero_()  # what a backward hands over belongs to it
+    accumulator.end_step()
+    assert accumulator.state.dtype == torch.float32
+    assert accumulator.state.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_own_score_gets_weight_gradient_and_state(own_scores, weight, dtype, in_place):
+    def largest(w, gradient, state):
+        new = torch.maximum(state, (w * gradient).abs())
+        return state.copy_(new) if in_place else new
+
+    own_scores("largest", largest)
+    weight = weight.bfloat16().float()
+    accumulator = Accumulator(find_score("largest"), lambda: weight, dtype=dtype, key="w")
+    signs = torch.tensor([1.0, -2.0, 0.5]).view(3, 1, 1, 1).expand(3, 1, *SHAPE)
+    assert torch.equal(_feed(accumulator, signs), 2 * weight.abs())
+    assert accumulator.state.dtype == getattr(torch, dtype)
+
+
+def test_an_own_score_that_returns_the_weight_itself_does_not_lose_it(own_scores, weight):
+    own_scores("size", lambda w, g, s: w)
+    before = weight.clone()
+    accumulator = Accumulator(find_score("size"), lambda: weight)
+    _feed(accumulator, torch.ones(2, 1, *SHAPE))
+    accumulator.reset()
+    assert torch.equal(weight, before)
+    assert not accumulator.state.any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("function", "got"),
+    [
+        (lambda w, g, s: s.sum(), r"\[\]"),
+        (lambda w, g, s: s[:1], r"\[1, 5\]"),
+        (lambda w, g, s: None, "NoneType"),
+        (lambda w, g, s: 3.0, "float"),
+    ],
+)
+def test_an_own_score_that_returns_something_else_is_named(
+    own_scores, weight, function, got, dtype
+):
+    own_scores("odd", function)
+    accumulator = Accumulator(find_score("odd"), lambda: weight, key="first.weight", dtype=dtype)
+    message = rf"score='odd'.*`first\.weight`, a tensor of shape \[6, 5\], but it returned {got}"
+    with pytest.raises(SelectionError, match=message):
+        _feed(accumulator, torch.ones(1, 1, *SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("two words", abs, "expected a word as the name, got 'two words'"),
+        ("", abs, "expected a word"),
+        (["a"], abs, "expected a word"),
+        ("magnitude", abs, "'magnitude' is a score of sfa_peft"),
+        ("weight_difference", abs, "is a score of sfa_peft"),
+        ("fine", None, "expected a function"),
+    ],
+)
+def test_what_cannot_be_registered_is_refused(own_scores, name, function, message):
+    with pytest.raises(ConfigError, match=message):
+        own_scores(name, function)
+
+
+def test_an_own_score_may_be_replaced_and_an_unknown_one_is_refused(own_scores):
+    own_scores("mine", lambda w, g, s: s)
+    own_scores("mine", lambda w, g, s: s + 1)
+    assert find_score("mine").update(None, None, torch.zeros(())) == 1
+    assert SFAConfig(score="mine").selects_while_training
+    for unknown in ("your", ["mine"], None):
+        with pytest.raises(ConfigError, match="must be registered first"):
+            SFAConfig(score=unknown)
+
+
+def test_tensors_with_scores_that_are_not_finite_are_named(weight):
+    accumulators = {n: Accumulator(find_score("movement"), lambda: weight) for n in "abc"}
+    accumulators["b"](torch.full(SHAPE, float("nan")))
+    accumulators["c"](torch.ones(SHAPE))
+    assert non_finite(accumulators) == ["b"]
