@@ -36,11 +36,13 @@ class SFACallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint
         self.selector: SFASelector | None = None
+        self._saved_at: int | None = None  # update step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Plan the rounds of the run; on resuming take up its state."""
+        self._saved_at = None
         self.selector = SFASelector(
             kwargs["model"],
             total_steps=state.max_steps,
@@ -64,6 +66,18 @@ class SFACallback(TrainerCallback):
         if self.selector is not None:
             self.selector.close()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the selector's state first: the Trainer deletes older checkpoints before on_save."""
+        self._save_early(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the selector's state first, where epochs are saved."""
+        self._save_early(args, state, control)
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -84,12 +98,26 @@ class SFACallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the selector's state into the checkpoint."""
+        """Write the selector's state into a checkpoint that could not be foreseen."""
+        if self._saved_at != state.global_step:
+            self._save(args, state)
+
+    def _save_early(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        if control.should_save and not state.is_hyper_param_search:
+            self._save(args, state, make_folder=True)
+
+    def _save(
+        self, args: TrainingArguments, state: TrainerState, *, make_folder: bool = False
+    ) -> None:
         if self.selector is None or self.selector.schedule is None:
             return
+        self._saved_at = state.global_step
         selector_state = self.selector.state_dict()  # all ranks add their sums
         folder = _checkpoint(args, state.global_step)
-        if state.is_world_process_zero and folder.is_dir():
+        if state.is_world_process_zero and (make_folder or folder.is_dir()):
+            folder.mkdir(parents=True, exist_ok=True)
             partial = folder / (STATE_NAME + ".partial")
             torch.save(selector_state, partial)
             partial.replace(folder / STATE_NAME)
@@ -102,8 +130,10 @@ def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, 
         return
     if not path.is_file():
         raise SelectionError(
-            f"Cannot resume the selection at step {step}: {path} is missing. Give the "
-            "checkpoint's folder: SFACallback(resume_from_checkpoint=...)."
+            f"Cannot resume the selection at step {step}: {path} is missing. If the run ended "
+            "while it wrote that checkpoint, delete the folder and resume from the one before. If "
+            "the checkpoint lies elsewhere, give its folder: "
+            "SFACallback(resume_from_checkpoint=...)."
         )
     selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 

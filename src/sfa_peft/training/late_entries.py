@@ -45,7 +45,16 @@ class LateEntries:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._verdicts: dict[type, bool] = {Adam: True, AdamW: True}
+        self._verdicts: dict[str, bool] = {_name(Adam): True, _name(AdamW): True}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run would have to find out anew, a step too late."""
+        return {"verdicts": dict(self._verdicts), "watching": self.pool.keep_before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._verdicts, self.pool.keep_before = dict(state["verdicts"]), state["watching"]
+        self.pool.before = None
 
     def correct(self, optimizer: Any, joined: Ranges, step: int) -> None:
         """Exchange the update just taken; before the learning rate changes.
@@ -66,7 +75,7 @@ class LateEntries:
                     _exchange(self.pool, group, state, first, last, age)
 
     def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
-        kind = type(optimizer)
+        kind = _name(type(optimizer))
         if kind in self._verdicts:
             return self._verdicts[kind]
         keeps = {"step", "exp_avg", "exp_avg_sq"} <= set(state) and {"betas", "eps"} <= set(group)
@@ -80,9 +89,13 @@ class LateEntries:
             logger.warning(
                 "%s works as it is: weights that join late get no bias correction of their own "
                 "age. That is known for Adam's formula only.",
-                kind.__name__,
+                type(optimizer).__name__,
             )
         return verdict
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:

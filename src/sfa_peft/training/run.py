@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,22 +50,39 @@ class Run:
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
         self.late_entries = LateEntries(pool)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"drives": self.pool.driver is self}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        drives = state.pop("drives")
+        self.__dict__.update(state)
+        if drives:
+            self._attach()
+
     # --- scores --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make room for the scores and let the next step add to them."""
-        self.pool.driver = self
-        score = find_score(self.config.score)
+        score, dtype = find_score(self.config.score), self.config.score_dtype
+        if score.name == "weight_difference":
+            dtype = "float32"  # they are trained, not added up
         for ordinal, name in enumerate(self.pool.names):
             self.accumulators[name] = Accumulator(
                 score,
-                lambda ordinal=ordinal: self.pool.weight(ordinal),
-                dtype=self.config.score_dtype,
+                partial(self.pool.weight, ordinal),
+                dtype=dtype,
                 key=name,
                 loss_scale=self.loss_scale,
             )
-        if self.config.score == "weight_difference":
+        if score.name == "weight_difference":
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
+        self._attach()
+
+    def _attach(self) -> None:
+        """Take over the pool."""
+        self.pool.driver = self
+        if self.candidates is not None:
+            self.candidates.attach()
         self._observe_next_step()
 
     def stop(self) -> None:
@@ -182,6 +200,7 @@ class Run:
             "sums": {name: a.gather() for name, a in self.accumulators.items()},
             "num_added": {name: a.num_added for name, a in self.accumulators.items()},
             "candidates": self.candidates.state_dict() if self.candidates else None,
+            "late_entries": self.late_entries.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -211,6 +230,7 @@ class Run:
             accumulator.num_added = int(state["num_added"][name])
         if self.candidates is not None:
             self.candidates.load_state_dict(state["candidates"])
+        self.late_entries.load_state_dict(state["late_entries"])
 
 
 def _ends_update_step(optimizer: Any) -> bool:

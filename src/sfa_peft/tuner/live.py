@@ -58,6 +58,10 @@ class LiveEntries:
         self._stamp: tuple[Any, ...] | None = None
         self._weight_stamp: tuple[Any, ...] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no selector; a selector that is copied with it attaches itself.
+        return self.__dict__ | {"observers": {}, "candidates": {}, "prepared": ([], [])}
+
     @eager  # stamps and in-place writes are for Python, not for a graph
     def refresh(self, weight: Tensor, names: list[str]) -> None:
         """Make the weight hold the changes of the named adapters; do nothing if it does."""
@@ -118,7 +122,9 @@ class LiveEntries:
         for name in self.live:
             pool, ordinal = self.pools[name]
             observer, support = self.observers.get(name), self._supports[name]
-            if pool.values.requires_grad and (observer is not None or support.spans):
+            # While nothing is selected one layer keeps the values in the graph: DDP waits for them.
+            wanted = observer is not None or support.spans or pool.is_last_of_empty(ordinal)
+            if pool.values.requires_grad and wanted:
                 taps.append(Tap(support.indices, observer))
                 slices.append(pool.slices()[ordinal])
         return taps, slices

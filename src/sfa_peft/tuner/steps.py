@@ -47,7 +47,7 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if pool.decay_weight and group.get("weight_decay"):
             _check_decay(optimizer)
             if not _is_decoupled(optimizer, group):
-                _add_decay_to_gradient(pool, group)
+                _add_decay_to_gradient(pool, group, getattr(optimizer, "grad_scale", None))
         if pool.optimizer_steps == 0 and _called_by_grad_scaler():
             pool.stepped_by_grad_scaler = True
         if pool.lr_ratio != 1 or pool.keep_before:
@@ -84,8 +84,9 @@ def _called_by_grad_scaler() -> bool:
     """Whether a gradient scaler makes the present step (it tells nobody but fused optimizers)."""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename.endswith("grad_scaler.py"):
-            return True
+        scaler = frame.f_locals.get("self")
+        if frame.f_code.co_filename.endswith("grad_scaler.py") and scaler is not None:
+            return scaler.is_enabled()
         frame = frame.f_back
     return False
 
@@ -107,8 +108,12 @@ def _check_decay(optimizer: Any) -> None:
         )
 
 
-def _add_decay_to_gradient(pool: Pool, group: dict[str, Any]) -> None:
-    """Add what decay of the pretrained entries adds to the gradient of decay of their change."""
+def _add_decay_to_gradient(pool: Pool, group: dict[str, Any], grad_scale: Any) -> None:
+    """Add what decay of the pretrained entries adds to the gradient of decay of their change.
+
+    A fused optimizer under a gradient scaler gets scaled gradients, and `grad_scale` with them.
+    """
     if pool.values.grad is not None:
         sign = -1 if group.get("maximize") else 1
-        pool.values.grad.add_(pool.originals(), alpha=sign * group["weight_decay"])
+        scale = 1.0 if grad_scale is None else float(grad_scale)
+        pool.values.grad.add_(pool.originals(), alpha=sign * scale * group["weight_decay"])
