@@ -46,12 +46,13 @@ class Run:
         self.update_steps = 0
         self.optimizer_steps = pool.optimizer_steps
         self.accumulators: dict[str, Accumulator] = {}
+        self.observers: dict[str, Observer] = {}  # kept: a new one makes a compiled model anew
         self.candidates: Candidates | None = None
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
         self.late_entries = LateEntries(pool)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"drives": self.pool.driver is self}
+        return self.__dict__ | {"observers": {}, "drives": self.pool.driver is self}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         drives = state.pop("drives")
@@ -81,6 +82,7 @@ class Run:
     def _attach(self) -> None:
         """Take over the pool."""
         self.pool.driver = self
+        self.observers = {name: Observer(a) for name, a in self.accumulators.items()}
         if self.candidates is not None:
             self.candidates.attach()
         self._observe_next_step()
@@ -91,7 +93,7 @@ class Run:
         if self.candidates is not None:
             self.candidates.remove()
             self.candidates = None
-        self.accumulators = {}
+        self.accumulators, self.observers = {}, {}
 
     def _observe_next_step(self) -> None:
         step = self.update_steps + 1
@@ -103,8 +105,8 @@ class Run:
             return
         for ordinal, name in enumerate(self.pool.names):
             observers = self.pool.entries(ordinal).observers
-            if wanted and name in self.accumulators:
-                observers[self.pool.adapter_name] = Observer(self.accumulators[name])
+            if wanted and name in self.observers:
+                observers[self.pool.adapter_name] = self.observers[name]
             else:
                 observers.pop(self.pool.adapter_name, None)
 
