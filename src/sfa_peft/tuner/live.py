@@ -29,6 +29,12 @@ def eager(function: _F) -> _F:
     return cast(_F, torch.compiler.disable(function))
 
 
+class CompiledPass:
+    """One compiled forward of a whole model: what layers prepared holds while it is open."""
+
+    is_open = False
+
+
 @dataclass
 class Support:
     """One adapter's entries in one weight."""

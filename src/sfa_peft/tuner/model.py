@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -22,8 +21,8 @@ from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
+from . import compiled
 from .layer import SFALayer
-from .live import eager
 from .plan import Plan, make_plan
 from .pool import Pool
 from .targets import is_excluded
@@ -75,8 +74,7 @@ class SFAModel(BaseTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
-        if _before_forward not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(_before_forward)
+        compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
         resolved = plan.to_resolved()
@@ -154,6 +152,7 @@ class SFAModel(BaseTuner):
                 SFAWarning,
                 stacklevel=3,
             )
+        compiled.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
@@ -224,20 +223,6 @@ class SFAModel(BaseTuner):
         # DDP would send every buffer from rank 0 before each forward; positions change only in a
         # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
-
-
-def _before_forward(model: nn.Module, _args: Any) -> None:
-    """Do first what a graph cannot hold, under torch.compile; whoever calls the model."""
-    if torch.compiler.is_compiling():
-        _prepare(model)
-
-
-@eager
-def _prepare(model: nn.Module) -> None:
-    """Let every layer write its weights and look up its taps, outside a compiled graph."""
-    for module in model.modules():
-        if isinstance(module, SFALayer):
-            module.prepare()
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
