@@ -84,9 +84,8 @@ def _called_by_grad_scaler() -> bool:
     """Whether a gradient scaler makes the present step (it tells nobody but fused optimizers)."""
     frame = sys._getframe()
     while frame is not None:
-        scaler = frame.f_locals.get("self")
-        if frame.f_code.co_filename.endswith("grad_scaler.py") and scaler is not None:
-            return scaler.is_enabled()
+        if frame.f_code.co_filename.endswith("grad_scaler.py") and "self" in frame.f_locals:
+            return frame.f_locals["self"].is_enabled()
         frame = frame.f_back
     return False
 
