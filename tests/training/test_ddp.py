@@ -171,9 +171,13 @@ def test_a_model_sharded_after_the_selector_was_made_is_refused_at_the_first_ste
     selector = SFASelector(model, total_steps=STEPS)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
+
+    def step() -> None:
         model(torch.randn(2, 12)).sum().backward()
         selector.step(optimizer)
+
+    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
+        step()
 
 
 def test_a_model_sharded_by_zero_3_is_refused():

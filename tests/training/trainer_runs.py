@@ -58,10 +58,10 @@ class KilledTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
-def make_trainer(out, callbacks, options=None, **changes) -> Trainer:
-    """Return the same small run each time; `options` go to the adapter, `changes` to the Trainer."""
+def make_trainer(out, callbacks, options=None, model=None, data=None, **changes) -> Trainer:
+    """Return the same small run each time; `options` are the adapter's, `changes` the Trainer's."""
     config = {"budget": 0.2, "selection_steps": ROUND, "modules_to_save": ["decode_head"]}
-    model = get_peft_model(upernet(), SFAConfig(**(config | (options or {}))))
+    model = model or get_peft_model(upernet(), SFAConfig(**(config | (options or {}))))
     model.accepts_loss_kwargs = model.get_base_model().accepts_loss_kwargs = False
     arguments = {
         "output_dir": str(out),
@@ -76,7 +76,7 @@ def make_trainer(out, callbacks, options=None, **changes) -> Trainer:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    data = Images()
+    data = data or Images()
     return KilledTrainer(
         model=model,
         args=TrainingArguments(**(arguments | changes)),

@@ -209,9 +209,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _is_prepared(self) -> bool:
         """Whether this is a compiled forward that may use what `prepare` found."""
         prepared_for = self.prepared_for
-        return (
-            torch.compiler.is_compiling() and prepared_for is not None and prepared_for.is_open
-        )
+        return torch.compiler.is_compiling() and prepared_for is not None and prepared_for.is_open
 
     def prepare(self, compiled_pass: CompiledPass) -> None:
         """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
