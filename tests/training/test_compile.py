@@ -69,20 +69,20 @@ def assert_same(one, two) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "graphs"),
     [
-        {},
-        {"score_every": 2, "rho": 0.5, "external_modules": ["second"]},
-        {"score": "weight_difference"},
+        ({}, 5),
+        ({"score_every": 2, "rho": 0.5, "external_modules": ["second"]}, 8),
+        ({"score": "weight_difference"}, 5),
     ],
     ids=str,
 )
-def test_a_compiled_model_trains_like_an_eager_one(options):
+def test_a_compiled_model_trains_like_an_eager_one(options, graphs):
     eager, model = make(**options), make(**options)
     compiled = torch.compile(model, backend="aot_eager")
     assert_same(fit(model, compiled, 24), fit(eager, eager, 24))
     # Graphs are made anew where a layer gets its first entries, and not for each pick or step.
-    assert counters["stats"]["unique_graphs"] <= 6
+    assert counters["stats"]["unique_graphs"] <= graphs
     assert num_breaks() == 1
 
 

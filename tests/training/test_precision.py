@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scaled losses, half-precision weights and computation, and activation checkpointing."""
-
-import copy
+"""Scaled losses, half-precision weights and computation."""
 
 import pytest
 import torch
@@ -9,13 +7,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model
 from torch.amp import GradScaler
-from transformers import ViTConfig, ViTForImageClassification
 
-from sfa_peft import SelectionError, SFACallback, SFAConfig, SFALayer, SFASelector
+from sfa_peft import SelectionError, SFAConfig, SFALayer, SFASelector
 from sfa_peft.tuner.model import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
-from tests.training.trainer_runs import make_trainer
 
 STEPS = 12
 OPTIMIZERS = {
@@ -276,142 +272,3 @@ def test_updates_too_small_for_bfloat16_add_up():
     assert chosen.numel() > 3
     assert not torch.cat(moved[:15]).any()
     assert (moved[-1] == 2.0**-9).all()
-
-
-# --- activation checkpointing ------------------------------------------------------------------
-
-
-def classifier():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes |= {"intermediate_size": 32, "image_size": 32, "patch_size": 8}
-    return ViTForImageClassification(ViTConfig(**sizes, num_labels=3))
-
-
-class Labelled(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 16
-
-    def __getitem__(self, index: int):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(3, 32, 32, generator=generator), "labels": index % 3}
-
-
-def train_classifier(out, prepare=None, wrapped=None, **changes):
-    base = classifier()
-    if prepare:
-        prepare(base)
-    config = SFAConfig(budget=0.2, selection_steps=2, modules_to_save=["classifier"])
-    model = get_peft_model(base, config)
-    if wrapped:
-        wrapped(model)
-    options = {"model": model, "data": Labelled(), "max_steps": 6}
-    make_trainer(out, [SFACallback()], **options, **changes).train()
-    return find_pool(model, "default")
-
-
-def checkpointing(**options):
-    return {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": options}
-
-
-def switch_on(model, reentrant: bool) -> None:
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-
-
-NEWER_NAME = "ignore:.*gradient_checkpointing.*:FutureWarning"
-
-
-@pytest.mark.filterwarnings(NEWER_NAME)
-@pytest.mark.parametrize("where", ["arguments", "before wrapping", "after wrapping"])
-def test_reentrant_checkpointing_is_refused_and_the_other_kind_changes_no_bit(tmp_path, where):
-    def options(reentrant: bool):
-        return {
-            "arguments": checkpointing(use_reentrant=reentrant),
-            "before wrapping": {"prepare": lambda m: switch_on(m, reentrant)},
-            "after wrapping": {"wrapped": lambda m: switch_on(m, reentrant)},
-        }[where]
-
-    with pytest.raises(SelectionError, match='"use_reentrant": False'):
-        train_classifier(tmp_path, **options(True))
-    assert_same(train_classifier(tmp_path, **options(False)), train_classifier(tmp_path))
-
-
-@pytest.mark.filterwarnings(NEWER_NAME)
-def test_reentrant_checkpointing_after_the_selector_was_made_is_refused():
-    config = SFAConfig(budget=0.2, selection_steps=2, modules_to_save=["classifier"])
-    model = get_peft_model(classifier(), config)
-    selector = SFASelector(model, total_steps=4)
-    switch_on(model, True)
-    with pytest.raises(SelectionError, match='"use_reentrant": False'):
-        selector.step(torch.optim.AdamW(trained(model)))
-
-
-# --- odd loops ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", SCORES, ids=str)
-def test_forwards_without_gradient_anywhere_in_a_step_change_no_bit(options):
-    def disturb(model) -> None:
-        for context in (torch.no_grad(), torch.inference_mode()):
-            with context:
-                model.eval()
-                model(torch.randn(2, 12))
-                with model.disable_adapter():
-                    model(torch.randn(2, 12))
-                model.train()
-
-    pools = []
-    for disturbed in (False, True):
-        model = make(**options)
-        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-        selector = SFASelector(model, total_steps=STEPS)
-        for step in range(STEPS):
-            losses = []
-            for micro in range(2):  # both forwards first
-                losses.append(loss_of(model, 2 * step + micro))
-                disturb(model) if disturbed else None
-            sum(losses).backward()
-            disturb(model) if disturbed else None
-            optimizer.step()
-            disturb(model) if disturbed else None
-            selector.step(optimizer)
-            optimizer.zero_grad()
-        pools.append(find_pool(model, "default"))
-    assert_same(*pools)
-
-
-@pytest.mark.parametrize("options", [*SCORES, {"score_dtype": "bfloat16"}], ids=str)
-@pytest.mark.parametrize("selector_first", [False, True])
-def test_a_copy_trains_on_by_itself_and_to_the_same_bits(options, selector_first):
-    model = make(**options)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    selector = SFASelector(model, total_steps=STEPS)
-
-    def train(model, optimizer, selector, steps) -> None:
-        for step in steps:
-            loss_of(model, step).backward()
-            optimizer.step()
-            selector.step(optimizer)
-            optimizer.zero_grad()
-
-    train(model, optimizer, selector, range(4))
-    loss_of(model, 4)  # live
-    if selector_first:
-        selector2, optimizer2, model2 = copy.deepcopy((selector, optimizer, model))
-    else:
-        model2, optimizer2, selector2 = copy.deepcopy((model, optimizer, selector))
-    alone = copy.deepcopy(model)
-    train(model, optimizer, selector, range(4, STEPS))
-    with torch.no_grad():  # what happens to the original is nothing to the copy
-        for parameter in model.parameters():
-            parameter.add_(1)
-    values = find_pool(model, "default").values.detach() - 1
-    train(model2, optimizer2, selector2, range(4, STEPS))
-    pools = [find_pool(m, "default") for m in (model, model2)]
-    assert torch.equal(pools[0].slots, pools[1].slots)
-    torch.testing.assert_close(pools[1].values.detach(), values, rtol=0, atol=1e-6)
-    bare = find_pool(alone, "default")  # a copy without the selector carries no scores
-    assert not any(bare.entries(i).observers or bare.entries(i).candidates for i in range(2))
-    head = {n: t for n, t in MLP().state_dict().items() if not n.startswith("head")}
-    unloaded = alone.unload().state_dict()
-    assert all(torch.equal(unloaded[n], t) for n, t in head.items())
