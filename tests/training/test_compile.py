@@ -108,6 +108,7 @@ def test_a_forward_breaks_once_and_the_bare_models_not_at_all(grad):
         unloaded = model.unload()
         torch.compile(unloaded, backend="aot_eager", fullgraph=True)(batch())
         assert num_breaks() == 0
+        assert not (unloaded._forward_pre_hooks or unloaded._forward_hooks)
 
 
 class Compared:
