@@ -4,9 +4,8 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
 from sfa_peft.tuner.model import find_pool
@@ -57,32 +56,6 @@ def test_a_trainer_run_selects_in_rounds_and_logs_the_share(tmp_path):
     assert not any(
         pool.entries(i).observers for i in range(len(pool.tensors))
     )  # sums are freed after the last pick
-
-
-@pytest.mark.parametrize("killed_at", [2, 3, 4, 7, 9, 10])
-def test_a_run_resumed_from_a_checkpoint_ends_bit_identical_to_one_never_stopped(
-    tmp_path, killed_at
-):
-    straight = make_trainer(tmp_path / "a", [SFACallback()])
-    straight.train()
-    straight.model.save_pretrained(tmp_path / "a_final")
-
-    class Kill(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == killed_at + 1:
-                raise KeyboardInterrupt
-
-    saving = {"save_strategy": "steps", "save_steps": killed_at}
-    stopped = make_trainer(tmp_path / "b", [SFACallback(), Kill()], **saving)
-    with pytest.raises(KeyboardInterrupt):
-        stopped.train()
-    resumed = make_trainer(tmp_path / "b", [SFACallback()], **saving)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "b" / f"checkpoint-{killed_at}"))
-    resumed.model.save_pretrained(tmp_path / "b_final")
-    files = [load_file(tmp_path / f"{n}_final" / "adapter_model.safetensors") for n in "ab"]
-    assert files[0].keys() == files[1].keys()
-    different = [k for k in files[0] if not torch.equal(files[0][k], files[1][k])]
-    assert not different
 
 
 def test_resuming_without_the_selectors_state_is_refused(tmp_path):

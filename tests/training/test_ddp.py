@@ -1,65 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes select what one does on the same global batch."""
+"""Two processes select what one does on the same global batch, and send no more than they must."""
 
 import os
 import socket
+from contextlib import nullcontext
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from peft import get_peft_model
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sfa_peft import SFAConfig, SFASelector
+from sfa_peft import SelectionError, SFAConfig, SFASelector
 from sfa_peft.tuner.model import find_pool
 from tests.tiny import MLP
 
-STEPS, MICRO = 12, 2
+STEPS, MICRO, WORLD = 12, 2, 2
+PICKS = STEPS // 3 - 1
+SETTINGS = {
+    "default": {},
+    "absolute": {"score": "absolute_gradient"},
+    "bfloat16": {"score_dtype": "bfloat16"},
+    "every second step": {"score_every": 2},
+    "candidates": {"score": "weight_difference"},
+}
 
 
-def run(rank: int, world: int):
-    """Train with two micro-batches a step; return slots and values."""
+class Traffic:
+    """Counts what is sent: scores by `all_reduce`, gradients by DDP's buckets."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.scores, self.gradients = [], 0
+        self._send = dist.all_reduce
+        if isinstance(net, DistributedDataParallel):
+            net.register_comm_hook(None, self._hook)
+
+    def __enter__(self):
+        def count(tensor, *args, **kwargs):
+            self.scores.append(tensor.numel())
+            return self._send(tensor, *args, **kwargs)
+
+        dist.all_reduce = count
+        return self
+
+    def __exit__(self, *_error) -> None:
+        dist.all_reduce = self._send
+
+    def _hook(self, _state, bucket):
+        buffer = bucket.buffer()
+        self.gradients += buffer.numel() * buffer.element_size()
+        work = dist.distributed_c10d.all_reduce(buffer.div_(WORLD), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+
+def run(rank: int, world: int, *, resumes: bool = False, **options):
+    """Train with two micro-batches a step; return what was selected, learned and sent."""
     torch.manual_seed(0)
-    config = SFAConfig(budget=0.3, rho=0, target_modules=["first", "second"], selection_steps=3)
-    model = get_peft_model(MLP(), config)
+    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 3}
+    model = get_peft_model(MLP(), SFAConfig(**(config | {"modules_to_save": ["head"]} | options)))
     net = DistributedDataParallel(model) if world > 1 else model
     if world > 1:  # positions are not sent around before each forward
         assert any("sfa_slots" in name for name in net.parameters_to_ignore)
     selector = SFASelector(net, total_steps=STEPS)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
     generator = torch.Generator().manual_seed(5)
-    for step in range(STEPS):
-        if step == STEPS // 2 + 1:  # a checkpoint in the middle of a round
-            state = selector.state_dict()
-            selector = SFASelector(net, total_steps=STEPS)
-            selector.load_state_dict(state)
-        for _ in range(MICRO):
-            x = torch.randn(8, 12, generator=generator)
-            mine = x[rank::world]
-            (net(mine).square().mean() / MICRO).backward()
-        optimizer.step()
-        selector.step(optimizer)
-        optimizer.zero_grad()
+    with Traffic(net) as traffic:
+        for step in range(STEPS):
+            if resumes and step == STEPS // 2 + 1:  # a checkpoint in the middle of a round
+                state = selector.state_dict()
+                selector = SFASelector(net, total_steps=STEPS)
+                selector.load_state_dict(state)
+            for micro in range(MICRO):
+                x = torch.randn(8, 12, generator=generator)
+                waits = world > 1 and micro < MICRO - 1
+                with net.no_sync() if waits else nullcontext():
+                    (net(x[rank::world]).square().mean() / MICRO).backward()
+            optimizer.step()
+            selector.step(optimizer)
+            optimizer.zero_grad()
     pool = find_pool(model, "default")
-    return pool.slots.clone(), pool.values.detach().clone()
+    return {
+        "slots": pool.slots.clone(),
+        "values": pool.values.detach().clone(),
+        "scores": traffic.scores,
+        "gradients": traffic.gradients,
+        "trained": sum(p.numel() * p.element_size() for p in trained),
+        "tensors": [pool.weight(i).numel() for i in range(len(pool.tensors))],
+    }
 
 
 def _worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    torch.save(run(rank, world), f"{folder}/rank{rank}.pt")
+    results = {name: run(rank, world, **options) for name, options in SETTINGS.items()}
+    results["resumed"] = run(rank, world, resumes=True)
+    torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_gloo_processes_select_what_one_process_selects(tmp_path):
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(_worker, (WORLD, _free_port(), str(folder)), nprocs=WORLD)
+    return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
+
+
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (2, port, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
-    slots, values = run(0, 1)
-    assert torch.equal(ranks[0][0], ranks[1][0])
-    assert torch.equal(ranks[0][1], ranks[1][1])
-    assert torch.equal(ranks[0][0], slots)
-    torch.testing.assert_close(ranks[0][1], values, rtol=0, atol=1e-6)
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "resumed"])
+def test_both_processes_select_the_same_and_what_one_process_selects(ranks, name):
+    one, two = (rank[name] for rank in ranks)
+    assert torch.equal(one["slots"], two["slots"])
+    assert torch.equal(one["values"], two["values"])
+    if name == "bfloat16":
+        return  # ranks round sums of their own: the same on all, but not those of one process
+    alone = run(0, 1, **SETTINGS.get(name, {}))
+    assert torch.equal(one["slots"], alone["slots"])
+    torch.testing.assert_close(one["values"], alone["values"], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "exchanges"), [("default", PICKS), ("absolute", 3 * PICKS)])
+def test_scores_are_sent_once_a_round_or_once_a_step(ranks, name, exchanges):
+    for rank in ranks:
+        assert rank[name]["scores"] == rank[name]["tensors"] * exchanges
+
+
+def test_gradients_that_are_sent_are_those_of_the_budget(ranks):
+    for name in SETTINGS:
+        for rank in ranks:
+            assert rank[name]["gradients"] == STEPS * rank[name]["trained"]
+    wide = ranks[0]["default"]
+    assert wide["trained"] < 4 * sum(wide["tensors"])
+
+
+# --- sharded models ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mesh():
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def adapted(**options):
+    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
+    return get_peft_model(MLP(), SFAConfig(**(config | {"selection_steps": 3} | options)))
+
+
+def test_a_model_sharded_by_fsdp2_is_refused_at_the_start(mesh):
+    model = adapted()
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
+        SFASelector(model, total_steps=STEPS)
+
+
+def test_a_model_sharded_after_the_selector_was_made_is_refused_at_the_first_step(mesh):
+    model = adapted()
+    selector = SFASelector(model, total_steps=STEPS)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def step() -> None:
+        model(torch.randn(2, 12)).sum().backward()
+        selector.step(optimizer)
+
+    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
+        step()
+
+
+def test_a_model_sharded_by_zero_3_is_refused():
+    model = adapted()
+    model.get_base_model().second.get_base_layer().weight.ds_id = 0
+    with pytest.raises(SelectionError, match="sharded by DeepSpeed ZeRO-3"):
+        SFASelector(model, total_steps=STEPS)

@@ -233,7 +233,7 @@ def test_a_verdict_waits_for_a_step_that_moves_something():
         optimizer.step()
         selector.step(optimizer)
         optimizer.zero_grad()
-    assert selector._run.late_entries._verdicts[LikeLamb] is False
+    assert selector._run.late_entries._verdicts[f"{__name__}.LikeLamb"] is False
 
 
 def test_a_pick_into_which_no_row_fits_is_no_late_entry():

@@ -203,16 +203,3 @@ def test_what_sfa_cannot_do_is_said():
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix")
     with pytest.raises(SFAError, match="one batch cannot mix SFA adapters"):
         model(torch.randn(2, 12), adapter_names=["default", "other"])
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_trains_like_an_eager_one():
-    eager, compiled = make(), make()
-    torch._dynamo.reset()
-    runs = [(eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))]
-    for model, net in runs:
-        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-        fit(net, optimizer, SFASelector(model, total_steps=6), 6)
-    one, two = (find_pool(m, "default") for m in (eager, compiled))
-    assert torch.equal(one.slots, two.slots)
-    torch.testing.assert_close(one.values, two.values, rtol=0, atol=1e-6)

@@ -61,6 +61,8 @@ class Accumulator:
 
     def end_step(self) -> None:
         """Add the gradient of the update step that ended; a call for every rank to make."""
+        if self._step is None and not self.score.additive and num_ranks() > 1:
+            self._step = torch.zeros_like(self.state, dtype=torch.float32)  # others may have one
         if self._direct or self._step is None:
             return
         gradient, self._step = self._step, None

@@ -36,11 +36,13 @@ class SFACallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint
         self.selector: SFASelector | None = None
+        self._written_at: int | None = None  # update step
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Plan the rounds of the run; on resuming take up its state."""
+        self._written_at = None
         self.selector = SFASelector(
             kwargs["model"],
             total_steps=state.max_steps,
@@ -64,6 +66,18 @@ class SFACallback(TrainerCallback):
         if self.selector is not None:
             self.selector.close()
 
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the selector's state: the Trainer deletes older checkpoints before `on_save`."""
+        self._write_early(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the selector's state, where epochs are saved."""
+        self._write_early(args, state, control)
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -84,15 +98,32 @@ class SFACallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the selector's state into the checkpoint."""
+        """Put the selector's state into the checkpoint."""
+        if state.is_hyper_param_search:
+            return
+        if self._written_at != state.global_step:  # not foreseen at the end of the step
+            self._write(args, state)
+        if state.is_world_process_zero:
+            _move_into_checkpoints(Path(str(args.output_dir)))
+
+    def _write_early(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl
+    ) -> None:
+        if control.should_save and not state.is_hyper_param_search:
+            self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Write the state beside the checkpoints, so that a half-written one is never the last."""
         if self.selector is None or self.selector.schedule is None:
             return
+        self._written_at = state.global_step
         selector_state = self.selector.state_dict()  # all ranks add their sums
-        folder = _checkpoint(args, state.global_step)
-        if state.is_world_process_zero and folder.is_dir():
-            partial = folder / (STATE_NAME + ".partial")
+        if state.is_world_process_zero:
+            path = _beside(args, state.global_step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
             torch.save(selector_state, partial)
-            partial.replace(folder / STATE_NAME)
+            partial.replace(path)
 
 
 def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, step: int) -> None:
@@ -100,13 +131,32 @@ def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, 
     path = (Path(folder) if folder else _checkpoint(args, step)) / STATE_NAME
     if selector.pool is None:
         return
+    if not path.is_file() and not folder and _beside(args, step).is_file():
+        path = _beside(args, step)  # the run ended before it was moved
     if not path.is_file():
         raise SelectionError(
-            f"Cannot resume the selection at step {step}: {path} is missing. Give the "
-            "checkpoint's folder: SFACallback(resume_from_checkpoint=...)."
+            f"Cannot resume the selection at step {step}: {path} is missing. If the run ended "
+            "while it wrote that checkpoint, delete the folder and resume from the one before. If "
+            "the checkpoint lies elsewhere, give its folder: "
+            "SFACallback(resume_from_checkpoint=...)."
         )
     selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
     return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _move_into_checkpoints(output_dir: Path) -> None:
+    """Put states that lie beside their checkpoints into them, those of a killed run too."""
+    for path in output_dir.glob(f"{Path(STATE_NAME).stem}-*.pt"):
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{path.stem.rpartition('-')[2]}"
+        if folder.is_dir():
+            path.replace(folder / STATE_NAME)
+        else:
+            path.unlink()
+
+
+def _beside(args: TrainingArguments, step: int) -> Path:
+    """Return where the state lies until the rest of its checkpoint is written."""
+    return Path(str(args.output_dir)) / f"{Path(STATE_NAME).stem}-{step}.pt"

@@ -35,17 +35,19 @@ class Candidates:
     """
 
     def __init__(self, pool: Pool, accumulators: Sequence[Accumulator]) -> None:
-        self.pool = pool
+        self.pool, self.accumulators = pool, accumulators
         self.changes = [nn.Parameter(torch.zeros_like(a.state)) for a in accumulators]
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved: dict[str, Any] | None = None
-        for ordinal, (accumulator, change) in enumerate(
-            zip(accumulators, self.changes, strict=True)
-        ):
-            accumulator.state = change.detach()
+        for ordinal, accumulator in enumerate(accumulators):
             accumulator.score = replace(accumulator.score, update=partial(self._take, ordinal))
-            pool.entries(ordinal).candidates[pool.adapter_name] = change.detach()
-        pool.withdraw()  # the next forward writes with the change
+
+    def attach(self) -> None:
+        """Let the next forward write weights with the changes, and picks rank them."""
+        for ordinal, change in enumerate(self.changes):
+            self.accumulators[ordinal].state = change.detach()
+            self.pool.entries(ordinal).candidates[self.pool.adapter_name] = change.detach()
+        self.pool.withdraw()
 
     def _take(self, ordinal: int, _weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
         """Keep the gradient of an update step for the optimizer (a score function)."""

@@ -45,8 +45,17 @@ class LateEntries:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self._verdicts: dict[type, bool] = {Adam: True, AdamW: True}
+        self._verdicts: dict[str, bool] = {_name(Adam): True, _name(AdamW): True}
         pool.keep_before = True  # until the optimizer is known
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run would have to find out anew, a step too late."""
+        return {"verdicts": dict(self._verdicts), "watching": self.pool.keep_before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._verdicts, self.pool.keep_before = dict(state["verdicts"]), state["watching"]
+        self.pool.before = None
 
     def correct(self, optimizer: Any, joined: Ranges, step: int) -> None:
         """Exchange the update just taken; before the learning rate changes.
@@ -67,23 +76,27 @@ class LateEntries:
                     _exchange(self.pool, group, state, first, last, age)
 
     def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
-        kind = type(optimizer)
+        kind = _name(type(optimizer))
         if kind not in self._verdicts:
             verdict = _took_adams_step(self.pool, group, state, late)
             if verdict is None:
                 return False  # nothing moved, so there is nothing to exchange either
-            self._judge(kind, verdict)
+            self._judge(type(optimizer), verdict)
         self.pool.keep_before, self.pool.before = False, None
         return self._verdicts[kind]
 
     def _judge(self, kind: type, verdict: bool) -> None:
-        self._verdicts[kind] = verdict
+        self._verdicts[_name(kind)] = verdict
         if not verdict:
             logger.warning(
                 "%s works as it is: weights that join late get no bias correction of their own "
                 "age. That is known for Adam's formula only.",
                 kind.__name__,
             )
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:

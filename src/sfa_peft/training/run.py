@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,26 +46,45 @@ class Run:
         self.update_steps = 0
         self.optimizer_steps = pool.optimizer_steps
         self.accumulators: dict[str, Accumulator] = {}
+        self.observers: dict[str, Observer] = {}  # kept: a new one makes a compiled model anew
         self.candidates: Candidates | None = None
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
         self.late_entries = LateEntries(pool) if config.late_bias_correction else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"observers": {}, "drives": self.pool.driver is self}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        drives = state.pop("drives")
+        self.__dict__.update(state)
+        if drives:
+            self._attach()
 
     # --- scores --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make room for the scores and let the next step add to them."""
-        self.pool.driver = self
-        score = find_score(self.config.score)
+        score, dtype = find_score(self.config.score), self.config.score_dtype
+        if score.name == "weight_difference":
+            dtype = "float32"  # they are trained, not added up
         for ordinal, name in enumerate(self.pool.names):
             self.accumulators[name] = Accumulator(
                 score,
-                lambda ordinal=ordinal: self.pool.weight(ordinal),
-                dtype=self.config.score_dtype,
+                partial(self.pool.weight, ordinal),
+                dtype=dtype,
                 key=name,
                 loss_scale=self.loss_scale,
             )
-        if self.config.score == "weight_difference":
+        if score.name == "weight_difference":
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
+        self._attach()
+
+    def _attach(self) -> None:
+        """Take over the pool."""
+        self.pool.driver = self
+        self.observers = {name: Observer(a) for name, a in self.accumulators.items()}
+        if self.candidates is not None:
+            self.candidates.attach()
         self._observe_next_step()
 
     def stop(self) -> None:
@@ -73,7 +93,7 @@ class Run:
         if self.candidates is not None:
             self.candidates.remove()
             self.candidates = None
-        self.accumulators = {}
+        self.accumulators, self.observers = {}, {}
 
     def _observe_next_step(self) -> None:
         step = self.update_steps + 1
@@ -85,8 +105,8 @@ class Run:
             return
         for ordinal, name in enumerate(self.pool.names):
             observers = self.pool.entries(ordinal).observers
-            if wanted and name in self.accumulators:
-                observers[self.pool.adapter_name] = Observer(self.accumulators[name])
+            if wanted and name in self.observers:
+                observers[self.pool.adapter_name] = self.observers[name]
             else:
                 observers.pop(self.pool.adapter_name, None)
 
@@ -184,6 +204,7 @@ class Run:
             "sums": {name: a.gather() for name, a in self.accumulators.items()},
             "num_added": {name: a.num_added for name, a in self.accumulators.items()},
             "candidates": self.candidates.state_dict() if self.candidates else None,
+            "late_entries": self.late_entries.state_dict() if self.late_entries else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -196,8 +217,7 @@ class Run:
         if self.pool.num_assigned != expected:
             raise SelectionError(
                 f"Adapter `{self.pool.adapter_name}` has {self.pool.num_assigned} selected "
-                f"weights, "
-                f"but after update step {self.update_steps} of this run it should have {expected}. "
+                f"weights, but after update step {self.update_steps} of this run it should have {expected}. "
                 "Load adapter and selector state from the same checkpoint."
             )
         self.stop()
@@ -213,6 +233,8 @@ class Run:
             accumulator.num_added = int(state["num_added"][name])
         if self.candidates is not None:
             self.candidates.load_state_dict(state["candidates"])
+        if self.late_entries is not None and state["late_entries"] is not None:
+            self.late_entries.load_state_dict(state["late_entries"])
 
 
 def _ends_update_step(optimizer: Any) -> bool:

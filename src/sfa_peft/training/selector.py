@@ -125,16 +125,17 @@ class SFASelector:
                 gradient has arrived or too few weights have a finite one.
         """
         if self._run is not None:
-            self._check_first_step(optimizer)
-            return self._run.step(optimizer)
+            if not self._checked:
+                self._check_first_step(optimizer)
+            counted = self._run.update_steps
+            picked = self._run.step(optimizer)
+            self._checked = self._checked or self._run.update_steps > counted
+            return picked
         self._warn_of_unfinished_selection()
         return False
 
     def _check_first_step(self, optimizer: Any) -> None:
-        """Look once at what may have been set up after the selector was made."""
-        if self._checked:
-            return
-        self._checked = True
+        """Look at what may have been set up after the selector was made, until a step counts."""
         refuse_reentrant_checkpointing(self._model)
         if self.pool is not None:
             refuse_sharded(self._model, self.pool)

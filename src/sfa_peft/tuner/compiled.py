@@ -13,18 +13,45 @@ import torch
 from torch import nn
 
 from .layer import SFALayer
-from .live import eager
+from .live import CompiledPass, eager
+
+#: Name under which the hooked model keeps its pass.
+_ATTRIBUTE = "_sfa_compiled_pass"
 
 
-def before_forward(model: nn.Module, _args: Any) -> None:
-    """Do first what a graph cannot hold, under torch.compile; whoever calls the model."""
+def install(model: nn.Module) -> None:
+    """Hook a model, whoever calls it; safe to call again."""
+    if not hasattr(model, _ATTRIBUTE):
+        setattr(model, _ATTRIBUTE, CompiledPass())
+        model.register_forward_pre_hook(_before_forward)
+        model.register_forward_hook(_after_forward)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the hooks away."""
+    if hasattr(model, _ATTRIBUTE):
+        delattr(model, _ATTRIBUTE)
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for handle in [h for h, f in hooks.items() if f in (_before_forward, _after_forward)]:
+            del hooks[handle]
+
+
+def _before_forward(model: nn.Module, _args: Any) -> None:
     if torch.compiler.is_compiling():
         _prepare(model)
+
+
+def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
+    """End the pass: a layer that is called on its own must not trust what was prepared."""
+    if torch.compiler.is_compiling():
+        getattr(model, _ATTRIBUTE).is_open = False
 
 
 @eager
 def _prepare(model: nn.Module) -> None:
     """Let every layer write its weights and look up its taps, outside a compiled graph."""
+    compiled_pass = getattr(model, _ATTRIBUTE)
+    compiled_pass.is_open = True
     for module in model.modules():
         if isinstance(module, SFALayer):
-            module.prepare()
+            module.prepare(compiled_pass)

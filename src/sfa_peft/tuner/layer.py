@@ -15,7 +15,7 @@ from ..config import SFAConfig
 from ..errors import SFAWarning
 from .delta import LiveWeight, Tap
 from .external import apply_bottleneck, make_projections
-from .live import LiveEntries, eager
+from .live import CompiledPass, LiveEntries, eager
 from .pool import Pool
 from .switching import Switching
 
@@ -57,7 +57,7 @@ class SFALayer(Switching):
         self._disable_adapters = False
         self.merged_adapters = []
         self.entries: dict[str, LiveEntries] = {}  # by name of the base layer's parameter
-        self.ready = False  # whether a compiled forward may go on with what was prepared
+        self.prepared_for: CompiledPass | None = None  # whose forward may use what was prepared
         self.resolved: dict[str, dict[str, Any]] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
@@ -137,7 +137,7 @@ class SFALayer(Switching):
         if self.disable_adapters:
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
-        if not (torch.compiler.is_compiling() and self.ready):
+        if not self._is_prepared():
             self.refresh(names)
         out = self._base_forward(*args, **kwargs)
         for name in names:
@@ -160,7 +160,7 @@ class SFALayer(Switching):
             return self.base_layer(*args, **kwargs)
         watched = {}
         for parameter, entries in self.entries.items():
-            if torch.compiler.is_compiling() and self.ready:
+            if self._is_prepared():
                 taps, slices = entries.prepared
             else:
                 taps, slices = self._taps(entries)
@@ -177,10 +177,16 @@ class SFALayer(Switching):
             self._watch(*entries.pools[name])
         return entries.taps()
 
-    def prepare(self) -> None:
+    def _is_prepared(self) -> bool:
+        """Whether this is a compiled forward that may use what `prepare` found."""
+        prepared_for = self.prepared_for
+        return torch.compiler.is_compiling() and prepared_for is not None and prepared_for.is_open
+
+    def prepare(self, compiled_pass: CompiledPass) -> None:
         """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
-        self.ready = not (self.merged or self.disable_adapters)
-        if self.ready:
+        usable = not (self.merged or self.disable_adapters)
+        self.prepared_for = compiled_pass if usable else None
+        if usable:
             self.refresh(self._effective_adapters())
             for entries in self.entries.values():
                 entries.prepared = self._taps(entries) if torch.is_grad_enabled() else ([], [])

@@ -29,6 +29,12 @@ def eager(function: _F) -> _F:
     return cast(_F, torch.compiler.disable(function))
 
 
+class CompiledPass:
+    """One compiled forward of a whole model: what layers prepared holds while it is open."""
+
+    is_open = False
+
+
 @dataclass
 class Support:
     """One adapter's entries in one weight."""
@@ -57,6 +63,10 @@ class LiveEntries:
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._weight_stamp: tuple[Any, ...] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of the model has no selector; a selector that is copied with it attaches itself.
+        return self.__dict__ | {"observers": {}, "candidates": {}, "prepared": ([], [])}
 
     @eager  # stamps and in-place writes are for Python, not for a graph
     def refresh(self, weight: Tensor, names: list[str]) -> None:
@@ -118,10 +128,8 @@ class LiveEntries:
         for name in self.live:
             pool, ordinal = self.pools[name]
             observer, support = self.observers.get(name), self._supports[name]
-            # With nothing selected nor scored one weight keeps the values in the graph: a loss must
-            # have a gradient, and DistributedDataParallel wants one for each parameter.
-            alone = ordinal == len(pool.tensors) - 1 and pool.is_empty
-            wanted = observer is not None or support.spans or alone
+            # While nothing is selected one layer keeps the values in the graph: DDP waits for them.
+            wanted = observer is not None or support.spans or pool.is_last_of_empty(ordinal)
             if pool.values.requires_grad and wanted:
                 taps.append(Tap(support.indices, observer))
                 slices.append(pool.slices()[ordinal])

@@ -21,7 +21,7 @@ from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
-from .compiled import before_forward
+from . import compiled
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .pool import Pool
@@ -74,8 +74,7 @@ class SFAModel(BaseTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
-        if before_forward not in model._forward_pre_hooks.values():
-            model.register_forward_pre_hook(before_forward)
+        compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
         resolved = plan.to_resolved()
@@ -158,6 +157,7 @@ class SFAModel(BaseTuner):
                 SFAWarning,
                 stacklevel=3,
             )
+        compiled.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:

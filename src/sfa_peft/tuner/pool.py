@@ -128,6 +128,10 @@ class Pool:
         """Whether no weight is selected yet."""
         return not any(self.layout())
 
+    def is_last_of_empty(self, ordinal: int) -> bool:
+        """Whether a weight is the last one while nothing is selected."""
+        return ordinal == len(self.tensors) - 1 and self.is_empty
+
     def layout(self) -> list[Spans]:
         """Return for each weight the (first, last + 1) ranges of slots that belong to it."""
         slots = self.slots

@@ -86,8 +86,8 @@ def _called_by_grad_scaler() -> bool:
     """Whether a gradient scaler makes the present step (it tells nobody but fused optimizers)."""
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code.co_filename.endswith("grad_scaler.py"):
-            return True
+        if frame.f_code.co_filename.endswith("grad_scaler.py") and "self" in frame.f_locals:
+            return frame.f_locals["self"].is_enabled()
         frame = frame.f_back
     return False
 

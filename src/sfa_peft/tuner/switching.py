@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .external import AdaptedLayer
 
 if TYPE_CHECKING:
-    from .live import LiveEntries
+    from .live import CompiledPass, LiveEntries
     from .pool import Pool
 
 
@@ -26,7 +26,7 @@ class Switching(nn.Module, BaseTunerLayer):
 
     entries: dict[str, LiveEntries]
     resolved: dict[str, dict[str, Any]]
-    ready: bool
+    prepared_for: CompiledPass | None
     sfa_down: nn.ModuleDict
     sfa_up: nn.ModuleDict
 
@@ -61,7 +61,7 @@ class Switching(nn.Module, BaseTunerLayer):
 
     def withdraw(self) -> None:
         """Put the original entries back into the parameters, to the bit."""
-        self.ready = False
+        self.prepared_for = None
         for parameter, entries in self.entries.items():
             entries.withdraw(self.parameter(parameter))
 
