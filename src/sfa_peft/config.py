@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from .checkpoint.file import check_complete
+from .checkpoint.packing import SAVED_VALUES
 from .errors import ConfigError
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
@@ -105,6 +106,11 @@ class SFAConfig(PeftConfig):
         weight_decay_on: "change" pulls selected weights back to their pretrained values; "weight"
             pulls them to zero, as full fine-tuning does.
         seed: Seed of the "random" score and of nothing else.
+        saved_values: How `save_pretrained` writes changed weights. "exact": every bit of the
+            adapted weights. "bfloat16": changes rounded, error at most 2^-8 of each. "int8":
+            changes in blocks of 128, error at most 1/253 of the largest in the block.
+        check_base: Whether loading demands the pretrained weights that the adapter was trained on.
+            False loads onto others too, and warns.
         init_weights: False starts from random instead of neutral values (for tests).
         resolved: Filled in when an adapter is saved: what the budget was solved to and which layers
             the stored positions refer to. Not to be set by hand.
@@ -182,6 +188,12 @@ class SFAConfig(PeftConfig):
         default="change", metadata={"help": f"What decays: {', '.join(WEIGHT_DECAYS)}."}
     )
     seed: int = field(default=0, metadata={"help": 'Seed of the "random" score.'})
+    saved_values: str = field(
+        default="exact", metadata={"help": f"How changes are saved: {', '.join(SAVED_VALUES)}."}
+    )
+    check_base: bool = field(
+        default=True, metadata={"help": "Demand the base that an adapter was trained on."}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: random start, for tests."})
     resolved: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in when an adapter is saved."}
@@ -244,6 +256,7 @@ class SFAConfig(PeftConfig):
             "granularity": GRANULARITIES,
             "schedule": SCHEDULES,
             "weight_decay_on": WEIGHT_DECAYS,
+            "saved_values": SAVED_VALUES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:

@@ -11,13 +11,9 @@ from sfa_peft import AdapterFileError
 from sfa_peft.checkpoint.file import (
     WEIGHTS_NAME,
     check_complete,
-    check_resolved,
     check_selection,
     check_tensors,
-    saved_tensors,
 )
-
-GOOD = {"format": 2, "total": 1, "allowed": 1, "adapter_dim": 0, "internal": 1}
 
 
 def test_a_whole_file_and_a_folder_without_one_pass(tmp_path):
@@ -57,23 +53,6 @@ def test_a_header_of_another_shape_is_refused(tmp_path, header):
     (tmp_path / WEIGHTS_NAME).write_bytes(len(text).to_bytes(8, "little") + text)
     with pytest.raises(AdapterFileError):
         check_complete(tmp_path)
-
-
-def test_resolved_sizes_of_an_unknown_version_or_with_gaps_are_refused():
-    whole = GOOD | {"tensors": [], "external": {}}
-    check_resolved(whole)
-    with pytest.raises(AdapterFileError, match=r"format 3 .* reads 1 and 2\. Upgrade"):
-        check_resolved(whole | {"format": 3})
-    with pytest.raises(AdapterFileError, match="lacks tensors"):
-        check_resolved({k: v for k, v in whole.items() if k != "tensors"})
-
-
-def test_the_first_version_listed_layers_of_which_the_weight_is_meant():
-    old = GOOD | {"format": 1, "layers": [["a.b", [2, 3]]], "external": {}}
-    check_resolved(old)
-    assert saved_tensors(old) == [("a.b.weight", [2, 3])]
-    new = GOOD | {"tensors": [["a.b.bias", [2]]], "external": {}}
-    assert saved_tensors(new) == [("a.b.bias", [2])]
 
 
 def test_tensors_must_be_there_with_the_shape_they_had():

@@ -73,15 +73,13 @@ print("same bits")
 def test_the_file_holds_adapters_selection_and_head_with_buffers_and_nothing_else(trained, folder):
     tensors = load_file(folder / WEIGHTS)
     kinds = {k.split(".sfa_")[1].split(".")[0] for k in tensors if ".sfa_" in k}
-    assert kinds == {"pool", "slots", "down", "up"}
+    assert kinds == {"packed", "down", "up"}
     others = [k for k in tensors if ".sfa_" not in k]
     assert all(".decode_head." in k for k in others)
     assert any(k.endswith("running_var") for k in others)
     pool = find_pool(trained, "default")
-    assert (
-        tensors["base_model.model." + pool.layers[0].name + ".sfa_pool"].numel()
-        == pool.values.numel()
-    )
+    packed = tensors[f"base_model.model.{pool.layers[0].name}.sfa_packed"]
+    assert packed.numel() < 5 * pool.values.numel()  # of 8 bytes that positions and values take
 
 
 def test_loading_onto_an_existing_name_takes_the_file_over(folder, trained):
@@ -91,8 +89,9 @@ def test_loading_onto_an_existing_name_takes_the_file_over(folder, trained):
     model(batch)
     model.load_adapter(folder, "default", is_trainable=True)
     pool, expected = find_pool(model, "default"), find_pool(trained, "default")
-    assert torch.equal(pool.slots, expected.slots)
-    assert torch.equal(pool.values, expected.values)
+    order = expected.slots.sort().indices  # a file has no order of picks
+    assert torch.equal(pool.slots, expected.slots[order])
+    torch.testing.assert_close(pool.values, expected.values[order], rtol=1e-4, atol=1e-8)
 
 
 def test_a_second_adapter_beside_the_first_does_not_disturb_it(folder, trained):
@@ -156,20 +155,20 @@ def _damage(folder, suffix, change):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "change", "message"),
+    ("change", "message"),
     [
-        ("sfa_slots", lambda t: t + 10**9, "eligible weights"),
-        ("sfa_slots", torch.zeros_like, "repeat or have gaps"),
-        ("sfa_slots", lambda t: t.short(), "positions integers"),
-        ("sfa_slots", lambda t: t[:-1].clone(), "of one length"),
-        ("sfa_slots", lambda t: torch.where(t == t.min(), -1, t), "repeat or have gaps"),
-        ("sfa_pool", lambda t: t * float("nan"), "NaN or infinite"),
+        (lambda t: t[:-1].clone(), "sfa_packed: "),
+        (lambda t: torch.cat([t[:40], t[40:41] + 1, t[41:]]), "sfa_packed: "),
+        (torch.zeros_like, "sfa_packed: "),
+        (lambda t: t.int(), "expected flat bytes"),
     ],
 )
-def test_a_damaged_selection_is_named(folder, suffix, change, message):
-    _damage(folder, suffix, change)
+def test_a_damaged_selection_is_named_and_nothing_is_loaded(folder, change, message):
+    _damage(folder, "sfa_packed", change)
+    model = upernet()
     with pytest.raises(AdapterFileError, match=message):
-        PeftModel.from_pretrained(upernet(), folder)
+        PeftModel.from_pretrained(model, folder)
+    assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
 
 
 def test_loading_without_the_import_fails_and_the_card_says_what_to_do(folder):

@@ -88,15 +88,15 @@ def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetRepo
             external += sum(p.numel() for m in (down, up) for p in m.parameters())
     pool = find_pool(model, adapter_name)
     return BudgetReport(
-        backbone=resolved["total"],
-        allowed=resolved["allowed"],
+        backbone=resolved.total,
+        allowed=resolved.allowed,
         external=external,
         internal=0 if pool is None else pool.values.numel(),
         selected=0 if pool is None else pool.num_assigned,
         head=_head_parameters(model, adapter_name),
-        adapter_dim=resolved["adapter_dim"],
+        adapter_dim=resolved.adapter_dim,
         widths=dict(widths),
-        paper_backbone=_paper_backbone(layers, resolved["total"]),
+        paper_backbone=_paper_backbone(layers, resolved.total),
     )
 
 

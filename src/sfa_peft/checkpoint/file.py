@@ -2,9 +2,9 @@
 """What an adapter folder holds, and the checks that it is whole and fits before it is used.
 
 `adapter_model.safetensors` holds external adapters and head under their module paths, and on the
-first adapted layer the selection as two tensors of equal length: `sfa_pool` (float values of the
-change) and `sfa_slots` (position of each value, -1 for a value not assigned yet; int32, or int64
-where that is too small). A position
+first adapted layer the selection: packed into one tensor of bytes, `sfa_packed` (see `packing`).
+Files of the first two versions hold it as two tensors of equal length: `sfa_pool` (float values of
+the change) and `sfa_slots` (position of each value, -1 for a value not assigned yet). A position
 counts the entries of the tensors listed in `adapter_config.json` under `resolved.tensors`, one
 after the other, each in C order.
 """
@@ -13,22 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from .container import read_info
 
-#: Version 1 listed layers (`resolved.layers`) of which only the weight could be changed.
-FORMAT_VERSION = 2
-READABLE_VERSIONS = (1, 2)
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def check_complete(folder: str | Path) -> None:
-    """Check that the tensors' file of a local adapter folder is whole (its header is read only).
+    """Check that the tensors' file of a local adapter folder is whole.
+
+    Read are its header and the packed selection, whose checksum must hold.
 
     Args:
         folder: The adapter folder; nothing is checked where it has no safetensors file.
@@ -40,41 +39,21 @@ def check_complete(folder: str | Path) -> None:
     if not path.is_file():
         return
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as tensors:
+            keys = [key for key in tensors.keys() if key.endswith("sfa_packed")]  # noqa: SIM118
+            packed = {key: tensors.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
             f"{path}: cut short or damaged ({error}; {path.stat().st_size} bytes). Copy or save "
             "the adapter again."
         ) from error
-
-
-def check_resolved(resolved: Mapping[str, Any]) -> None:
-    """Check the version and the fields of `SFAConfig.resolved` as read from a file.
-
-    Raises:
-        AdapterFileError: If the version is unknown or a field is missing.
-    """
-    version = resolved.get("format")
-    if version not in READABLE_VERSIONS:
-        raise AdapterFileError(
-            f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
-            f"reads {' and '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
-        )
-    wanted = {"total", "allowed", "adapter_dim", "internal", "external"}
-    missing = (wanted | {"layers" if version == 1 else "tensors"}) - set(resolved)
-    if missing:
-        raise AdapterFileError(
-            f"adapter_config.json: `resolved` lacks {', '.join(sorted(missing))}; damaged or "
-            "written by hand? Save the adapter again."
-        )
-
-
-def saved_tensors(resolved: Mapping[str, Any]) -> list[tuple[str, list[int]]]:
-    """Return (full name, shape) of the tensors that stored positions count, in their order."""
-    if resolved["format"] == 1:
-        return [(f"{name}.weight", list(shape)) for name, shape in resolved["layers"]]
-    return [(name, list(shape)) for name, shape in resolved["tensors"]]
+    for key, blob in packed.items():
+        if blob.dtype != torch.uint8 or blob.ndim != 1:
+            raise AdapterFileError(
+                f"{path}: {key}: expected flat bytes, got {blob.dtype} {list(blob.shape)}. Save "
+                "the adapter again."
+            )
+        read_info(blob.numpy().tobytes(), where=f"{path}: {key}")
 
 
 def check_tensors(

@@ -49,7 +49,7 @@ class SFACallback(TrainerCallback):
             adapter_name=self.adapter_name,
             scaler=getattr(kwargs.get("optimizer"), "scaler", None),
         )
-        if state.global_step > 0 and self.selector.config.selects_while_training:
+        if state.global_step > 0:
             _resume(self.selector, self.resume_from_checkpoint, args, state.global_step)
 
     def on_optimizer_step(
@@ -114,7 +114,7 @@ class SFACallback(TrainerCallback):
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         """Write the state beside the checkpoints, so that a half-written one is never the last."""
-        if self.selector is None or self.selector.schedule is None:
+        if self.selector is None or self.selector.pool is None:
             return
         self._written_at = state.global_step
         selector_state = self.selector.state_dict()  # all ranks add their sums

@@ -201,6 +201,7 @@ class Run:
             "total_steps": self.schedule.total_steps,
             "selection_steps": self.schedule.selection_steps,
             "joined": list(self.joined),
+            "pool": self.pool.state_dict(),
             "sums": {name: a.gather() for name, a in self.accumulators.items()},
             "num_added": {name: a.num_added for name, a in self.accumulators.items()},
             "candidates": self.candidates.state_dict() if self.candidates else None,
@@ -208,18 +209,20 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned; the pool is loaded already."""
+        """Take up what `state_dict` returned; the adapter's files are loaded already."""
         self.update_steps = int(state["update_steps"])
         self.joined = [tuple(entry) for entry in state["joined"]]
+        found = self.pool.num_assigned
         expected = self.joined[-1][1] if self.joined else 0
         if self.config.granularity == "weight":  # rows may leave a part of a quota open
             expected = self.schedule.selected_after(self.update_steps)
-        if self.pool.num_assigned != expected:
+        if found != expected or not self.pool.fits(state["pool"]):
             raise SelectionError(
-                f"Adapter `{self.pool.adapter_name}` has {self.pool.num_assigned} selected "
-                f"weights, but after update step {self.update_steps} of this run it should have {expected}. "
-                "Load adapter and selector state from the same checkpoint."
+                f"Adapter `{self.pool.adapter_name}` has {found} selected weights, but after "
+                f"update step {self.update_steps} of this run it should have {expected}. Load "
+                "adapter and selector state from the same checkpoint."
             )
+        self.pool.load_state_dict(state["pool"])
         self.stop()
         if state["sums"]:
             self.start()

@@ -163,11 +163,14 @@ class SFASelector:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the adapter's own tensors.
 
-        `update_steps`, the schedule, and the present round's sums over all ranks (fp32, one per
-        eligible weight, not copied on a single process; empty after the last pick). Under
-        torch.distributed every rank must call it.
+        `update_steps`, the schedule, the present round's sums over all ranks (one per eligible
+        weight, not copied on a single process; empty after the last pick), and values and
+        positions as they are in training, which the adapter's own file does not keep to the last
+        bit and order. Under torch.distributed every rank must call it.
         """
-        return self._run.state_dict() if self._run else {}
+        if self._run is not None:
+            return self._run.state_dict()
+        return {} if self.pool is None else {"pool": self.pool.state_dict()}
 
     def close(self) -> None:
         """End the run, also before its last pick: free the scores and select no more."""
@@ -181,6 +184,14 @@ class SFASelector:
             SelectionError: If the state belongs to another run or another adapter.
         """
         if not state or self.pool is None:
+            return
+        if "update_steps" not in state:  # of a run that selected nothing
+            if not self.pool.fits(state["pool"]):
+                raise SelectionError(
+                    f"Adapter `{self.adapter_name}` has other weights selected than the selector "
+                    "state. Load adapter and selector state from the same checkpoint."
+                )
+            self.pool.load_state_dict(state["pool"])
             return
         size = self.pool.values.numel()
         schedule = Schedule(

@@ -11,6 +11,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from ..checkpoint.resolved import Resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning
 from .delta import LiveWeight, Tap
@@ -36,7 +37,7 @@ class SFALayer(Switching):
     """
 
     adapter_layer_names = ("sfa_pool", "sfa_down", "sfa_up")
-    other_param_names = ("sfa_slots",)
+    other_param_names = ("sfa_slots", "sfa_packed")
 
     def __init__(
         self,
@@ -52,13 +53,15 @@ class SFALayer(Switching):
         self.name, self.role, self.block, self.stage = name, role, block, stage
         self.sfa_pool = nn.ParameterDict()
         self.sfa_slots = BufferDict(persistent=True)
+        self.sfa_packed = BufferDict(persistent=True)  # until they are unpacked
         self.sfa_down = nn.ModuleDict()
         self.sfa_up = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
         self.entries: dict[str, LiveEntries] = {}  # by name of the base layer's parameter
         self.prepared_for: CompiledPass | None = None  # whose forward may use what was prepared
-        self.resolved: dict[str, dict[str, Any]] = {}  # by adapter: what its budget was solved to
+        self.saved_names: dict[str, str] = {}  # by adapter: path in its file, where it is another
+        self.resolved: dict[str, Resolved] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
         self.out_features = getattr(base_layer, f"out_{kind}", None)
@@ -72,6 +75,7 @@ class SFALayer(Switching):
         *,
         pool: Pool | None,
         pool_size: int,
+        packed_size: int | None = None,
         parameters: Sequence[str],
         width: int,
     ) -> None:
@@ -82,6 +86,7 @@ class SFALayer(Switching):
             config: Its configuration.
             pool: The adapter's pool, None where it changes no pretrained weight of the model.
             pool_size: Length of the pool; the first layer with a parameter to change holds it.
+            packed_size: Bytes of a saved selection that is about to be loaded there, or None.
             parameters: Names of this layer's parameters whose entries may be selected.
             width: Width of the external adapter, 0 for none.
         """
@@ -100,6 +105,10 @@ class SFALayer(Switching):
                 self.sfa_slots[adapter_name] = torch.full(
                     (pool_size,), -1, dtype=pool.slots_dtype, device=device
                 )
+                if packed_size is not None:
+                    self.sfa_packed[adapter_name] = torch.zeros(
+                        packed_size, dtype=torch.uint8, device=device
+                    )
         if width:
             down, up = make_projections(
                 self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
@@ -112,7 +121,13 @@ class SFALayer(Switching):
     ) -> None:
         # PEFT would also cast to the base's dtype, which loses bits of a loaded fp32 adapter.
         target = device or self.base_weight.device
-        containers: list[Any] = [self.sfa_pool, self.sfa_slots, self.sfa_down, self.sfa_up]
+        containers: list[Any] = [
+            self.sfa_pool,
+            self.sfa_slots,
+            self.sfa_packed,
+            self.sfa_down,
+            self.sfa_up,
+        ]
         for container in containers:
             if adapter_name in container:
                 item = container[adapter_name]
@@ -134,6 +149,8 @@ class SFALayer(Switching):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
+        if self.sfa_packed:
+            self._finish_loading()
         if self.disable_adapters:
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
@@ -144,6 +161,14 @@ class SFALayer(Switching):
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
+
+    @eager
+    def _finish_loading(self) -> None:
+        """Unpack what a loader left; where nothing was loaded, wait no longer."""
+        for name in list(self.sfa_packed):
+            pool = self.find_pool(name)
+            if pool is not None and pool.slots is not None:
+                pool.drop_packed()
 
     def _pretrained_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:

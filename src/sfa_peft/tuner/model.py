@@ -16,7 +16,6 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from ..checkpoint.file import check_selection
 from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
@@ -25,6 +24,7 @@ from . import compiled
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .pool import Pool
+from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
 
 #: torch's own allocator aligns tensors to this many bytes.
@@ -50,6 +50,7 @@ class SFAModel(BaseTuner):
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)
         self._plan = make_plan(model, peft_config)
+        check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
@@ -71,12 +72,14 @@ class SFAModel(BaseTuner):
         leaves no key of its own there.
         """
         config: SFAConfig = self.peft_config[adapter_name]  # pyright: ignore
+        self._name_to_add = adapter_name
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
         compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
+        _expect_packed(model)
         resolved = plan.to_resolved()
         for layer in adapter_layers(model, adapter_name):
             layer.resolved[adapter_name] = resolved
@@ -122,14 +125,20 @@ class SFAModel(BaseTuner):
                 lr_ratio=peft_config.internal_lr_ratio,
                 decay_weight=peft_config.weight_decay_on == "weight",
             )
+            if self._plan.saved is not None and self._plan.saved.packed is not None:
+                self._pool.settle = settle
         layer.update_layer(
             adapter_name,
             peft_config,
             pool=self._pool,
             pool_size=self._plan.budget.internal,
+            packed_size=self._plan.saved.packed if self._plan.saved else None,
             parameters=list(plan.parameters),
             width=plan.width,
         )
+        old_name = next((a for a, b in self._plan.renamed.items() if b == current_key), None)
+        if old_name is not None:
+            layer.saved_names[adapter_name] = old_name
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -192,8 +201,6 @@ class SFAModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        # On the layers and not on the config, which may serve several models; it is saved next.
-        config.remember(adapter_layers(model, adapter_name)[0].resolved[adapter_name])
         pool = find_pool(model, adapter_name)
         if pool is not None and pool.is_empty:
             warnings.warn(
@@ -202,20 +209,22 @@ class SFAModel(BaseTuner):
                 SFAWarning,
                 stacklevel=3,
             )
-        return super()._get_adapter_state_dict(
+        state = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        # On the layers and not on the config, which may serve several models; it is saved next.
+        resolved = adapter_layers(model, adapter_name)[0].resolved[adapter_name]
+        if pool is not None:
+            resolved = pack_state(pool, config, resolved, state)
+        config.remember(resolved.to_dict())
+        return state
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        pool = find_pool(model, adapter_name)
-        for key, slots in state_dict.items():
-            if key.endswith(".sfa_slots") and pool is not None:
-                values = state_dict.get(key.removesuffix("sfa_slots") + "sfa_pool")
-                if values is not None:
-                    check_selection(key, slots, values, pool.starts[-1])
+        layers = adapter_layers(model, adapter_name)
+        state_dict = unpack_state(layers, adapter_name, state_dict)
         # Tensors that a loader takes over as they lie in the file sit at any address, and kernels
         # round differently there: bits are equal, outputs would not be.
         state_dict = {
@@ -228,6 +237,15 @@ class SFAModel(BaseTuner):
         # DDP would send every buffer from rank 0 before each forward; positions change only in a
         # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
+
+
+def _expect_packed(model: nn.Module) -> None:
+    """Tell transformers' own loader that values and positions come packed, not as they are."""
+    if hasattr(model, "_keys_to_ignore_on_load_missing"):
+        known = list(model._keys_to_ignore_on_load_missing or [])  # pyright: ignore
+        pattern = r"\.sfa_(pool|slots)\."
+        if pattern not in known:
+            model._keys_to_ignore_on_load_missing = [*known, pattern]  # pyright: ignore
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:

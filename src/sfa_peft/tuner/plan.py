@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +15,8 @@ from torch import nn
 
 from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget
-from ..checkpoint.file import FORMAT_VERSION, check_resolved, check_tensors, saved_tensors
+from ..checkpoint.file import check_tensors
+from ..checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
 from .external import output_features
@@ -30,6 +31,7 @@ class Target:
     role: str | None
     block: int | None
     stage: int | None
+    index: int | None  # among the block's layers of that role
     parameters: Mapping[str, tuple[int, ...]]  # those that may be selected from, with their shapes
     width: int  # of its external adapter, 0 for none
 
@@ -41,21 +43,40 @@ class Plan:
     backbone: Backbone | None
     budget: BudgetPlan
     targets: Mapping[str, Target]
-    loaded: bool  # whether sizes come from a saved adapter
+    saved: Resolved | None = None  # where sizes come from a saved adapter: what its file says
+    renamed: Mapping[str, str] = field(default_factory=dict)  # path in the file to path here
 
-    def to_resolved(self) -> dict[str, Any]:
-        """Return what a file must record so that the same adapter can be built again."""
-        tensors = [[n, list(s)] for t in self.targets.values() for n, s in _full_names(t)]
-        return {
-            "format": FORMAT_VERSION,
-            "backbone": self.backbone.model_type if self.backbone else None,
-            "total": self.budget.total,
-            "allowed": self.budget.allowed,
-            "adapter_dim": self.budget.adapter_dim,
-            "internal": self.budget.internal,
-            "external": dict(self.budget.widths),
-            "tensors": tensors,
+    @property
+    def loaded(self) -> bool:
+        """Whether sizes come from a saved adapter."""
+        return self.saved is not None
+
+    def path_here(self, tensor: str) -> str:
+        """Return the full name that a tensor of the file has in this model."""
+        return _here(tensor, self.renamed)
+
+    def to_resolved(self) -> Resolved:
+        """Return what a file must record so that the same adapter can be built again.
+
+        A loaded adapter keeps what its file says of the base.
+        """
+        saved = {_here(t.name, self.renamed): t for t in (self.saved.tensors if self.saved else ())}
+        fresh = {
+            f"{t.name}.{p}": SavedTensor(f"{t.name}.{p}", shape)
+            for t in self.targets.values()
+            for p, shape in t.parameters.items()
         }
+        return Resolved(
+            total=self.budget.total,
+            allowed=self.budget.allowed,
+            adapter_dim=self.budget.adapter_dim,
+            internal=self.budget.internal,
+            layers={
+                t.name: SavedLayer(t.width, t.role, t.block, t.index) for t in self.targets.values()
+            },
+            tensors=tuple(replace(saved.get(n, t), name=n) for n, t in fresh.items()),
+            backbone=self.backbone.model_type if self.backbone else None,
+        )
 
 
 def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
@@ -70,7 +91,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
     backbone = find_backbone(model)
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
-        return _loaded_plan(config, config.resolved, modules, backbone, roles)
+        return _loaded_plan(config, modules, backbone, roles)
     matches = match_layers(modules, config, backbone, roles)
     outputs = matches.outputs
     if not matches.parameters and not outputs:
@@ -107,7 +128,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
         own = matches.parameters.get(name, ()) if budget.internal else ()
         if own or name in budget.widths:
             targets[name] = _target(name, layer, roles, own, budget.widths.get(name, 0))
-    return Plan(backbone, budget, targets, loaded=False)
+    return Plan(backbone, budget, targets)
 
 
 def _target(
@@ -119,13 +140,20 @@ def _target(
         role=known.role if known else None,
         block=known.block if known else None,
         stage=known.stage if known else None,
+        index=_indices(roles)[name] if known else None,
         parameters={p: tuple(getattr(layer, p).shape) for p in parameters},
         width=width,
     )
 
 
-def _full_names(target: Target) -> list[tuple[str, tuple[int, ...]]]:
-    return [(f"{target.name}.{p}", shape) for p, shape in target.parameters.items()]
+def _indices(roles: Mapping[str, RoleModule]) -> dict[str, int]:
+    """Return the ordinal of each layer among the layers of its role in its block."""
+    counts: Counter[tuple[str, int]] = Counter()
+    indices = {}
+    for name, role in roles.items():
+        indices[name] = counts[role.role, role.block]
+        counts[role.role, role.block] += 1
+    return indices
 
 
 def _warn_of_unspent_budget(budget: BudgetPlan, config: SFAConfig) -> None:
@@ -161,53 +189,66 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
 
 def _loaded_plan(
     config: SFAConfig,
-    resolved: Mapping[str, Any],
     modules: Mapping[str, nn.Module],
     backbone: Backbone | None,
     roles: Mapping[str, RoleModule],
 ) -> Plan:
-    check_resolved(resolved)
-    saved = saved_tensors(resolved)
-    widths = dict(resolved["external"])
+    saved = read_resolved(config.resolved)
+    renamed = _find_layers(saved, modules, roles)
+    names = [_here(t.name, renamed) for t in saved.tensors]
     shapes = {
         f"{n}.{p}": tuple(tensor.shape)
         for n, m in modules.items()
         for p, tensor in m._parameters.items()
         if tensor is not None
     }
-    check_tensors(saved, shapes)
-    weights = [(f"{n}.weight", shapes.get(f"{n}.weight", ())) for n in widths]
-    check_tensors(weights, shapes)
-    parameters: dict[str, list[str]] = {n: [] for n in widths}
-    # Positions count the tensors in the file's order, which is kept also if the model's differs.
-    order = dict.fromkeys(name.rpartition(".")[0] for name, _ in saved)
-    for name, _ in saved:
+    check_tensors([(n, t.shape) for n, t in zip(names, saved.tensors, strict=True)], shapes)
+    widths = {renamed[n]: width for n, width in saved.widths.items()}
+    check_tensors([(f"{n}.weight", shapes.get(f"{n}.weight", ())) for n in widths], shapes)
+    parameters: dict[str, list[str]] = {renamed[n]: [] for n in saved.layers}
+    for name in names:
         layer, _, parameter = name.rpartition(".")
-        parameters.setdefault(layer, []).append(parameter)
+        parameters[layer].append(parameter)
+    # Positions count the tensors in the file's order, which is kept also if the model's differs.
     targets = {
         n: _target(
-            n,
-            wrappable(n, modules[n], parameters[n], whole=n in widths),
-            roles,
-            parameters[n],
-            widths.get(n, 0),
+            n, wrappable(n, modules[n], own, whole=n in widths), roles, own, widths.get(n, 0)
         )
-        for n in [*order, *(n for n in modules if n in widths and n not in order)]
+        for n, own in parameters.items()
+        if own or n in widths
     }
-    eligible = sum(math.prod(shape) for _, shape in saved)
     budget = BudgetPlan(
-        total=resolved["total"],
-        allowed=resolved["allowed"],
-        adapter_dim=resolved["adapter_dim"],
+        total=saved.total,
+        allowed=saved.allowed,
+        adapter_dim=saved.adapter_dim,
         widths=widths,
         external=sum(
             adapter_parameters(output_features(modules[n]), width, config.external_bias)
             for n, width in widths.items()
         ),
-        internal=resolved["internal"],
-        eligible=eligible,
+        internal=saved.internal,
+        eligible=saved.num_weights,
     )
-    return Plan(backbone, budget, targets, loaded=True)
+    return Plan(backbone, budget, targets, saved, {a: b for a, b in renamed.items() if a != b})
+
+
+def _here(tensor: str, renamed: Mapping[str, str]) -> str:
+    layer, _, parameter = tensor.rpartition(".")
+    return f"{renamed.get(layer, layer)}.{parameter}"
+
+
+def _find_layers(
+    saved: Resolved, modules: Mapping[str, nn.Module], roles: Mapping[str, RoleModule]
+) -> dict[str, str]:
+    """Return for each layer of a file its path in this model.
+
+    Where the model knows none of the paths, its modules were renamed, and roles find the layers.
+    """
+    if any(name in modules for name in saved.layers):
+        return {name: name for name in saved.layers}
+    indices = _indices(roles)
+    by_role: dict[Any, str] = {(r.role, r.block, indices[n]): n for n, r in roles.items()}
+    return {n: by_role.get((a.role, a.block, a.index), n) for n, a in saved.layers.items()}
 
 
 def _nothing_found(model: nn.Module, config: SFAConfig) -> str:

@@ -8,7 +8,7 @@ sees a size change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,6 +67,7 @@ class Pool:
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
+        self.settle: Callable[[Pool], None] | None = None  # unpacks a saved selection
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
         self.stepped_by_grad_scaler = False
@@ -106,9 +107,21 @@ class Pool:
         return layer.entries[parameter]
 
     @property
+    def anchor(self) -> SFALayer:
+        """The layer that holds values and slots."""
+        return self.tensors[0][0]
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return self.anchor.sfa_pool[self.adapter_name].numel()
+
+    @property
     def values(self) -> nn.Parameter:
         """The change of each assigned weight, (size,), fp32 by default; the trainable part."""
-        return self.tensors[0][0].sfa_pool[self.adapter_name]
+        if self.settle is not None:
+            self.settle(self)
+        return self.anchor.sfa_pool[self.adapter_name]
 
     @property
     def slots(self) -> Tensor:
@@ -116,7 +129,26 @@ class Pool:
 
         int32, or int64 where there are more positions than that can name (or a file had it).
         """
-        return cast(Tensor, self.tensors[0][0].sfa_slots[self.adapter_name])
+        if self.settle is not None:
+            self.settle(self)
+        return cast(Tensor, self.anchor.sfa_slots[self.adapter_name])
+
+    @property
+    def packed(self) -> Tensor | None:
+        """A saved selection that waits to be unpacked, uint8; None where there is none."""
+        packed = self.anchor.sfa_packed
+        return cast(Tensor, packed[self.adapter_name]) if self.adapter_name in packed else None
+
+    def drop_packed(self) -> None:
+        """Wait for no saved selection any longer."""
+        self.settle = None
+        if self.packed is not None:
+            self.anchor.sfa_packed.pop(self.adapter_name)
+
+    def pretrained(self, ordinal: int) -> Tensor:
+        """Return a weight with its original entries (a copy where changes are live in it)."""
+        entries, weight = self.entries(ordinal), self.weight(ordinal)
+        return entries.original(weight) if entries.live else weight.detach()
 
     @property
     def num_assigned(self) -> int:
@@ -178,6 +210,26 @@ class Pool:
         with torch.no_grad():
             slots[first : first + joined.numel()] = joined
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return values and slots as they are, which a packed file does not keep.
+
+        It orders entries by position and not by pick, and has no bits below a weight's own.
+        """
+        return {"values": self.values.detach().clone(), "slots": self.slots.clone()}
+
+    def fits(self, state: dict[str, Tensor]) -> bool:
+        """Whether a state is of the entries that are selected here, in whatever order."""
+        slots = state["slots"].to(self.slots)
+        return slots.shape == self.slots.shape and torch.equal(
+            slots.sort().values, self.slots.sort().values
+        )
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` returned."""
+        with torch.no_grad():
+            self.slots.copy_(state["slots"])
+            self.values.copy_(state["values"])
+
     def slices(self) -> Sequence[Tensor]:
         """Return for each weight a stand-in for its slice of values, wired to their gradient."""
         values, spans = self.values, self.layout()
@@ -221,7 +273,7 @@ class Pool:
 
     def group_of(self, optimizer: Any) -> dict[str, Any] | None:
         """Return the optimizer's parameter group that holds the values, None where it has none."""
-        if not self.tensors or self.adapter_name not in self.tensors[0][0].sfa_pool:
+        if not self.tensors or self.adapter_name not in self.anchor.sfa_pool:
             return None
         values = self.values
         for group in optimizer.param_groups:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .external import AdaptedLayer
 
 if TYPE_CHECKING:
+    from ..checkpoint.resolved import Resolved
     from .live import CompiledPass, LiveEntries
     from .pool import Pool
 
@@ -25,7 +26,7 @@ class Switching(nn.Module, BaseTunerLayer):
     """The part of `SFALayer` that changes which adapters act."""
 
     entries: dict[str, LiveEntries]
-    resolved: dict[str, dict[str, Any]]
+    resolved: dict[str, Resolved]
     prepared_for: CompiledPass | None
     sfa_down: nn.ModuleDict
     sfa_up: nn.ModuleDict

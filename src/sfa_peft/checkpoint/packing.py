@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between a selection in torch tensors and the blob that a file holds (see `container`).
+
+"exact" keeps every bit of the adapted weights. A float32 base gets the change with as few digits as
+lead to the same adapted weight; a 16-bit base gets the distance in units in the last place, which
+needs the same base to read. What is lost of a float32 master of a 16-bit weight is what lies below
+the weight's own resolution; checkpoints of the training state keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import AdapterFileError
+from .container import SelectedEntries, decode_entries, encode_entries, read_info
+from .values import ValueMode
+
+#: `SFAConfig.saved_values`.
+SAVED_VALUES = ("exact", "bfloat16", "int8")
+
+_ULPS = {torch.bfloat16: ValueMode.ULPS_BFLOAT16, torch.float16: ValueMode.ULPS_FLOAT16}
+_DTYPE_OF = {ValueMode.ULPS_BFLOAT16: torch.bfloat16, ValueMode.ULPS_FLOAT16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Selected entries of one tensor.
+
+    Attributes:
+        size: Number of weights in the tensor.
+        indices: Flat positions, int64, strictly increasing.
+        change: Change of each, float32.
+        base: Pretrained weight of each, in the base's type.
+    """
+
+    size: int
+    indices: Tensor
+    change: Tensor
+    base: Tensor
+
+
+def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
+    """Return the entries of all tensors as one blob, uint8 (nbytes,).
+
+    Args:
+        tensors: One per tensor that positions count.
+        saved_values: One of `SAVED_VALUES`.
+
+    Raises:
+        AdapterFileError: If a value is NaN or infinite.
+    """
+    if saved_values == "exact":
+        blob = _pack_ulps(tensors)
+        if blob is None:
+            blob = _pack_changes([_shortened(t) for t in tensors], tensors, ValueMode.FLOAT32)
+    else:
+        mode = ValueMode.BFLOAT16 if saved_values == "bfloat16" else ValueMode.INT8
+        blob = _pack_changes([t.change for t in tensors], tensors, mode)
+    return torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+
+
+def _pack_changes(changes: Sequence[Tensor], tensors: Sequence[Entries], mode: ValueMode) -> bytes:
+    return encode_entries(
+        [
+            SelectedEntries(t.size, _numpy(t.indices), _numpy(change.float()))
+            for t, change in zip(tensors, changes, strict=True)
+        ],
+        mode,
+    )
+
+
+def _pack_ulps(tensors: Sequence[Entries]) -> bytes | None:
+    """Return the blob against a 16-bit base; None where there is none or it would lose bits."""
+    types = {t.base.dtype for t in tensors if t.indices.numel()}
+    if len(types) != 1 or not types <= set(_ULPS):
+        return None
+    dtype = types.pop()
+    adapted = [adapt(t.base, t.change) for t in tensors]
+    for entries, weight in zip(tensors, adapted, strict=True):
+        if not torch.equal(adapt(entries.base, change_to(entries.base, weight)), weight):
+            return None
+    return encode_entries(
+        [
+            SelectedEntries(t.size, _numpy(t.indices), _codes(weight, dtype), _codes(t.base, dtype))
+            for t, weight in zip(tensors, adapted, strict=True)
+        ],
+        _ULPS[dtype],
+    )
+
+
+def adapt(base: Tensor, change: Tensor) -> Tensor:
+    """Return base + change, added in float32 and rounded to the base's type."""
+    return (base.float() + change.float()).to(base.dtype)
+
+
+def change_to(base: Tensor, adapted: Tensor) -> Tensor:
+    """Return a change, float32, that leads from base to adapted (but for rare roundings)."""
+    change = adapted.float() - base.float()
+    missed = adapt(base, change) != adapted
+    if bool(missed.any()):
+        beyond = torch.where(adapted > adapt(base, change), torch.inf, -torch.inf)
+        change = torch.where(missed, torch.nextafter(change, beyond.to(change)), change)
+    return change
+
+
+def _shortened(entries: Entries) -> Tensor:
+    """Return changes that lead to the same adapted weights, most with fewer digits."""
+    if entries.base.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return entries.change
+    weight = adapt(entries.base, entries.change)
+    short = weight.float() - entries.base.float()
+    same = adapt(entries.base, short) == weight
+    return torch.where(same, short, entries.change.float())
+
+
+def unpack(
+    blob: Tensor,
+    sizes: Sequence[int],
+    base_at: Callable[[int, Tensor], Tensor],
+    where: str,
+) -> list[tuple[Tensor, Tensor]]:
+    """Return (flat positions int64, change float32) of each tensor, on CPU.
+
+    Args:
+        blob: uint8, as `pack` returned it.
+        sizes: Number of weights of each tensor in the model.
+        base_at: Returns the pretrained weights of a tensor (by ordinal) at positions.
+        where: Names the blob in messages.
+
+    Raises:
+        AdapterFileError: If the blob is damaged, or was written against other weights.
+    """
+    if blob.dtype != torch.uint8 or blob.ndim != 1:
+        raise AdapterFileError(
+            f"{where}: expected flat bytes, got {blob.dtype} {list(blob.shape)}; the file is "
+            "damaged."
+        )
+    data = _numpy(blob.cpu()).tobytes()
+    mode = read_info(data, where=where).mode
+    dtype = _DTYPE_OF.get(mode, torch.float32)
+
+    def base_codes(ordinal: int, indices: np.ndarray) -> np.ndarray:
+        return _codes(base_at(ordinal, torch.from_numpy(indices)).cpu(), dtype)
+
+    found = decode_entries(data, sizes, base_entries=base_codes, where=where)
+    return [(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+
+
+def _change(entries: SelectedEntries, mode: ValueMode, dtype: torch.dtype) -> Tensor:
+    if mode is ValueMode.BFLOAT16:
+        return _floats(entries.values, torch.bfloat16).float()
+    if not mode.needs_base or entries.base is None:
+        return torch.from_numpy(np.ascontiguousarray(entries.values)).float()
+    return change_to(_floats(entries.base, dtype), _floats(entries.values, dtype))
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().numpy()
+
+
+def _codes(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Return 16-bit floats as uint16 codes, float32 as it is."""
+    tensor = tensor.detach().cpu().to(dtype).contiguous()
+    if dtype == torch.float32:
+        return tensor.numpy()
+    return tensor.view(torch.int16).numpy().view(np.uint16)
+
+
+def _floats(codes: np.ndarray, dtype: torch.dtype) -> Tensor:
+    codes = np.ascontiguousarray(codes)
+    if codes.dtype != np.uint16:
+        return torch.from_numpy(codes)
+    return torch.from_numpy(codes.view(np.int16)).view(dtype)

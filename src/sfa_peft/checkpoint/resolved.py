@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `adapter_config.json` says of a saved adapter under `resolved`: sizes, layers, tensors.
+
+Version 1 listed layers of which only the weight could be changed, version 2 tensors; both kept
+values and positions as plain tensors. Version 3 packs them (see `packing`) and adds the digest of
+every tensor's pretrained values, and roles beside the paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import AdapterFileError
+
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """A layer that an adapter changes.
+
+    Attributes:
+        width: Width of its external adapter, 0 for none.
+        role: Role in a transformer block, None if unknown; with `block` and `index` it finds the
+            layer again in a model whose modules have other names.
+        block: Ordinal of the block.
+        index: Ordinal among the block's layers of that role.
+    """
+
+    width: int = 0
+    role: str | None = None
+    block: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """A parameter whose entries an adapter may change.
+
+    Attributes:
+        name: Full name in the model.
+        shape: Its shape.
+        dtype: Type it had ("float32"), None where an old file does not say.
+        digests: By type, the digest of the pretrained values in it (see `fingerprint`).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What a budget was solved to, as a file records it.
+
+    Attributes:
+        total: Parameters of the backbone.
+        allowed: Most parameters the budget allows.
+        adapter_dim: Common width of external adapters.
+        internal: Number of selected weights, assigned or not yet.
+        layers: Adapted layers by path.
+        tensors: Tensors that positions count, in their order.
+        packed: Bytes of the packed selection; None where values and positions are plain tensors.
+        backbone: `model_type` of the backbone, None if unknown.
+    """
+
+    total: int
+    allowed: int
+    adapter_dim: int
+    internal: int
+    layers: Mapping[str, SavedLayer]
+    tensors: tuple[SavedTensor, ...]
+    packed: int | None = None
+    backbone: str | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Number of weights that positions count."""
+        return sum(_product(t.shape) for t in self.tensors)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Widths of the external adapters by layer."""
+        return {name: layer.width for name, layer in self.layers.items() if layer.width}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {
+            "format": FORMAT_VERSION,
+            "backbone": self.backbone,
+            "total": self.total,
+            "allowed": self.allowed,
+            "adapter_dim": self.adapter_dim,
+            "internal": self.internal,
+            "packed": self.packed,
+            "layers": [  # a list, because PEFT sorts the keys of what it writes
+                {"name": n, "width": a.width, "role": a.role, "block": a.block, "index": a.index}
+                for n, a in self.layers.items()
+            ],
+            "tensors": [
+                {
+                    "name": t.name,
+                    "shape": list(t.shape),
+                    "dtype": t.dtype,
+                    "digests": dict(t.digests),
+                }
+                for t in self.tensors
+            ],
+        }
+
+
+def read_resolved(data: Any) -> Resolved:
+    """Return what a file's `resolved` says.
+
+    Raises:
+        AdapterFileError: If the version is unknown, or a field is missing or of another kind.
+    """
+    version = data.get("format") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or version not in READABLE_VERSIONS:
+        raise AdapterFileError(
+            f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
+            f"reads {', '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
+        )
+    wanted = {"total", "allowed", "adapter_dim", "internal"}
+    wanted |= {1: {"layers", "external"}, 2: {"tensors", "external"}}.get(
+        version, {"tensors", "layers", "packed"}
+    )
+    missing = wanted - set(data)
+    if missing:
+        raise AdapterFileError(
+            f"adapter_config.json: `resolved` lacks {', '.join(sorted(missing))}; damaged or "
+            "written by hand? Save the adapter again."
+        )
+    try:
+        return _read(data, version)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise AdapterFileError(
+            f"adapter_config.json: `resolved` is damaged ({type(error).__name__}: {error}). Save "
+            "the adapter again."
+        ) from error
+
+
+def _read(data: Mapping[str, Any], version: int) -> Resolved:
+    if version == 1:
+        tensors = [SavedTensor(f"{n}.weight", _shape(s)) for n, s in data["layers"]]
+    elif version == 2:
+        tensors = [SavedTensor(str(n), _shape(s)) for n, s in data["tensors"]]
+    else:
+        tensors = [_tensor(t) for t in data["tensors"]]
+    if version < FORMAT_VERSION:
+        names = dict.fromkeys([t.name.rpartition(".")[0] for t in tensors] + list(data["external"]))
+        layers = {n: SavedLayer(_size(data["external"].get(n, 0))) for n in names}
+    else:
+        layers = {str(a["name"]): _layer(a) for a in data["layers"]}
+    packed = data.get("packed")
+    duplicates = len(tensors) - len({t.name for t in tensors})
+    if duplicates:
+        raise ValueError(f"{duplicates} tensors are listed twice")
+    stray = {t.name.rpartition(".")[0] for t in tensors} - set(layers)
+    if stray:
+        raise ValueError(f"tensors of {sorted(stray)[0]}, which is not among the layers")
+    return Resolved(
+        total=_size(data["total"]),
+        allowed=_size(data["allowed"]),
+        adapter_dim=_size(data["adapter_dim"]),
+        internal=_size(data["internal"]),
+        layers=layers,
+        tensors=tuple(tensors),
+        packed=None if packed is None else _size(packed),
+        backbone=data.get("backbone"),
+    )
+
+
+def _layer(data: Mapping[str, Any]) -> SavedLayer:
+    return SavedLayer(_size(data["width"]), data["role"], data["block"], data["index"])
+
+
+def _tensor(data: Mapping[str, Any]) -> SavedTensor:
+    digests = {str(k): str(v) for k, v in data["digests"].items()}
+    return SavedTensor(str(data["name"]), _shape(data["shape"]), data["dtype"], digests)
+
+
+def _size(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"expected a number of at least 0, got {value!r}")
+    return value
+
+
+def _shape(value: Any) -> tuple[int, ...]:
+    return tuple(_size(n) for n in value)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

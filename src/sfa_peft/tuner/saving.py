@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an adapter in a model to what its files hold, and back."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..checkpoint.file import check_selection
+from ..checkpoint.fingerprint import digests, is_same_base, type_name
+from ..checkpoint.packing import Entries, pack, unpack
+from ..checkpoint.resolved import Resolved, SavedTensor
+from ..config import SFAConfig
+from ..errors import AdapterFileError, SFAWarning
+from .layer import SFALayer
+from .plan import Plan
+from .pool import Pool
+
+State = dict[str, Tensor]
+
+
+def pack_state(pool: Pool, config: SFAConfig, resolved: Resolved, state: State) -> Resolved:
+    """Put the packed selection in the place of values and positions in a state dict.
+
+    Args:
+        pool: The adapter's pool in the model.
+        config: Its configuration.
+        resolved: What its budget was solved to.
+        state: The adapter's tensors by key; changed in place.
+
+    Returns:
+        `resolved` with the size of the packed selection and the base's digests.
+    """
+    key = next((k for k in state if ".sfa_slots" in f".{k}"), None)
+    if key is None:
+        return resolved
+    slots = state.pop(key)
+    values = state.pop(key.replace("sfa_slots", "sfa_pool"))
+    ordinals = range(len(pool.tensors))
+    if slots.is_meta or values.is_meta or any(pool.weight(i).is_meta for i in ordinals):
+        raise AdapterFileError(
+            "The adapter or its base is on the meta device and holds no values; load it first."
+        )
+    packed = pack(_entries(pool, slots, values), config.saved_values)
+    state[key.replace("sfa_slots", "sfa_packed")] = packed
+    tensors = tuple(
+        SavedTensor(t.name, t.shape, type_name(pool.weight(i).dtype), digests(pool.pretrained(i)))
+        for i, t in enumerate(resolved.tensors)
+    )
+    return replace(resolved, tensors=tensors, packed=packed.numel())
+
+
+def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
+    """Return the selected entries by tensor, in the order of their positions."""
+    slots, values = slots.detach().cpu().long(), values.detach().cpu().float()
+    assigned = slots >= 0
+    positions, order = slots[assigned].sort()
+    change = values[assigned][order]
+    cuts = torch.searchsorted(positions, torch.tensor(pool.starts)).tolist()
+    entries = []
+    for ordinal in range(len(pool.tensors)):
+        weight = pool.pretrained(ordinal)
+        first, last = cuts[ordinal], cuts[ordinal + 1]
+        indices = positions[first:last] - pool.starts[ordinal]
+        base = weight.reshape(-1)[indices.to(weight.device)].cpu()
+        entries.append(Entries(weight.numel(), indices, change[first:last], base))
+    return entries
+
+
+def unpack_state(layers: list[SFALayer], adapter_name: str, state: State) -> State:
+    """Return the tensors of a file as the model holds them.
+
+    Args:
+        layers: The adapter's layers in the model.
+        adapter_name: The adapter.
+        state: Tensors by key, without adapter names.
+
+    Raises:
+        AdapterFileError: If the selection is damaged or belongs to another model or base.
+    """
+    state = _renamed(layers, adapter_name, state)
+    pool = next((p for layer in layers if (p := layer.find_pool(adapter_name))), None)
+    for key in list(state):
+        if key.endswith("sfa_packed"):
+            if pool is None:
+                raise AdapterFileError(
+                    f"{key}: a selection, but adapter `{adapter_name}` changes no weights (rho=1). "
+                    "Build it from the adapter's own config."
+                )
+            slots, values = unpack_selection(pool, state.pop(key), key)
+            state[key.replace("sfa_packed", "sfa_slots")] = slots
+            state[key.replace("sfa_packed", "sfa_pool")] = values
+        elif key.endswith("sfa_slots") and pool is not None:
+            values = state.get(key.replace("sfa_slots", "sfa_pool"))
+            if values is not None:
+                check_selection(key, state[key], values, pool.starts[-1])
+    if pool is not None:
+        pool.drop_packed()
+    return state
+
+
+def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return (positions, values) of a packed selection, of the pool's length and type.
+
+    Raises:
+        AdapterFileError: If it is damaged, or longer than the pool.
+    """
+    sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
+
+    def base_at(ordinal: int, indices: Tensor) -> Tensor:
+        weight = pool.pretrained(ordinal)
+        if weight.is_meta:
+            raise AdapterFileError(
+                f"{where}: values are stored against the base, which is on the meta device. Load "
+                "the base's weights first."
+            )
+        return weight.reshape(-1)[indices.to(weight.device)]
+
+    entries = unpack(packed, sizes, base_at, where)
+    count, size = sum(i.numel() for i, _ in entries), pool.size
+    if count > size:
+        raise AdapterFileError(
+            f"{where}: {count} selected weights, but adapter `{pool.adapter_name}` has room for "
+            f"{size}. It was made with another budget: load it under a new name."
+        )
+    slots = torch.full((size,), -1, dtype=pool.slots_dtype)
+    values = torch.zeros(size)
+    if count:
+        starts = zip(pool.starts, entries, strict=False)
+        slots[:count] = torch.cat([i + start for start, (i, _) in starts]).to(slots.dtype)
+        values[:count] = torch.cat([change for _, change in entries])
+    return slots, values
+
+
+def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:
+    """Check that the base holds the pretrained values that a saved adapter was trained on.
+
+    Raises:
+        AdapterFileError: Naming the first tensor that differs, if `strict`.
+    """
+    others = set()
+    for saved in plan.saved.tensors if plan.saved else ():
+        name = plan.path_here(saved.name)
+        weight = _pretrained(model, name)
+        if not saved.digests or weight.is_meta:
+            continue
+        same = is_same_base(weight, saved.digests, saved.dtype)
+        if same is False:
+            _report_other_base(adapter_name, name, strict)
+            return
+        if type_name(weight.dtype) != saved.dtype:
+            others.add((saved.dtype, type_name(weight.dtype), same))
+    for before, now, same in sorted(others, key=str):
+        verified = "its values are the rounded ones" if same else "its values cannot be verified"
+        warnings.warn(
+            f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
+            f"one ({verified}). Changes are added in float32 and rounded to {now}, so outputs "
+            "differ from those in training by that rounding.",
+            SFAWarning,
+            stacklevel=5,
+        )
+
+
+def _pretrained(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter with its original entries, also where adapters are on it."""
+    path, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, BaseTunerLayer):
+        return getattr(layer, parameter).detach()
+    weight = getattr(layer.get_base_layer(), parameter)
+    entries = layer.entries.get(parameter) if isinstance(layer, SFALayer) else None
+    return entries.original(weight) if entries is not None and entries.live else weight.detach()
+
+
+def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
+    message = (
+        f"Adapter `{adapter_name}` was trained on other pretrained weights: `{name}` holds "
+        "other values here. "
+    )
+    if strict:
+        raise AdapterFileError(
+            message + "Load it onto the model it was trained on; or, to load it all the same, read "
+            "its config with SFAConfig.from_pretrained, set check_base=False and pass "
+            "config=config."
+        )
+    warnings.warn(message + "Loaded all the same (check_base=False).", SFAWarning, stacklevel=6)
+
+
+def _renamed(layers: list[SFALayer], adapter_name: str, state: State) -> State:
+    """Return the tensors under the paths that their layers have in this model."""
+    old_names: Mapping[str, str] = {
+        layer.saved_names[adapter_name]: layer.name
+        for layer in layers
+        if adapter_name in layer.saved_names
+    }
+    if not old_names:
+        return state
+    pattern = re.compile(r"(^|.*\.)(" + "|".join(map(re.escape, old_names)) + r")(\.sfa_.*)")
+    found = {}
+    for key, tensor in state.items():
+        match = pattern.fullmatch(key)
+        new = key if match is None else f"{match[1]}{old_names[match[2]]}{match[3]}"
+        found[new] = tensor
+    return found
+
+
+def settle(pool: Pool) -> None:
+    """Unpack a selection that a loader put into the model as it lies in the file.
+
+    transformers' own loader calls none of PEFT's hooks: the bytes wait on the layer until the
+    values are first asked for.
+    """
+    packed = pool.packed
+    if packed is None or packed.is_meta or not bool(packed.any()):
+        return  # not loaded (yet)
+    pool.settle = None  # values and positions are read below
+    try:
+        slots, values = unpack_selection(pool, packed, f"adapter `{pool.adapter_name}`, sfa_packed")
+    except AdapterFileError:
+        pool.settle = settle
+        raise
+    with torch.no_grad():
+        pool.slots.copy_(slots)
+        pool.values.copy_(values)
+    pool.drop_packed()

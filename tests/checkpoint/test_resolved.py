@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sfa_peft import AdapterFileError
+from sfa_peft.checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
+
+SIZES = {"total": 100, "allowed": 20, "adapter_dim": 2, "internal": 5}
+WHOLE = Resolved(
+    **SIZES,
+    layers={"a.b": SavedLayer(2, "mlp_out", 3, 0), "c": SavedLayer()},
+    tensors=(
+        SavedTensor("a.b.weight", (2, 3), "float32", {"float32": "00ff"}),
+        SavedTensor("c.bias", (4,)),
+    ),
+    packed=77,
+    backbone="swinv2",
+)
+
+
+def test_what_is_written_is_read_again():
+    assert read_resolved(WHOLE.to_dict()) == WHOLE
+    assert WHOLE.num_weights == 10
+    assert WHOLE.widths == {"a.b": 2}
+
+
+def test_the_first_version_listed_layers_of_which_the_weight_is_meant():
+    old = read_resolved(SIZES | {"format": 1, "layers": [["a.b", [2, 3]]], "external": {"c": 4}})
+    assert old.tensors == (SavedTensor("a.b.weight", (2, 3)),)
+    assert old.layers == {"a.b": SavedLayer(), "c": SavedLayer(4)}
+    assert old.packed is None
+
+
+def test_the_second_version_listed_tensors():
+    old = read_resolved(
+        SIZES | {"format": 2, "tensors": [["a.b.bias", [2]]], "external": {"a.b": 4}}
+    )
+    assert old.tensors == (SavedTensor("a.b.bias", (2,)),)
+    assert old.layers == {"a.b": SavedLayer(4)}
+
+
+@pytest.mark.parametrize("version", [0, 4, "3", None])
+def test_an_unknown_version_is_refused_with_the_ones_that_are_read(version):
+    with pytest.raises(AdapterFileError, match=r"reads 1, 2, 3\. Upgrade"):
+        read_resolved(WHOLE.to_dict() | {"format": version})
+
+
+@pytest.mark.parametrize("field", ["total", "allowed", "internal", "layers", "tensors", "packed"])
+def test_a_missing_field_is_named(field):
+    data = {k: v for k, v in WHOLE.to_dict().items() if k != field}
+    with pytest.raises(AdapterFileError, match=f"lacks {field}"):
+        read_resolved(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(WHOLE.to_dict())), JSON)
+def test_hostile_fields_give_the_one_clear_error_or_something_whole(field, value):
+    try:
+        found = read_resolved(WHOLE.to_dict() | {field: value})
+    except AdapterFileError:
+        return
+    assert read_resolved(found.to_dict()) == found
+
+
+def test_tensors_listed_twice_or_of_a_strange_layer_are_refused():
+    data = WHOLE.to_dict()
+    with pytest.raises(AdapterFileError, match="listed twice"):
+        read_resolved(data | {"tensors": data["tensors"] * 2})
+    with pytest.raises(AdapterFileError, match="not among the layers"):
+        read_resolved(data | {"layers": []})
