@@ -110,7 +110,8 @@ class SFAConfig(PeftConfig):
             adapted weights. "bfloat16": changes rounded, error at most 2^-8 of each. "int8":
             changes in blocks of 128, error at most 1/253 of the largest in the block.
         check_base: Whether loading demands the pretrained weights that the adapter was trained on.
-            False loads onto others too, and warns.
+            False loads onto others too, and warns; so does SFA_CHECK_BASE=0 in the environment,
+            where no config can be passed.
         init_weights: False starts from random instead of neutral values (for tests).
         resolved: Filled in when an adapter is saved: what the budget was solved to and which layers
             the stored positions refer to. Not to be set by hand.

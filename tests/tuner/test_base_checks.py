@@ -71,16 +71,42 @@ def test_other_pretrained_values_are_refused_by_name_before_anything_changes(dty
     assert not any(isinstance(m, BaseTunerLayer) for m in other.modules())
 
 
-def test_a_user_may_insist_on_another_base(tmp_path):
+def test_values_trained_in_16_bits_stay_in_16_bits(tmp_path):
+    model = get_peft_model(
+        MLP().to(torch.bfloat16), SFAConfig(**OPTIONS), autocast_adapter_dtype=False
+    )
+    values = find_pool(model, "default").values
+    with torch.no_grad():
+        values.normal_()
+    assert values.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    for low, autocast in ((False, False), (True, False), (False, True)):
+        loaded = PeftModel.from_pretrained(
+            MLP().to(torch.bfloat16),
+            tmp_path,
+            low_cpu_mem_usage=low,
+            autocast_adapter_dtype=autocast,
+        )
+        found = find_pool(loaded, "default").values
+        assert found.dtype == (torch.float32 if autocast else torch.bfloat16)
+        assert torch.equal(output(loaded, torch.bfloat16), output(model, torch.bfloat16))
+
+
+def test_a_user_may_insist_on_another_base(tmp_path, monkeypatch):
     trained().save_pretrained(tmp_path)
     other = MLP()
     with torch.no_grad():
         other.second.weight[0, 0] += 1
     config = SFAConfig.from_pretrained(tmp_path)
     config.check_base = False
-    with pytest.warns(SFAWarning, match="Loaded all the same"):
+    with pytest.warns(SFAWarning, match="all the same, as you wish"):
         model = PeftModel.from_pretrained(other, tmp_path, config=config)
     assert find_pool(model, "default").num_assigned
+    monkeypatch.setenv("SFA_CHECK_BASE", "0")
+    other = MLP().requires_grad_(False)
+    other.second.weight += 1
+    with pytest.warns(SFAWarning, match="all the same, as you wish"):
+        PeftModel.from_pretrained(other, tmp_path)
 
 
 @pytest.mark.parametrize(

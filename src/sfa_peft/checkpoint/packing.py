@@ -34,7 +34,7 @@ class Entries:
     Attributes:
         size: Number of weights in the tensor.
         indices: Flat positions, int64, strictly increasing.
-        change: Change of each, float32.
+        change: Change of each, in the type it is trained in (float32 by default).
         base: Pretrained weight of each, in the base's type.
     """
 
@@ -54,7 +54,10 @@ def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
     Raises:
         AdapterFileError: If a value is NaN or infinite.
     """
-    if saved_values == "exact":
+    if saved_values == "exact" and any(t.change.dtype != torch.float32 for t in tensors):
+        # Values trained in 16 bits are short as they are, and must fit into 16 bits again.
+        blob = _pack_changes([t.change for t in tensors], tensors, ValueMode.FLOAT32)
+    elif saved_values == "exact":
         blob = _pack_ulps(tensors)
         if blob is None:
             blob = _pack_changes([_shortened(t) for t in tensors], tensors, ValueMode.FLOAT32)

@@ -117,6 +117,11 @@ class Pool:
         return self.anchor.sfa_pool[self.adapter_name].numel()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+        return self.anchor.sfa_pool[self.adapter_name].dtype
+
+    @property
     def values(self) -> nn.Parameter:
         """The change of each assigned weight, (size,), fp32 by default; the trainable part."""
         if self.settle is not None:

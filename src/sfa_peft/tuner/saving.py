@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -23,6 +24,9 @@ from .plan import Plan
 from .pool import Pool
 
 State = dict[str, Tensor]
+
+#: "0" loads onto other pretrained weights where no config can be passed; with a warning.
+_ENVIRONMENT = "SFA_CHECK_BASE"
 
 
 def pack_state(pool: Pool, config: SFAConfig, resolved: Resolved, state: State) -> Resolved:
@@ -58,7 +62,7 @@ def pack_state(pool: Pool, config: SFAConfig, resolved: Resolved, state: State) 
 
 def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
     """Return the selected entries by tensor, in the order of their positions."""
-    slots, values = slots.detach().cpu().long(), values.detach().cpu().float()
+    slots, values = slots.detach().cpu().long(), values.detach().cpu()
     assigned = slots >= 0
     positions, order = slots[assigned].sort()
     change = values[assigned][order]
@@ -135,7 +139,15 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
         starts = zip(pool.starts, entries, strict=False)
         slots[:count] = torch.cat([i + start for start, (i, _) in starts]).to(slots.dtype)
         values[:count] = torch.cat([change for _, change in entries])
-    return slots, values
+    kept = values.to(pool.dtype)
+    if not torch.equal(kept.float(), values):
+        warnings.warn(
+            f"{where}: values are loaded as {type_name(pool.dtype)}, which rounds them "
+            "(autocast_adapter_dtype=False); outputs differ from those in training.",
+            SFAWarning,
+            stacklevel=5,
+        )
+    return slots, kept
 
 
 def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:
@@ -152,6 +164,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
             continue
         same = is_same_base(weight, saved.digests, saved.dtype)
         if same is False:
+            strict = strict and os.environ.get(_ENVIRONMENT) != "0"
             _report_other_base(adapter_name, name, strict)
             return
         if type_name(weight.dtype) != saved.dtype:
@@ -187,9 +200,9 @@ def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
         raise AdapterFileError(
             message + "Load it onto the model it was trained on; or, to load it all the same, read "
             "its config with SFAConfig.from_pretrained, set check_base=False and pass "
-            "config=config."
+            f"config=config (or set {_ENVIRONMENT}=0)."
         )
-    warnings.warn(message + "Loaded all the same (check_base=False).", SFAWarning, stacklevel=6)
+    warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
 
 
 def _renamed(layers: list[SFALayer], adapter_name: str, state: State) -> State:
