@@ -70,6 +70,7 @@ class SFALayer(Switching):
         adapter_name: str,
         config: SFAConfig,
         *,
+        path: str,
         pool: Pool | None,
         pool_size: int,
         parameters: Sequence[str],
@@ -80,6 +81,8 @@ class SFALayer(Switching):
         Args:
             adapter_name: The adapter.
             config: Its configuration.
+            path: The layer's path in the model the adapter belongs to; task models that share a
+                backbone may hold it under different names.
             pool: The adapter's pool, None where it changes no pretrained weight of the model.
             pool_size: Length of the pool; the first layer with a parameter to change holds it.
             parameters: Names of this layer's parameters whose entries may be selected.
@@ -89,7 +92,7 @@ class SFALayer(Switching):
         for parameter in parameters:
             if pool is None:
                 break
-            ordinal = pool.add_tensor(self, parameter)
+            ordinal = pool.add_tensor(self, parameter, f"{path}.{parameter}")
             entries = self.entries.setdefault(parameter, LiveEntries())
             entries.pools[adapter_name] = (pool, ordinal)
             if ordinal == 0:

@@ -126,6 +126,7 @@ class SFAModel(BaseTuner):
         layer.update_layer(
             adapter_name,
             peft_config,
+            path=plan.name,
             pool=self._pool,
             pool_size=self._plan.budget.internal,
             parameters=list(plan.parameters),
