@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import SFAError
+from ..tuner.layer import SFALayer
 from .claims import Claim, Claims
 from .loading import check_name, guard_forward, load_frozen, read_config, remove_adapter
 from .memory import TaskMemory, count_bytes, measure, tensors_of
@@ -47,6 +48,7 @@ class TaskBank:
 
     def __init__(self, model: nn.Module) -> None:
         self.backbone = find_shareable(model)
+        self._layers: list[SFALayer] = []  # wrapped layers of the backbone
         self._tasks: dict[str, Task] = {}
         self._claims = Claims(self._switch)
         self._active: str | None = None
@@ -93,6 +95,7 @@ class TaskBank:
                 put_back(model, replaced)
                 raise
             finally:
+                self._layers = adapted_layers(self.backbone)
                 self._bring(self._active)
             guard_forward(model, lambda: self._use(name, wait=False))
             self._tasks[name] = Task(name, peft_model, self)
@@ -115,15 +118,11 @@ class TaskBank:
                 self._active = None
             self._bring(self._active)
             remove_adapter(model, name)
+            self._layers = adapted_layers(self.backbone)
             model.__dict__.pop("forward")  # the guard
             del self._tasks[name]
 
     def __getitem__(self, name: str) -> Task:
-        """Return a task.
-
-        Raises:
-            SFAError: If there is no such task.
-        """
         return self._find(name)
 
     def __contains__(self, name: object) -> bool:
@@ -223,7 +222,7 @@ class TaskBank:
         """Bytes of the backbone without any task."""
         adapters = [
             tensor
-            for layer in adapted_layers(self.backbone)
+            for layer in self._layers
             for part in (layer.sfa_pool, layer.sfa_slots, layer.sfa_down, layer.sfa_up)
             for tensor in tensors_of(part)
         ]
@@ -276,16 +275,15 @@ class TaskBank:
 
     def _bring(self, name: str | None) -> None:
         wanted = [] if name is None else [name]
-        for layer in adapted_layers(self.backbone):
+        for layer in self._layers:
             if layer.merged:
                 raise SFAError(
                     f"`{layer.name}`: an adapter of the bank's backbone is merged, so no task can "
                     "be activated. Call unmerge_adapter() on that model."
                 )
-            if layer.active_adapters != wanted:  # also if somebody called set_adapter
-                layer.set_adapter(wanted, inference_mode=True)
-            # Now and not in the next forward, in which other threads may take part.
-            layer.refresh(layer._effective_adapters())
+            # Now and not in the next forward, in which other threads may take part; and for every
+            # layer, since somebody may have called set_adapter.
+            layer.act_at_once(wanted)
 
 
 class _Change:

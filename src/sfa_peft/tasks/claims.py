@@ -60,10 +60,13 @@ class Claims:
         me = threading.get_ident()
         with self._changed:
             self._wait_for_turn(me, claim, wait)
-            self._held.setdefault(me, []).append(claim)
+            stack = self._held.setdefault(me, [])
+            is_there = bool(stack) and stack[-1].key == claim.key
+            stack.append(claim)
             self._names[me] = threading.current_thread().name
             try:
-                self._bring(me, claim)
+                if not is_there:
+                    self._bring(me, claim)
             except BaseException:
                 self._drop(me, claim)
                 raise

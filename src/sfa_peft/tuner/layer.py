@@ -125,16 +125,6 @@ class SFALayer(Switching):
 
     # --- forward -------------------------------------------------------------------------------
 
-    def _effective_adapters(self) -> list[str]:
-        """Names whose change and external adapter act now."""
-        if self.merged:
-            return list(self.merged_adapters)
-        return (
-            []
-            if self.disable_adapters
-            else [a for a in self.active_adapters if self.has_adapter(a)]
-        )
-
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
         if self.disable_adapters:
