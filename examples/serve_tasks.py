@@ -98,6 +98,8 @@ def load_bank(args: argparse.Namespace) -> tuple[TaskBank, list[str]]:
     bank = TaskBank(segmentation)  # SFA: one backbone in memory ...
     bank.add("segmentation", folders[0], segmentation)  # SFA: ... for two tasks
     bank.add("depth", folders[1], depth)
+    for name in bank:
+        bank.activate(name)  # the first time takes longest: not while somebody waits
     return bank, names
 
 
