@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from sfa_peft import SFAError
+from sfa_peft.tasks.claims import Claim, Claims
 from tests.tasks.models import NAMES, PIXELS, answer, depth_model, output
-
-# --- threads -----------------------------------------------------------------------------------
 
 
 def in_thread(function):
@@ -125,3 +124,62 @@ def test_blocks_that_end_out_of_order_are_named(bank, expected):
         first.__exit__(None, None, None)
     second.__exit__(None, None, None)
     assert torch.equal(in_thread(lambda: output(bank, "depth")), expected["depth"])
+
+
+def test_who_waits_comes_in_order_also_behind_others_that_could_join():
+    switched, order = [], []
+    claims = Claims(switched.append)
+    started = threading.Semaphore(0)
+
+    def work(key: str):
+        started.release()
+        with claims.hold(Claim(key, f"using {key}"), wait=60):
+            order.append(key)
+
+    threads = [threading.Thread(target=work, args=(key,)) for key in ("b", "a", "b", "c")]
+    with claims.hold(Claim("a", "using a")):
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            started.acquire()
+            while len(claims._queue) < number:
+                thread.join(0.001)
+    for thread in threads:
+        thread.join(60)
+    assert order == ["b", "a", "b", "c"]
+    assert switched == ["a", "b", "a", "b", "c"]
+    assert not claims._queue
+    assert not claims.is_held_here
+
+
+def test_an_outer_claim_is_taken_up_again_and_the_same_one_needs_no_switch():
+    switched = []
+    claims = Claims(switched.append)
+    with claims.hold(Claim("a", "")), claims.hold(Claim("a", "")):
+        with claims.hold(Claim("b", "")):
+            pass
+        assert switched == ["a", "b", "a"]
+    assert switched == ["a", "b", "a"]
+
+
+def test_a_switch_that_fails_leaves_no_claim():
+    def fail(key):
+        raise RuntimeError(key)
+
+    claims = Claims(fail)
+    with pytest.raises(RuntimeError, match="a"), claims.hold(Claim("a", "")):
+        pass
+    assert not claims.is_held_here
+
+
+def test_waiting_ends_after_the_time_given():
+    claims = Claims(lambda key: None)
+
+    def ask():
+        with claims.hold(Claim("b", "using b"), wait=0.05):
+            pass
+
+    with claims.hold(Claim("a", "using a")):
+        error = in_thread(ask)
+    assert "thread `MainThread` is using a" in str(error)
+    assert "Waited 0.05 s." in str(error)
+    assert not claims._queue
