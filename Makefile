@@ -12,10 +12,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test lint types imports docs format check clean
+.PHONY: help .venv demo test e2e lint types imports docs format check clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv: $(STAMP)  ## create the virtual environment and install everything into it
 
@@ -32,6 +32,13 @@ demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pict
 test: $(STAMP)  ## run the tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+e2e: $(STAMP)  ## test the page of examples/serve_tasks.py in a headless Chromium, installed if there is none
+	@echo "== browser"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,e2e]'
+	@$(BIN)/python -m tests.e2e.browser
+	@echo "== pytest, in the browser"
+	@$(BIN)/python -m pytest -q tests/e2e
 
 lint: $(STAMP)  ## ruff: rules and layout
 	@echo "== ruff"

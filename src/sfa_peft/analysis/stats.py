@@ -119,7 +119,7 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
         numel, selected = pool.weight(ordinal).numel(), pool.count(ordinal)
         rows.append(
             {
-                "name": layer.name,
+                "name": pool.names[ordinal].removesuffix(f".{parameter}"),
                 "parameter": parameter,
                 "role": layer.role,
                 "layer": layer.block,

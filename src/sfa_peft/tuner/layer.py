@@ -73,6 +73,7 @@ class SFALayer(Switching):
         adapter_name: str,
         config: SFAConfig,
         *,
+        path: str,
         pool: Pool | None,
         pool_size: int,
         packed_size: int | None = None,
@@ -84,6 +85,8 @@ class SFALayer(Switching):
         Args:
             adapter_name: The adapter.
             config: Its configuration.
+            path: The layer's path in the model the adapter belongs to; task models that share a
+                backbone may hold it under different names.
             pool: The adapter's pool, None where it changes no pretrained weight of the model.
             pool_size: Length of the pool; the first layer with a parameter to change holds it.
             packed_size: Bytes of a saved selection that is about to be loaded there, or None.
@@ -94,7 +97,7 @@ class SFALayer(Switching):
         for parameter in parameters:
             if pool is None:
                 break
-            ordinal = pool.add_tensor(self, parameter)
+            ordinal = pool.add_tensor(self, parameter, f"{path}.{parameter}")
             entries = self.entries.setdefault(parameter, LiveEntries())
             entries.pools[adapter_name] = (pool, ordinal)
             if ordinal == 0:
@@ -136,16 +139,6 @@ class SFALayer(Switching):
                     container[adapter_name] = item.to(target)
 
     # --- forward -------------------------------------------------------------------------------
-
-    def _effective_adapters(self) -> list[str]:
-        """Names whose change and external adapter act now."""
-        if self.merged:
-            return list(self.merged_adapters)
-        return (
-            []
-            if self.disable_adapters
-            else [a for a in self.active_adapters if self.has_adapter(a)]
-        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""

@@ -130,6 +130,7 @@ class SFAModel(BaseTuner):
         layer.update_layer(
             adapter_name,
             peft_config,
+            path=plan.name,
             pool=self._pool,
             pool_size=self._plan.budget.internal,
             packed_size=self._plan.saved.packed if self._plan.saved else None,

@@ -84,10 +84,10 @@ class Pool:
         self.__dict__.update(state)
         register(self)
 
-    def add_tensor(self, layer: SFALayer, parameter: str) -> int:
-        """Append a weight that may be selected from and return its ordinal."""
+    def add_tensor(self, layer: SFALayer, parameter: str, name: str) -> int:
+        """Append a weight that may be selected from, by its full name; return its ordinal."""
         self.tensors.append((layer, parameter))
-        self.names.append(f"{layer.name}.{parameter}")
+        self.names.append(name)
         self.starts.append(self.starts[-1] + layer.parameter(parameter).numel())
         return len(self.tensors) - 1
 
@@ -189,6 +189,11 @@ class Pool:
             self._buffers[dtype, device] = torch.empty(sum(counts), dtype=dtype, device=device)
         first = sum(counts[:ordinal])
         return self._buffers[dtype, device][first : first + counts[ordinal]]
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of what is kept beside values and slots to write and withdraw the change."""
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""

@@ -77,6 +77,16 @@ class Switching(nn.Module, BaseTunerLayer):
         if not self.merged and self.active_adapters != before:
             self.withdraw()
 
+    def act_at_once(self, adapter_names: list[str]) -> None:
+        """Activate adapters for inference and write what they change, before any forward.
+
+        Unlike `set_adapter` this leaves alone what is trainable, so its cost does not grow with the
+        number of adapters.
+        """
+        self._active_adapter = list(adapter_names)
+        self.ready = False
+        self.refresh(self._effective_adapters())
+
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
@@ -142,6 +152,16 @@ class Switching(nn.Module, BaseTunerLayer):
             (self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down
         ]
         return AdaptedLayer(base, kept) if kept else base
+
+    def _effective_adapters(self) -> list[str]:
+        """Names whose change and external adapter act now."""
+        if self.merged:
+            return list(self.merged_adapters)
+        return (
+            []
+            if self.disable_adapters
+            else [a for a in self.active_adapters if self.has_adapter(a)]
+        )
 
     # --- state ---------------------------------------------------------------------------------
 

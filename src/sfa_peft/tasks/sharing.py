@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts one backbone into several task models, after checking that it is the one they expect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..backbones import describe_model, find_backbone, role_modules
+from ..errors import SFAError
+from ..tuner.layer import SFALayer
+
+#: Fields of a config that say nothing about what a backbone computes.
+_NOTES = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "chunk_size_feed_forward",
+        "dtype",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "torch_dtype",
+        "transformers_version",
+    }
+)
+#: Fields that say which features come out: the parts inside can be shared all the same.
+_OUTPUTS = frozenset({"out_features", "out_indices", "stage_names", "reshape_hidden_states"})
+
+
+def find_shareable(model: nn.Module) -> nn.Module:
+    """Return the backbone in a model, or the model itself if it has none that is known.
+
+    Raises:
+        SFAError: If a tuner has wrapped its layers already.
+    """
+    found = find_backbone(model)
+    backbone = found.module if found else model
+    refuse_tuned(backbone, "backbone")
+    return backbone
+
+
+def refuse_tuned(model: nn.Module, what: str) -> None:
+    """Raise an SFAError if a model has a tuner's layers."""
+    name = next((n for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)), None)
+    if name is not None:
+        raise SFAError(
+            f"{what}: `{name}` belongs to an adapter already. Give the plain model, as it is "
+            "before get_peft_model or PeftModel.from_pretrained (or unload() that one first)."
+        )
+
+
+def share(shared: nn.Module, model: nn.Module, *, check_weights: bool) -> dict[str, nn.Module]:
+    """Put the shared backbone into a task model in the place of its own.
+
+    Where the two are of one class and return the same features, the whole module is shared;
+    otherwise the parts of equal name and class are, which must hold every transformer block.
+
+    Args:
+        shared: The backbone, which may hold adapters of other tasks.
+        model: The task model; its own backbone is released.
+        check_weights: Whether to compare all weights that are shared.
+
+    Returns:
+        What was replaced, by path, for `put_back`.
+
+    Raises:
+        SFAError: If the task model has no backbone or another one.
+    """
+    if model is shared:
+        raise SFAError(
+            "the task model is the shared backbone itself. Give a task model around it; for the "
+            "plain backbone there is bank.activate(None)."
+        )
+    if any(module is shared for module in model.modules()):
+        return {}
+    refuse_tuned(model, "task model")
+    found = find_backbone(model)
+    if found is None:
+        raise SFAError(
+            f"no vision backbone found in the task model ({describe_model(model)}). Build the task "
+            "model around the bank's own backbone (`bank.backbone`)."
+        )
+    own, where = found.module, found.name
+    differences = _compare_configs(shared, own)
+    structural = [d for d in differences if d.partition("=")[0] not in _OUTPUTS]
+    if structural:
+        raise SFAError(
+            f"task model: its backbone `{where}` has another config than the bank's: "
+            f"{'; '.join(structural)}. Build it from the same checkpoint and options."
+        )
+    if where and not differences and type(own) is type(shared):
+        pairs = {where: (own, shared)}
+    else:
+        pairs = _match_parts(shared, own, where)
+    for path, (old, new) in pairs.items():
+        _check_tensors(path, old, new, values=check_weights)
+    for path, (_, new) in pairs.items():
+        model.set_submodule(path, new)
+    return {path: old for path, (old, _) in pairs.items()}
+
+
+def put_back(model: nn.Module, replaced: dict[str, nn.Module]) -> None:
+    """Undo `share`."""
+    for path, module in replaced.items():
+        model.set_submodule(path, module)
+
+
+def adapted_layers(module: nn.Module) -> list[SFALayer]:
+    """Return the wrapped layers in a module."""
+    return [m for m in module.modules() if isinstance(m, SFALayer)]
+
+
+def _compare_configs(shared: nn.Module, own: nn.Module) -> list[str]:
+    """Return the fields that differ, as "field=value, the bank's value"."""
+    first, second = _config_of(shared), _config_of(own)
+    fields = sorted((first.keys() | second.keys()) - _NOTES)
+    return [
+        f"{field}={second.get(field)!r}, the bank's {first.get(field)!r}"
+        for field in fields
+        if first.get(field) != second.get(field)
+    ]
+
+
+def _config_of(module: nn.Module) -> dict[str, Any]:
+    config = getattr(module, "config", None)
+    return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+
+
+def _match_parts(
+    shared: nn.Module, own: nn.Module, where: str
+) -> dict[str, tuple[nn.Module, nn.Module]]:
+    """Return (own, shared) by path of the parts that have equal names and classes."""
+    theirs = dict(shared.named_children())
+    matched = {
+        name: (module, theirs[name])
+        for name, module in own.named_children()
+        if type(module) is type(theirs.get(name))
+    }
+    backbone = find_backbone(own)
+    blocks = [r.name for r in role_modules(backbone)] if backbone else []
+    left = [b for b in blocks if b.partition(".")[0] not in matched]
+    if left or not blocks:
+        raise SFAError(
+            f"task model: its backbone `{where}` is a {type(own).__name__}, the bank's a "
+            f"{type(shared).__name__}, and they do not hold their blocks under the same names"
+            f"{f' (`{left[0]}`)' if left else ''}. Build the task model around `bank.backbone`."
+        )
+    return {f"{where}.{name}" if where else name: pair for name, pair in matched.items()}
+
+
+def _check_tensors(path: str, own: nn.Module, shared: nn.Module, *, values: bool) -> None:
+    expected = dict(_plain_tensors(shared))
+    found = dict(_plain_tensors(own))
+    for name in sorted(expected.keys() ^ found.keys()):
+        where = "the bank's has it" if name in expected else "the bank's has not"
+        raise SFAError(
+            f"task model: its backbone differs from the bank's in `{path}.{name}`: {where}. Build "
+            "it from the same checkpoint and options."
+        )
+    for name, tensor in found.items():
+        other = expected[name]
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            raise SFAError(
+                f"task model: `{path}.{name}` is {list(tensor.shape)} {tensor.dtype}, the bank's "
+                f"{list(other.shape)} {other.dtype}. Build it from the same checkpoint, in the "
+                "same dtype."
+            )
+        if values and (tensor.is_meta or not torch.equal(tensor.to(other.device), other)):
+            raise SFAError(
+                f"task model: `{path}.{name}` holds other values than the bank's, and an adapter "
+                "fits only the weights it was trained on. Build the task model from the same "
+                "checkpoint, or pass check_weights=False if it is built without pretrained weights."
+            )
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers as they are without adapters, under their plain names."""
+    for name, tensor in module.state_dict().items():
+        if not any(part.startswith("sfa_") for part in name.split(".")):
+            yield name.replace(".base_layer.", ".").removeprefix("base_layer."), tensor
