@@ -105,7 +105,7 @@ class SFALayer(Switching):
                 self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
             )
             self.sfa_down[adapter_name], self.sfa_up[adapter_name] = down, up
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -121,16 +121,6 @@ class SFALayer(Switching):
                     container[adapter_name] = item.to(target)
 
     # --- forward -------------------------------------------------------------------------------
-
-    def _effective_adapters(self) -> list[str]:
-        """Names whose change and external adapter act now."""
-        if self.merged:
-            return list(self.merged_adapters)
-        return (
-            []
-            if self.disable_adapters
-            else [a for a in self.active_adapters if self.has_adapter(a)]
-        )
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
@@ -163,7 +153,7 @@ class SFALayer(Switching):
             if torch.compiler.is_compiling() and self.ready:
                 taps, slices = entries.prepared
             else:
-                taps, slices = self._taps(entries)
+                taps, slices = self._taps(parameter, entries)
             if taps:
                 watched[parameter] = LiveWeight.apply(self.parameter(parameter), taps, *slices)
         if not watched:
@@ -172,18 +162,19 @@ class SFALayer(Switching):
         return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
     @eager  # a cut is kept between forwards, so no graph may own it
-    def _taps(self, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
+    def _taps(self, parameter: str, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
         for name in entries.live:
             self._watch(*entries.pools[name])
-        return entries.taps()
+        return entries.taps(self.parameter(parameter))
 
     def prepare(self) -> None:
         """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
         self.ready = not (self.merged or self.disable_adapters)
         if self.ready:
             self.refresh(self._effective_adapters())
-            for entries in self.entries.values():
-                entries.prepared = self._taps(entries) if torch.is_grad_enabled() else ([], [])
+            tapped = torch.is_grad_enabled()
+            for parameter, entries in self.entries.items():
+                entries.prepared = self._taps(parameter, entries) if tapped else ([], [])
 
     def _watch(self, pool: Pool, ordinal: int) -> None:
         """Report once that a selection is being trained which nobody makes."""

@@ -26,6 +26,7 @@ from .layer import SFALayer
 from .plan import Plan, make_plan
 from .pool import Pool
 from .targets import is_excluded
+from .together import together
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -142,6 +143,25 @@ class SFAModel(BaseTuner):
             new_module = child.unload()
         # PEFT's own version copies `.weight` between the two, which a composite head has not.
         setattr(parent, child_name, new_module)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters; in eval mode the weights hold them when this returns."""
+        with together():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        with together():
+            super()._enable_adapter_layers(enabled)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the change of adapters in the weights until `unmerge_adapter`."""
+        with together():
+            super().merge_adapter(*args, **kwargs)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original entries back, to the bit."""
+        with together():
+            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         merge = kwargs.get("merge", args[0] if args else True)

@@ -149,6 +149,10 @@ class Pool:
         first = sum(counts[:ordinal])
         return self._buffers[dtype, device][first : first + counts[ordinal]]
 
+    def free_room(self) -> None:
+        """Let go of that room, where nobody looks into it any more."""
+        self._buffers = {}
+
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""
         slots, spans = self.slots, self.layout()[ordinal]

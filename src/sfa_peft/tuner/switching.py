@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .external import AdaptedLayer
+from .together import now_or_together
 
 if TYPE_CHECKING:
     from .live import LiveEntries
@@ -49,10 +50,29 @@ class Switching(nn.Module, BaseTunerLayer):
         pools = (e.pools[adapter_name][0] for e in self.entries.values() if adapter_name in e.pools)
         return next(pools, None)
 
-    def refresh(self, names: list[str]) -> None:
+    def _effective_adapters(self) -> list[str]:
+        """Names whose change and external adapter act now."""
+        if self.merged:
+            return list(self.merged_adapters)
+        return (
+            []
+            if self.disable_adapters
+            else [a for a in self.active_adapters if self.has_adapter(a)]
+        )
+
+    def refresh(self, names: list[str], *, keep: bool = False) -> None:
         """Make the base layer's parameters hold the changes of the named adapters."""
         for parameter, entries in self.entries.items():
-            entries.refresh(self.parameter(parameter), names)
+            entries.refresh(self.parameter(parameter), names, keep=keep)
+
+    def _write_active(self) -> None:
+        self.ready = False
+        self.refresh(self._effective_adapters(), keep=True)
+
+    def _switch(self, action: Callable[[], None]) -> None:
+        weight = self.base_weight
+        if self.entries and not weight.is_meta:
+            now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     @property
     def in_graph(self) -> bool:
@@ -70,17 +90,29 @@ class Switching(nn.Module, BaseTunerLayer):
             entries.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; the next forward writes what they change."""
+        """Activate adapters.
+
+        In eval mode what they change is written at once; in train mode by the next forward, since
+        an optimizer may come first.
+        """
         before = self.active_adapters
+        self.mark_active(adapter_names, inference_mode=inference_mode)
+        if self.merged:
+            return
+        if not (self.training or self.disable_adapters):
+            self._switch(self._write_active)
+        elif self.active_adapters != before:
+            self._switch(self.withdraw)
+
+    def mark_active(self, adapter_names: str | list[str], *, inference_mode: bool) -> None:
+        """Activate adapters without writing; while one is added, its pool is not complete."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if not self.merged and self.active_adapters != before:
-            self.withdraw()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
         if not self.merged and not self.in_graph:
-            self.withdraw()
+            self._switch(self.withdraw)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer."""
@@ -108,7 +140,7 @@ class Switching(nn.Module, BaseTunerLayer):
                 self._check_finite(name)
         self.merged_adapters.extend(names)
         if names:
-            self.refresh(self.merged_adapters)
+            self._switch(lambda: self.refresh(self.merged_adapters))
 
     def unmerge(self) -> None:
         """Put the original entries back, to the bit."""
@@ -116,7 +148,7 @@ class Switching(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        self.withdraw()
+        self._switch(self.withdraw)
 
     def _check_finite(self, name: str) -> None:
         tensors: list[Tensor] = []
