@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -77,8 +78,7 @@ def measure_switches(args: argparse.Namespace, budget: float) -> list[Row]:
         rows.append(row)
         try:
             one = make()
-            for name in ("a", "b", "a"):
-                row.setdefault("first", []).append(timed(lambda n=name: one.switch(n), args.device))
+            row["first"] = [timed(partial(one.switch, name), args.device) for name in "aba"]
         except (NotAvailable, ValueError) as error:
             row["failure"] = f"not run: {error}"
             continue
@@ -87,12 +87,7 @@ def measure_switches(args: argparse.Namespace, budget: float) -> list[Row]:
     for number in range(args.rounds):
         tell(f"{budget:.0%}: round {number + 1} of {args.rounds}")
         for row, one in pairs if number % 2 == 0 else reversed(pairs):
-            for name in ("b", "a"):
-                row["switch"].append(timed(lambda n=name: one.switch(n), args.device))  # noqa: B023
-                if isinstance(one, Sparse) and not one.is_ready():
-                    raise RuntimeError("the next forward would have written more")
-            row["disable"].append(timed(one.disable, args.device))
-            one.enable("a")
+            take_turn(row, one, args.device)
     dense = rows[0]
     for row, one in pairs:
         for key in ("switch", "disable"):
@@ -103,6 +98,16 @@ def measure_switches(args: argparse.Namespace, budget: float) -> list[Row]:
         elif isinstance(one, Dense):
             row["task_bytes"] = sum(t.nbytes for t in one.states["a"].values())
     return rows
+
+
+def take_turn(row: Row, one: Any, device: str) -> None:
+    """Time two switches and the way back to the pretrained weights."""
+    for name in ("b", "a"):
+        row["switch"].append(timed(partial(one.switch, name), device))
+        if isinstance(one, Sparse) and not one.is_ready():
+            raise RuntimeError("the next forward would have written more")
+    row["disable"].append(timed(one.disable, device))
+    one.enable("a")
 
 
 def measure_exactness(args: argparse.Namespace, budget: float) -> list[Row]:
@@ -163,9 +168,9 @@ def bars_of(row: Row, args: argparse.Namespace) -> list[Bar]:
     method, bars = row["method"], []
     if "failure" in row:
         return []
-    if "switch_ms" in row and method.startswith("sfa") and bars_hold(args):
-        if limit := SWITCH_MS.get(row["budget"]):
-            bars.append(Bar("ms", row["switch_ms"], limit))
+    limit = SWITCH_MS.get(row["budget"])
+    if limit and "switch_ms" in row and method.startswith("sfa") and bars_hold(args):
+        bars.append(Bar("ms", row["switch_ms"], limit))
     if method.startswith("sfa") and "touched" in row:
         bars.append(Bar("changed", max(row[f"left_{c}"] for c in CYCLES), 0))
     if "to_bare" in row and method in FORWARD:

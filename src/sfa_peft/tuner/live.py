@@ -84,16 +84,17 @@ class LiveEntries:
         if self._stamp_of(weight, wanted) == self._stamp:
             return
         with exclusively(), torch.inference_mode(False), torch.no_grad():
-            if self._stamp_of(weight, wanted) == self._stamp:
+            values = self._values_stamp(wanted)
+            if (wanted, _weight_stamp(weight), values) == self._stamp:
                 return  # another thread was faster
             self._withdraw(weight)
             if self._weight_stamp != _weight_stamp(weight):
                 self.forget()  # somebody replaced or changed the weight
-            if len(wanted) != 1 or not self._write_finished(wanted[0], weight, keep=keep):
+            if len(wanted) != 1 or not self._write_finished(wanted[0], values, weight, keep=keep):
                 self._write_all(wanted, weight)
             self.live = wanted
             self._weight_stamp = _weight_stamp(weight)
-            self._stamp = self._stamp_of(weight, wanted)
+            self._stamp = wanted, self._weight_stamp, values
 
     def withdraw(self, weight: Tensor) -> None:
         """Put the original entries back into the weight, to the bit."""
@@ -207,28 +208,29 @@ class LiveEntries:
         change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
         return (start.float() + change).to(start.dtype)
 
-    def _write_finished(self, name: str, weight: Tensor, *, keep: bool) -> bool:
+    def _write_finished(
+        self, name: str, stamp: tuple[Any, ...], weight: Tensor, *, keep: bool
+    ) -> bool:
         """Write an adapter as it was kept; return whether it is (made so where `keep` asks)."""
         if name in self.candidates:
             return False
-        pool, _ = self.pools[name]
         finished = self._finished.get(name)
-        if finished is None or finished.stamp != pool.stamp():
+        if finished is None or finished.stamp != stamp:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, weight)
+            finished = self._finished[name] = self._finish(name, stamp, weight)
         _put(weight, finished.indices, finished.adapted)
         self._written.append((finished.indices, finished.undo))
         return True
 
-    def _finish(self, name: str, weight: Tensor) -> Finished:
+    def _finish(self, name: str, stamp: tuple[Any, ...], weight: Tensor) -> Finished:
         """Return an adapter's entries ready to write; the weight must hold the originals."""
         pool, ordinal = self.pools[name]
         spans = pool.layout()[ordinal]
         if len(spans) < 2:  # sorted already
             support = self._support(name, weight)
             adapted = self._add_change(name, support.undo, spans) if spans else support.undo
-            return Finished(pool.stamp(), support.indices, support.undo, adapted)
+            return Finished(stamp, support.indices, support.undo, adapted)
         if self._supports.pop(name, None) is not None:
             pool.free_room()
         index = pool.indices(ordinal).to(weight.device)
@@ -236,13 +238,15 @@ class LiveEntries:
         adapted = self._add_change(name, undo, spans)
         index, order = index.sort()
         indices = index.to(_index_dtype(weight))
-        return Finished(pool.stamp(), indices, undo[order], adapted[order])
+        return Finished(stamp, indices, undo[order], adapted[order])
 
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""
-        pools = tuple(self.pools[name][0].stamp() for name in names)
-        changes = tuple(version(self.candidates[n]) for n in names if n in self.candidates)
-        return names, _weight_stamp(weight), pools, changes
+        return names, _weight_stamp(weight), self._values_stamp(names)
+
+    def _values_stamp(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        pools = tuple([self.pools[name][0].stamp() for name in names])
+        return pools, tuple([version(self.candidates[n]) for n in names if n in self.candidates])
 
 
 def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:

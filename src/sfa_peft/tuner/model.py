@@ -9,11 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..checkpoint.file import check_selection
@@ -23,16 +19,16 @@ from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from .compiled import before_forward
 from .layer import SFALayer
+from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .pool import Pool
 from .targets import is_excluded
-from .together import together
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
 
 
-class SFAModel(BaseTuner):
+class SFAModel(SwitchingModel):
     """A model with Selective Feature Adapters (https://arxiv.org/abs/2310.01843).
 
     Made by `peft.get_peft_model(model, SFAConfig(...))`; arguments as in every PEFT tuner.
@@ -134,47 +130,6 @@ class SFAModel(BaseTuner):
         )
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        """Put a wrapper in, or on unloading take it (or a `modules_to_save` wrapper) out."""
-        if isinstance(child, SFALayer) and not isinstance(new_module, SFALayer):
-            new_module = child.unload()
-        # PEFT's own version copies `.weight` between the two, which a composite head has not.
-        setattr(parent, child_name, new_module)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; in eval mode the weights hold them when this returns."""
-        with together():
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
-
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        with together():
-            super()._enable_adapter_layers(enabled)
-
-    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Leave the change of adapters in the weights until `unmerge_adapter`."""
-        with together():
-            super().merge_adapter(*args, **kwargs)
-
-    def unmerge_adapter(self) -> None:
-        """Put the original entries back, to the bit."""
-        with together():
-            super().unmerge_adapter()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        merge = kwargs.get("merge", args[0] if args else True)
-        names = kwargs.get("adapter_names") or self.active_adapters
-        layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
-        if merge and any(name in m.sfa_down for m in layers for name in names):
-            warnings.warn(
-                "External adapters cannot be folded into weights: they stay in the merged model as "
-                "plain modules behind their layers, so saving it needs more than its old class.",
-                SFAWarning,
-                stacklevel=3,
-            )
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         """Not supported: external adapters are not linear, so a weighted sum has no meaning.

@@ -117,10 +117,16 @@ class Switching(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer."""
         self.withdraw()
-        super().delete_adapter(adapter_name)
         for entries in self.entries.values():
             entries.remove(adapter_name)
+        super().delete_adapter(adapter_name)
         self.resolved.pop(adapter_name, None)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # PEFT takes the first of these when the active adapter is deleted, and looks for it among
+        # tensors; most layers hold none, since the pool is on the first one.
+        pools = {name for entries in self.entries.values() for name in entries.pools}
+        return sorted(pools.union(super()._all_available_adapter_names()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the change of adapters in the weight until `unmerge`.
