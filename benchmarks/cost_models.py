@@ -144,7 +144,8 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
         "joined": schedule.joined(picks * SELECTION_STEPS),
     }
     ends = [schedule.selected_after(i * SELECTION_STEPS) for i in range(picks + 1)]
-    _fill(pool.slots, pool.starts[-1], ends)
+    fill(pool.slots, pool.starts[-1], ends)
+    state["pool"] = pool.state_dict()
     resumed = SFASelector(model)
     resumed.load_state_dict(state)
     return resumed
@@ -155,9 +156,9 @@ def _zeros(like: Tensor) -> Tensor:
     return like.new_zeros(()).expand(like.shape)
 
 
-def _fill(slots: Tensor, eligible: int, ends: list[int]) -> None:
+def fill(slots: Tensor, eligible: int, ends: list[int], seed: int = 0) -> None:
     """Assign random positions as several picks would have: sorted within each of them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     stride = eligible // len(slots)
     positions = torch.arange(len(slots)) * stride  # one of each stretch: distinct, and cheap
     positions += torch.randint(stride, positions.shape, generator=generator)

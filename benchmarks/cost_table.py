@@ -116,11 +116,11 @@ def render(rows: list[Row], settings: dict[str, Any]) -> str:
     parts = []
     if steps:
         heads = ["method", "phase", "budget", "trained", "step s", "/full", "/SHiRA", "peak GB"]
-        parts.append(_align([*heads, "bars"], [_step_cells(r, settings) for r in steps]))
+        parts.append(align([*heads, "bars"], [_step_cells(r, settings) for r in steps]))
     if picks:
         heads = ["pick at budget", "selects", "of", "pick s", "topk s", "step s", "pick MB"]
         heads += ["topk MB", "run GB", "bars"]
-        parts.append(_align(heads, [_pick_cells(r, settings) for r in picks]))
+        parts.append(align(heads, [_pick_cells(r, settings) for r in picks]))
     return "\n\n".join(parts)
 
 
@@ -168,7 +168,7 @@ def _bars(row: Row, settings: dict[str, Any]) -> str:
     return ", ".join(map(str, bars_of(row, settings)))
 
 
-def _align(heads: list[str], table: list[list[str]]) -> str:
+def align(heads: list[str], table: list[list[str]]) -> str:
     """Return lines with columns of equal width: names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *table, strict=True)]
     names = {"method", "phase", "bars"}

@@ -117,7 +117,7 @@ class SFALayer(Switching):
                 self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
             )
             self.sfa_down[adapter_name], self.sfa_up[adapter_name] = down, up
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -181,7 +181,7 @@ class SFALayer(Switching):
             if self._is_prepared():
                 taps, slices = entries.prepared
             else:
-                taps, slices = self._taps(entries)
+                taps, slices = self._taps(parameter, entries)
             if taps:
                 watched[parameter] = LiveWeight.apply(self.parameter(parameter), taps, *slices)
         if not watched:
@@ -190,10 +190,10 @@ class SFALayer(Switching):
         return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
     @eager  # a cut is kept between forwards, so no graph may own it
-    def _taps(self, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
+    def _taps(self, parameter: str, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
         for name in entries.live:
             self._watch(*entries.pools[name])
-        return entries.taps()
+        return entries.taps(self.parameter(parameter))
 
     def _is_prepared(self) -> bool:
         """Whether this is a compiled forward that may use what `prepare` found."""
@@ -206,8 +206,9 @@ class SFALayer(Switching):
         self.prepared_for = compiled_pass if usable else None
         if usable:
             self.refresh(self._effective_adapters())
-            for entries in self.entries.values():
-                entries.prepared = self._taps(entries) if torch.is_grad_enabled() else ([], [])
+            tapped = torch.is_grad_enabled()
+            for parameter, entries in self.entries.items():
+                entries.prepared = self._taps(parameter, entries) if tapped else ([], [])
 
     def _watch(self, pool: Pool, ordinal: int) -> None:
         """Report once that a selection is being trained which nobody makes."""

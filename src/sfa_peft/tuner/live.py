@@ -7,7 +7,6 @@ them only at the entries of the adapters named there, and `undo` can put them ba
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -17,9 +16,7 @@ from torch import Tensor
 
 from .delta import Observer, Spans, Tap
 from .pool import Pool, version
-
-#: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
-_LOCK = threading.RLock()
+from .together import exclusively
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -44,6 +41,19 @@ class Support:
     undo: Tensor  # the weight's original entries there, in its dtype
 
 
+@dataclass
+class Finished:
+    """One adapter's entries in one weight as they are written, for switching back and forth.
+
+    In the weight's order, which is several times as fast to write as that of many picks.
+    """
+
+    stamp: tuple[Any, ...]  # what the values were when they were added to the originals
+    indices: Tensor  # as in `Support`, but increasing
+    undo: Tensor
+    adapted: Tensor  # what the weight holds there while this adapter alone is active
+
+
 class LiveEntries:
     """What the adapters of one layer do to one of its parameters.
 
@@ -60,6 +70,8 @@ class LiveEntries:
         self.in_graph = False  # a backward that needs the weight as it is may still come
         self.prepared: tuple[list[Tap], list[Tensor]] = ([], [])  # for a compiled forward
         self._supports: dict[str, Support] = {}
+        self._finished: dict[str, Finished] = {}
+        self._written: list[tuple[Tensor, Tensor]] = []  # positions in the weight, originals there
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._weight_stamp: tuple[Any, ...] | None = None
@@ -69,51 +81,63 @@ class LiveEntries:
         return self.__dict__ | {"observers": {}, "candidates": {}, "prepared": ([], [])}
 
     @eager  # stamps and in-place writes are for Python, not for a graph
-    def refresh(self, weight: Tensor, names: list[str]) -> None:
-        """Make the weight hold the changes of the named adapters; do nothing if it does."""
+    def refresh(self, weight: Tensor, names: list[str], *, keep: bool = False) -> None:
+        """Make the weight hold the changes of the named adapters; do nothing if it does.
+
+        Args:
+            weight: The weight.
+            names: Adapters; those that do not change this weight are left out.
+            keep: Whether to keep what is written, so that the next time is faster. It takes room
+                for two more numbers per entry, so it is for adapters that do not train now.
+        """
         wanted = tuple(name for name in names if name in self.pools)
         if self._stamp_of(weight, wanted) == self._stamp:
             return
-        with _LOCK, torch.inference_mode(False), torch.no_grad():
-            if self._stamp_of(weight, wanted) == self._stamp:
+        with exclusively(), torch.inference_mode(False), torch.no_grad():
+            values = self._values_stamp(wanted)
+            if (wanted, _weight_stamp(weight), values) == self._stamp:
                 return  # another thread was faster
-            self.withdraw(weight)
+            self._withdraw(weight)
             if self._weight_stamp != _weight_stamp(weight):
-                self._supports.clear()  # somebody replaced or changed the weight
-            for name in wanted:  # originals first: adapters may share entries
-                self._supports[name] = self._find_support(name, weight)
-            self._write_candidates(wanted, weight)
-            for position, name in enumerate(wanted):
-                self._write(name, weight, onto_others=position > 0)
+                self.forget()  # somebody replaced or changed the weight
+            if len(wanted) != 1 or not self._write_finished(wanted[0], values, weight, keep=keep):
+                self._write_all(wanted, weight)
             self.live = wanted
             self._weight_stamp = _weight_stamp(weight)
-            self._stamp = self._stamp_of(weight, wanted)
+            self._stamp = wanted, self._weight_stamp, values
 
     def withdraw(self, weight: Tensor) -> None:
         """Put the original entries back into the weight, to the bit."""
-        with _LOCK, torch.inference_mode(False), torch.no_grad():
-            if self.live:
-                self._restore(weight)
-                self.live, self._pretrained = (), None
-                self._weight_stamp = _weight_stamp(weight)
+        with exclusively(), torch.inference_mode(False), torch.no_grad():
+            self._withdraw(weight)
             self._stamp = None
             self.in_graph = False
+
+    def _withdraw(self, weight: Tensor) -> None:
+        if self.live:
+            self._restore(weight)
+            self.live, self._written, self._pretrained = (), [], None
+            self._weight_stamp = _weight_stamp(weight)
+        self.in_graph = False
 
     def forget(self) -> None:
         """Look at the weight anew next time; it must hold the originals then."""
         self._supports.clear()
+        self._finished.clear()
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
-        for container in (self.pools, self.observers, self.candidates, self._supports):
+        for container in self._containers():
             container.pop(adapter_name, None)
+
+    def _containers(self) -> list[dict[str, Any]]:
+        return [self.pools, self.observers, self.candidates, self._supports, self._finished]
 
     def originals_at(self, weight: Tensor, adapter_name: str) -> Tensor:
         """Return the pretrained entries that an adapter changes, in slot order."""
         if adapter_name not in self.live:
             self.withdraw(weight)
-            self._supports[adapter_name] = self._find_support(adapter_name, weight)
-        return self._supports[adapter_name].undo
+        return self._support(adapter_name, weight).undo
 
     def original(self, weight: Tensor) -> Tensor:
         """Return a copy of the weight with the original entries."""
@@ -121,13 +145,13 @@ class LiveEntries:
         self._restore(copy)
         return copy
 
-    def taps(self) -> tuple[list[Tap], list[Tensor]]:
+    def taps(self, weight: Tensor) -> tuple[list[Tap], list[Tensor]]:
         """Return what live adapters want from the weight's gradient, and their slices of values."""
         taps, slices = [], []
         self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
             pool, ordinal = self.pools[name]
-            observer, support = self.observers.get(name), self._supports[name]
+            observer, support = self.observers.get(name), self._support(name, weight)
             # While nothing is selected one layer keeps the values in the graph: DDP waits for them.
             wanted = observer is not None or support.spans or pool.is_last_of_empty(ordinal)
             if pool.values.requires_grad and wanted:
@@ -148,45 +172,105 @@ class LiveEntries:
         if self._pretrained is not None:
             weight.detach().copy_(self._pretrained)
             return
-        flat = weight.detach().view(-1)
-        for name in self.live:
-            support = self._supports[name]
-            if support.indices.numel():
-                flat.scatter_(0, support.indices.long(), support.undo)
+        for indices, undo in self._written:
+            _put(weight, indices, undo)
 
-    def _find_support(self, name: str, weight: Tensor) -> Support:
-        """Return an adapter's entries; the weight must hold the originals."""
+    def _support(self, name: str, weight: Tensor) -> Support:
+        """Return an adapter's entries; the weight must hold the originals, or these entries."""
         pool, ordinal = self.pools[name]
         spans = pool.layout()[ordinal]
         known = self._supports.get(name)
         if known is not None and known.spans is spans:
             return known
         index = pool.indices(ordinal).to(weight.device)
-        small = weight.numel() <= torch.iinfo(torch.int32).max
-        indices = pool.room(ordinal, torch.int32 if small else torch.int64, weight.device)
+        indices = pool.room(ordinal, _index_dtype(weight), weight.device)
         undo = pool.room(ordinal, weight.dtype, weight.device)
         indices.copy_(index)
-        torch.index_select(weight.detach().view(-1), 0, index, out=undo)
-        return Support(spans, indices, undo)
+        finished = self._finished.get(name)
+        if name in self.live and finished is not None:
+            undo[index.argsort()] = finished.undo
+        else:
+            torch.index_select(weight.detach().view(-1), 0, index, out=undo)
+        self._supports[name] = Support(spans, indices, undo)
+        return self._supports[name]
 
-    def _write(self, name: str, weight: Tensor, *, onto_others: bool) -> None:
+    def _write_all(self, names: tuple[str, ...], weight: Tensor) -> None:
+        """Write originals plus changes, and what is needed to train them."""
+        for name in names:  # originals first: adapters may share entries
+            self._finished.pop(name, None)
+            self._support(name, weight)
+        self._write_candidates(names, weight)
+        for position, name in enumerate(names):
+            support = self._supports[name]
+            self._write(name, weight, support, onto_others=position > 0)
+            self._written.append((support.indices, support.undo))
+
+    def _write(self, name: str, weight: Tensor, support: Support, *, onto_others: bool) -> None:
         """Write original plus change, added in fp32; on shared entries onto what is there."""
-        support = self._supports[name]
         if not support.indices.numel():
             return
-        flat, index = weight.detach().view(-1), support.indices.long()
-        start = flat.index_select(0, index) if onto_others else support.undo
+        start = support.undo
+        if onto_others:
+            start = weight.detach().view(-1).index_select(0, support.indices.long())
+        _put(weight, support.indices, self._add_change(name, start, support.spans))
+
+    def _add_change(self, name: str, start: Tensor, spans: Spans) -> Tensor:
+        """Return entries plus an adapter's change of them, in slot order."""
         values = self.pools[name][0].values.detach()
-        parts = [values[a:b] for a, b in support.spans]
+        parts = [values[a:b] for a, b in spans]
         change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
-        flat.scatter_(0, index, (start.float() + change).to(start.dtype))  # faster than index_copy_
+        return (start.float() + change).to(start.dtype)
+
+    def _write_finished(
+        self, name: str, stamp: tuple[Any, ...], weight: Tensor, *, keep: bool
+    ) -> bool:
+        """Write an adapter as it was kept; return whether it is (made so where `keep` asks)."""
+        if name in self.candidates:
+            return False
+        finished = self._finished.get(name)
+        if finished is None or finished.stamp != stamp:
+            if not keep:
+                return False
+            finished = self._finished[name] = self._finish(name, stamp, weight)
+        _put(weight, finished.indices, finished.adapted)
+        self._written.append((finished.indices, finished.undo))
+        return True
+
+    def _finish(self, name: str, stamp: tuple[Any, ...], weight: Tensor) -> Finished:
+        """Return an adapter's entries ready to write; the weight must hold the originals."""
+        pool, ordinal = self.pools[name]
+        spans = pool.layout()[ordinal]
+        if len(spans) < 2:  # sorted already
+            support = self._support(name, weight)
+            adapted = self._add_change(name, support.undo, spans) if spans else support.undo
+            return Finished(stamp, support.indices, support.undo, adapted)
+        if self._supports.pop(name, None) is not None:
+            pool.free_room()
+        index = pool.indices(ordinal).to(weight.device)
+        undo = weight.detach().view(-1).index_select(0, index)
+        adapted = self._add_change(name, undo, spans)
+        index, order = index.sort()
+        indices = index.to(_index_dtype(weight))
+        return Finished(stamp, indices, undo[order], adapted[order])
 
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""
-        pools = tuple(self.pools[name][0].stamp() for name in names)
-        changes = tuple(version(self.candidates[n]) for n in names if n in self.candidates)
-        return names, _weight_stamp(weight), pools, changes
+        return names, _weight_stamp(weight), self._values_stamp(names)
+
+    def _values_stamp(self, names: tuple[str, ...]) -> tuple[Any, ...]:
+        pools = tuple([self.pools[name][0].stamp() for name in names])
+        return pools, tuple([version(self.candidates[n]) for n in names if n in self.candidates])
 
 
 def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:
     return id(weight), weight.dtype, weight.device, version(weight)
+
+
+def _index_dtype(weight: Tensor) -> torch.dtype:
+    return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """Overwrite entries of a weight at flat positions."""
+    if indices.numel():  # scatter_ is faster than index_copy_
+        weight.detach().view(-1).scatter_(0, indices.long(), entries)

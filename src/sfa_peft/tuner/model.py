@@ -9,11 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..config import SFAConfig
@@ -22,6 +18,7 @@ from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
 from .layer import SFALayer
+from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .pool import Pool
 from .saving import check_base, pack_state, settle, unpack_state
@@ -31,7 +28,7 @@ from .targets import is_excluded
 _ALIGNMENT = 64
 
 
-class SFAModel(BaseTuner):
+class SFAModel(SwitchingModel):
     """A model with Selective Feature Adapters (https://arxiv.org/abs/2310.01843).
 
     Made by `peft.get_peft_model(model, SFAConfig(...))`; arguments as in every PEFT tuner.
@@ -146,29 +143,6 @@ class SFAModel(BaseTuner):
     def _inject_parameters(self, *_args: Any, **_kwargs: Any) -> list[str]:
         # PEFT would wrap what `target_parameters` names once more; their layers are wrapped.
         return [f"{t.name}.{p}" for t in self._plan.targets.values() for p in t.parameters]
-
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
-        """Put a wrapper in, or on unloading take it (or a `modules_to_save` wrapper) out."""
-        if isinstance(child, SFALayer) and not isinstance(new_module, SFALayer):
-            new_module = child.unload()
-        # PEFT's own version copies `.weight` between the two, which a composite head has not.
-        setattr(parent, child_name, new_module)
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        merge = kwargs.get("merge", args[0] if args else True)
-        names = kwargs.get("adapter_names") or self.active_adapters
-        layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
-        if merge and any(name in m.sfa_down for m in layers for name in names):
-            warnings.warn(
-                "External adapters cannot be folded into weights: they stay in the merged model as "
-                "plain modules behind their layers, so saving it needs more than its old class.",
-                SFAWarning,
-                stacklevel=3,
-            )
-        compiled.remove(self.model)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
         """Not supported: external adapters are not linear, so a weighted sum has no meaning.

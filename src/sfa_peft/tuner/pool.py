@@ -195,6 +195,10 @@ class Pool:
         """Bytes of what is kept beside values and slots to write and withdraw the change."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
+    def free_room(self) -> None:
+        """Let go of that room, where nobody looks into it any more."""
+        self._buffers = {}
+
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""
         slots, spans = self.slots, self.layout()[ordinal]

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .external import AdaptedLayer
+from .together import now_or_together
 
 if TYPE_CHECKING:
     from ..checkpoint.resolved import Resolved
@@ -50,10 +51,19 @@ class Switching(nn.Module, BaseTunerLayer):
         pools = (e.pools[adapter_name][0] for e in self.entries.values() if adapter_name in e.pools)
         return next(pools, None)
 
-    def refresh(self, names: list[str]) -> None:
+    def refresh(self, names: list[str], *, keep: bool = False) -> None:
         """Make the base layer's parameters hold the changes of the named adapters."""
         for parameter, entries in self.entries.items():
-            entries.refresh(self.parameter(parameter), names)
+            entries.refresh(self.parameter(parameter), names, keep=keep)
+
+    def _write_active(self) -> None:
+        self.prepared_for = None
+        self.refresh(self._effective_adapters(), keep=True)
+
+    def _switch(self, action: Callable[[], None]) -> None:
+        weight = self.base_weight
+        if self.entries and not weight.is_meta:
+            now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     @property
     def in_graph(self) -> bool:
@@ -71,11 +81,23 @@ class Switching(nn.Module, BaseTunerLayer):
             entries.forget()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters; the next forward writes what they change."""
+        """Activate adapters.
+
+        In eval mode what they change is written at once; in train mode by the next forward, since
+        an optimizer may come first.
+        """
         before = self.active_adapters
+        self.mark_active(adapter_names, inference_mode=inference_mode)
+        if self.merged:
+            return
+        if not (self.training or self.disable_adapters):
+            self._switch(self._write_active)
+        elif self.active_adapters != before:
+            self._switch(self.withdraw)
+
+    def mark_active(self, adapter_names: str | list[str], *, inference_mode: bool) -> None:
+        """Activate adapters without writing; while one is added, its pool is not complete."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        if not self.merged and self.active_adapters != before:
-            self.withdraw()
 
     def act_at_once(self, adapter_names: list[str]) -> None:
         """Activate adapters for inference and write what they change, before any forward.
@@ -84,22 +106,27 @@ class Switching(nn.Module, BaseTunerLayer):
         number of adapters.
         """
         self._active_adapter = list(adapter_names)
-        self.ready = False
-        self.refresh(self._effective_adapters())
+        self._write_active()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
         super().enable_adapters(enabled)
         if not self.merged and not self.in_graph:
-            self.withdraw()
+            self._switch(self.withdraw)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter from the layer."""
         self.withdraw()
-        super().delete_adapter(adapter_name)
         for entries in self.entries.values():
             entries.remove(adapter_name)
+        super().delete_adapter(adapter_name)
         self.resolved.pop(adapter_name, None)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # PEFT takes the first of these when the active adapter is deleted, and looks for it among
+        # tensors; most layers hold none, since the pool is on the first one.
+        pools = {name for entries in self.entries.values() for name in entries.pools}
+        return sorted(pools.union(super()._all_available_adapter_names()))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Leave the change of adapters in the weight until `unmerge`.
@@ -119,7 +146,7 @@ class Switching(nn.Module, BaseTunerLayer):
                 self._check_finite(name)
         self.merged_adapters.extend(names)
         if names:
-            self.refresh(self.merged_adapters)
+            self._switch(lambda: self.refresh(self.merged_adapters))
 
     def unmerge(self) -> None:
         """Put the original entries back, to the bit."""
@@ -127,7 +154,7 @@ class Switching(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         self.merged_adapters.clear()
-        self.withdraw()
+        self._switch(self.withdraw)
 
     def _check_finite(self, name: str) -> None:
         tensors: list[Tensor] = []
