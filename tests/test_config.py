@@ -80,3 +80,16 @@ def test_the_model_card_says_how_to_load_and_says_it_once(tmp_path):
     text = card.read_text()
     assert text.startswith("# My adapter")
     assert text.count("import sfa_peft  # registers") == 1
+
+
+def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    SFAConfig(budget=0.1).save_pretrained(str(tmp_path))
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def fail(*_args, **_kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(json, "dumps", fail)
+    with pytest.raises(OSError, match="disk full"):
+        SFAConfig(budget=0.2).save_pretrained(str(tmp_path))
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before

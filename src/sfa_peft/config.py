@@ -3,41 +3,31 @@
 
 from __future__ import annotations
 
-import math
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import CONFIG_NAME, PeftType
 
 from .checkpoint.file import check_complete
 from .checkpoint.packing import SAVED_VALUES
-from .errors import ConfigError
+from .config_checks import (
+    WEIGHT_DECAYS,
+    check_budget,
+    check_layers,
+    check_schedule,
+    check_score,
+)
+from .model_card import add_usage
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
-#: What weight decay of the optimizer pulls towards its neutral value.
-WEIGHT_DECAYS = ("change", "weight")
-
 #: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
 DEFAULT_RHO = 0.5
-
-_USAGE_HEADING = "## Loading this Selective Feature Adapter"
-_USAGE = f"""{_USAGE_HEADING}
-
-`import sfa_peft` must come first: it registers the method with PEFT. Without it loading ends in
-`KeyError: 'SFA'`.
-
-```python
-import sfa_peft  # registers SFA with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/folder")
-```
-"""
 
 
 @dataclass
@@ -206,101 +196,10 @@ class SFAConfig(PeftConfig):
         for name in ("target_modules", "target_parameters", "exclude_modules", "external_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
-        self._check_budget()
-        self._check_layers()
-        self._check_score()
-        self._check_schedule()
-
-    def _check_budget(self) -> None:
-        if not _is_number(self.budget) or not 0 < self.budget <= 1:
-            raise ConfigError(
-                f"SFAConfig.budget: expected a share of the backbone, 0 < budget <= 1, got "
-                f"{self.budget!r}. 0.05 is the paper's small setting, 0.2 its large one."
-            )
-        if self.rho is not None and self.adapter_dim is not None:
-            raise ConfigError(
-                f"SFAConfig: rho={self.rho!r} and adapter_dim={self.adapter_dim!r} are both given, "
-                "but each follows from the other and the budget. Leave one of them out."
-            )
-        if self.rho is not None and (not _is_number(self.rho) or not 0 <= self.rho <= 1):
-            raise ConfigError(
-                "SFAConfig.rho: expected the external adapters' share of the budget, 0 <= rho <= "
-                f"1, got {self.rho!r}. 0.5 is the paper's value."
-            )
-        if self.adapter_dim is not None and (not _is_int(self.adapter_dim) or self.adapter_dim < 1):
-            raise ConfigError(
-                f"SFAConfig.adapter_dim: expected a width of at least 1, got {self.adapter_dim!r}. "
-                "For no external adapters use rho=0."
-            )
-
-    def _check_layers(self) -> None:
-        if isinstance(self.modules_to_save, str):
-            raise ConfigError(
-                f"SFAConfig.modules_to_save: expected a list of names, got the string "
-                f"{self.modules_to_save!r}. Write [{self.modules_to_save!r}]."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                "SFAConfig: When `layers_pattern` is specified, `layers_to_transform` must also be "
-                "specified."
-            )
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ConfigError(
-                "SFAConfig: `layers_to_transform` cannot be used when `target_modules` is a str, "
-                "because a regular expression can name the layers itself."
-            )
-
-    def _check_schedule(self) -> None:
-        choices = {
-            "score_dtype": SCORE_DTYPES,
-            "ranking": RANKINGS,
-            "granularity": GRANULARITIES,
-            "schedule": SCHEDULES,
-            "weight_decay_on": WEIGHT_DECAYS,
-            "saved_values": SAVED_VALUES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(
-                    f"SFAConfig.{name}: expected one of {', '.join(allowed)}, got "
-                    f"{getattr(self, name)!r}."
-                )
-        if not _is_number(self.internal_lr_ratio) or self.internal_lr_ratio <= 0:
-            raise ConfigError(
-                "SFAConfig.internal_lr_ratio: expected a factor above 0, got "
-                f"{self.internal_lr_ratio!r}."
-            )
-        until = self.select_until
-        if until is not None and (not _is_number(until) or not 0 < until <= 1):
-            raise ConfigError(
-                f"SFAConfig.select_until: expected a share of the run, 0 < select_until <= 1, got "
-                f"{until!r}."
-            )
-        for name in ("selection_steps", "total_steps"):
-            value = getattr(self, name)
-            if value is not None and (not _is_int(value) or value < 1):
-                raise ConfigError(
-                    f"SFAConfig.{name}: expected a number of update steps of at least 1, got "
-                    f"{value!r}. None lets the run decide."
-                )
-
-    def _check_score(self) -> None:
-        if self.resolved is None:  # a trained adapter loads without its user's own score
-            find_score(self.score)
-        if not _is_int(self.seed):
-            raise ConfigError(f"SFAConfig.seed: expected an integer, got {self.seed!r}.")
-        if not _is_int(self.score_every) or self.score_every < 1:
-            raise ConfigError(
-                f"SFAConfig.score_every: expected a number of steps of at least 1, got "
-                f"{self.score_every!r}."
-            )
-        if self.score == "weight_difference" and (
-            self.score_every > 1 or self.score_dtype != "float32"
-        ):
-            raise ConfigError(
-                'SFAConfig: score="weight_difference" trains candidates in fp32 on every step; '
-                f"leave out score_every={self.score_every} and score_dtype={self.score_dtype!r}."
-            )
+        check_budget(self)
+        check_layers(self)
+        check_score(self)
+        check_schedule(self)
 
     @property
     def selects_while_training(self) -> bool:
@@ -326,11 +225,12 @@ class SFAConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`, and into the model card beside it how to load."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = Path(save_directory) / "README.md"
-        text = card.read_text(encoding="utf-8") if card.is_file() else ""
-        if _USAGE_HEADING not in text:
-            card.write_text(text.rstrip() + "\n\n" + _USAGE, encoding="utf-8")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
+            super().save_pretrained(partial, **kwargs)
+            (Path(partial) / CONFIG_NAME).replace(folder / CONFIG_NAME)
+        add_usage(folder)
 
     @classmethod
     def from_pretrained(
@@ -344,11 +244,3 @@ class SFAConfig(PeftConfig):
         check_complete(Path(pretrained_model_name_or_path) / (subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         return cast(SFAConfig, config)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -15,13 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: For one weight the (first, last + 1) ranges of its slots in the pool.
-Spans = list[tuple[int, int]]
-
-
-def span_length(spans: Spans) -> int:
-    """Return the number of slots in a weight's ranges."""
-    return sum(b - a for a, b in spans)
+from .spans import Spans, span_length
 
 
 class Cut(torch.autograd.Function):

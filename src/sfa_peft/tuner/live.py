@@ -14,8 +14,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .delta import Observer, Spans, Tap
+from .delta import Observer, Tap
 from .pool import Pool, version
+from .spans import Spans
 from .together import exclusively
 
 _F = TypeVar("_F", bound=Callable[..., Any])

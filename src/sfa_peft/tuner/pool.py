@@ -9,13 +9,13 @@ sees a size change.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from .delta import Cut, Spans, span_length
+from .delta import Cut
+from .spans import Spans, count_assigned, find_spans, span_length
 from .steps import register
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Pool:
     @property
     def num_assigned(self) -> int:
         """Number of weights selected so far."""
-        return _count_assigned(self.slots)
+        return count_assigned(self.slots)
 
     @property
     def is_empty(self) -> bool:
@@ -174,7 +174,7 @@ class Pool:
         slots = self.slots
         stamp = version(slots)
         if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
-            self._layout = (slots, stamp, _spans(slots, self.starts))
+            self._layout = (slots, stamp, find_spans(slots, self.starts))
             self._buffers = {}
         return self._layout[2]
 
@@ -300,25 +300,3 @@ class Pool:
         for layer in self.layers:
             if not layer.merged:
                 layer.withdraw()
-
-
-def _count_assigned(slots: Tensor) -> int:
-    """Count positions that are assigned; none are on the meta device, which holds no values."""
-    return 0 if slots.is_meta else int((slots >= 0).sum())
-
-
-def _spans(slots: Tensor, starts: Sequence[int]) -> list[Spans]:
-    """Cut slots (sorted within each pick) at the weights' first positions."""
-    spans: list[Spans] = [[] for _ in starts[:-1]]
-    used = slots[: _count_assigned(slots)]
-    if not used.numel():
-        return spans
-    breaks = (used[1:] < used[:-1]).nonzero().squeeze(1) + 1  # where a new pick begins
-    edges = [0, *breaks.tolist(), used.numel()]
-    bounds = torch.tensor(starts, dtype=slots.dtype, device=slots.device)
-    for first, last in pairwise(edges):
-        cuts = (torch.searchsorted(used[first:last], bounds) + first).tolist()
-        for ordinal, (a, b) in enumerate(pairwise(cuts)):
-            if a < b:
-                spans[ordinal].append((a, b))
-    return spans
