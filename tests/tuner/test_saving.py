@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSemanticSegmentation
 
 from sfa_peft import AdapterFileError, SFAConfig, SFASelector, SFAWarning
 from sfa_peft.tuner.model import find_pool
@@ -201,3 +202,35 @@ def test_a_state_dict_moves_an_adapter_by_hand(trained):
     set_peft_model_state_dict(other, state)
     batch = images(seed=9)["pixel_values"]
     assert torch.equal(other(batch).logits, trained(batch).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_own_loader_gives_the_same_bits_and_misses_nothing(dtype, tmp_path, caplog):
+    upernet().to(dtype).save_pretrained(tmp_path / "base")
+    config = SFAConfig(budget=0.2, rho=0, score="random", modules_to_save=["decode_head"])
+    model = get_peft_model(upernet().to(dtype), config).eval()
+    with torch.no_grad():
+        find_pool(model, "default").values.normal_(std=0.02)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    batch = images(seed=9)["pixel_values"].to(dtype)
+    kind = type(model.get_base_model())
+    attached = kind.from_pretrained(tmp_path / "base", dtype=dtype)
+    with caplog.at_level("WARNING"):
+        attached.load_adapter(str(tmp_path / "adapter"), is_trainable=True)
+        found = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "adapter", dtype=dtype)
+    assert "MISSING" not in caplog.text
+    attached.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(upernet().to(dtype), tmp_path / "again")
+    ours = find_pool(model, "default")
+    with torch.no_grad():
+        model(batch)
+        for loaded in (attached, found, again):
+            pool = find_pool(loaded, "default")
+            parameter = pool.anchor.sfa_pool["default"]
+            # Weights and not outputs: transformers loads the base's tensors to other addresses,
+            # where kernels round differently.
+            loaded.eval()(batch)
+            for ordinal in range(len(ours.tensors)):
+                assert torch.equal(pool.weight(ordinal), ours.weight(ordinal))
+            assert pool.values is parameter  # what an optimizer made before the first use holds

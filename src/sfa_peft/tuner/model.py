@@ -76,7 +76,6 @@ class SFAModel(SwitchingModel):
         compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
-        _expect_packed(model)
         resolved = plan.to_resolved()
         for layer in adapter_layers(model, adapter_name):
             layer.resolved[adapter_name] = resolved
@@ -212,15 +211,6 @@ class SFAModel(SwitchingModel):
         # DDP would send every buffer from rank 0 before each forward; positions change only in a
         # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
-
-
-def _expect_packed(model: nn.Module) -> None:
-    """Tell transformers' own loader that values and positions come packed, not as they are."""
-    if hasattr(model, "_keys_to_ignore_on_load_missing"):
-        known = list(model._keys_to_ignore_on_load_missing or [])  # pyright: ignore
-        pattern = r"\.sfa_(pool|slots)\."
-        if pattern not in known:
-            model._keys_to_ignore_on_load_missing = [*known, pattern]  # pyright: ignore
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:

@@ -98,6 +98,7 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State) -> Sta
                     "Build it from the adapter's own config."
                 )
             slots, values = unpack_selection(pool, state.pop(key), key)
+            values = _in_type_of(pool, values, key)
             state[key.replace("sfa_packed", "sfa_slots")] = slots
             state[key.replace("sfa_packed", "sfa_pool")] = values
         elif key.endswith("sfa_slots") and pool is not None:
@@ -139,15 +140,20 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
         starts = zip(pool.starts, entries, strict=False)
         slots[:count] = torch.cat([i + start for start, (i, _) in starts]).to(slots.dtype)
         values[:count] = torch.cat([change for _, change in entries])
+    return slots, values
+
+
+def _in_type_of(pool: Pool, values: Tensor, where: str) -> Tensor:
+    """Return values in the pool's type, which PEFT's `autocast_adapter_dtype` decides."""
     kept = values.to(pool.dtype)
     if not torch.equal(kept.float(), values):
         warnings.warn(
             f"{where}: values are loaded as {type_name(pool.dtype)}, which rounds them "
             "(autocast_adapter_dtype=False); outputs differ from those in training.",
             SFAWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
-    return slots, kept
+    return kept
 
 
 def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:
@@ -238,7 +244,8 @@ def settle(pool: Pool) -> None:
     except AdapterFileError:
         pool.settle = settle
         raise
+    kept = pool.values
+    kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
     with torch.no_grad():
         pool.slots.copy_(slots)
-        pool.values.copy_(values)
     pool.drop_packed()

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Switching(nn.Module, BaseTunerLayer):
     entries: dict[str, LiveEntries]
     resolved: dict[str, Resolved]
     prepared_for: CompiledPass | None
+    sfa_packed: BufferDict
     sfa_down: nn.ModuleDict
     sfa_up: nn.ModuleDict
 
@@ -193,9 +195,17 @@ class Switching(nn.Module, BaseTunerLayer):
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Like any module's, with the original entries in the base layer unless merged."""
+        """Like any module's, with the original entries in the base layer unless merged.
+
+        Values and positions that wait to be unpacked are left out, so that a loader (transformers'
+        own) does not miss them in a file that has them packed.
+        """
         state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "") + "base_layer."
+        start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self.sfa_packed:
+            state.pop(f"{start}sfa_pool.{name}", None)
+            state.pop(f"{start}sfa_slots.{name}", None)
+        prefix = start + "base_layer."
         for parameter, entries in self.entries.items():
             if entries.live and not self.merged and prefix + parameter in state:
                 state[prefix + parameter] = entries.original(self.parameter(parameter))
