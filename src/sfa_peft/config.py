@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,9 @@ from .selection.scores import find_score, score_names
 
 #: What weight decay of the optimizer pulls towards its neutral value.
 WEIGHT_DECAYS = ("change", "weight")
+
+#: What the values of a saved selection start from.
+SELECTION_VALUES = ("zero", "trained")
 
 #: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
 DEFAULT_RHO = 0.5
@@ -109,6 +113,12 @@ class SFAConfig(PeftConfig):
         saved_values: How `save_pretrained` writes changed weights. "exact": every bit of the
             adapted weights. "bfloat16": changes rounded, error at most 2^-8 of each. "int8":
             changes in blocks of 128, error at most 1/253 of the largest in the block.
+        selection_from: A saved adapter (folder or Hub id) whose selection a new task trains:
+            exactly those weights, and nothing is picked. The budget's internal part is then the
+            size of that selection; `target_modules` only says where external adapters may go. The
+            new adapter's files do not need the other one.
+        selection_values: What the values of `selection_from` start from: "zero", or "trained", the
+            saved change.
         check_base: Whether loading demands the pretrained weights that the adapter was trained on.
             False loads onto others too, and warns; so does SFA_CHECK_BASE=0 in the environment,
             where no config can be passed.
@@ -192,6 +202,13 @@ class SFAConfig(PeftConfig):
     saved_values: str = field(
         default="exact", metadata={"help": f"How changes are saved: {', '.join(SAVED_VALUES)}."}
     )
+    selection_from: str | None = field(
+        default=None, metadata={"help": "Saved adapter whose selection is trained anew."}
+    )
+    selection_values: str = field(
+        default="zero",
+        metadata={"help": f"Start of a saved selection: {', '.join(SELECTION_VALUES)}."},
+    )
     check_base: bool = field(
         default=True, metadata={"help": "Demand the base that an adapter was trained on."}
     )
@@ -210,6 +227,7 @@ class SFAConfig(PeftConfig):
         self._check_layers()
         self._check_score()
         self._check_schedule()
+        self._check_reuse()
 
     def _check_budget(self) -> None:
         if not _is_number(self.budget) or not 0 < self.budget <= 1:
@@ -258,6 +276,7 @@ class SFAConfig(PeftConfig):
             "schedule": SCHEDULES,
             "weight_decay_on": WEIGHT_DECAYS,
             "saved_values": SAVED_VALUES,
+            "selection_values": SELECTION_VALUES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -302,9 +321,25 @@ class SFAConfig(PeftConfig):
                 f"leave out score_every={self.score_every} and score_dtype={self.score_dtype!r}."
             )
 
+    def _check_reuse(self) -> None:
+        if self.selection_from is not None:
+            self.selection_from = os.fspath(self.selection_from)
+            if self.rho == 1:
+                raise ConfigError(
+                    "SFAConfig: rho=1 leaves no budget for the weights of selection_from="
+                    f"{self.selection_from!r}. Lower rho, or leave selection_from out."
+                )
+        elif self.selection_values == "trained":
+            raise ConfigError(
+                "SFAConfig: selection_values='trained' is about a saved selection, but "
+                "selection_from names none. Give an adapter's folder there."
+            )
+
     @property
     def selects_while_training(self) -> bool:
         """Whether the selection grows during training (and so needs a callback or a selector)."""
+        if self.selection_from is not None:
+            return False
         return self.score not in score_names() or find_score(self.score).trained
 
     def remember(self, resolved: dict[str, Any]) -> None:

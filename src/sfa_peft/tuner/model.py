@@ -24,6 +24,7 @@ from . import compiled
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .pool import Pool
+from .saved import SavedAdapter, fill_pool, read_saved, reuse
 from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
 
@@ -49,7 +50,12 @@ class SFAModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)
-        self._plan = make_plan(model, peft_config)
+        self._reused: SavedAdapter | None = None
+        if peft_config.selection_from is not None and peft_config.resolved is None:
+            source, strict = peft_config.selection_from, peft_config.check_base
+            self._reused = read_saved(model, source, strict=strict)
+        reused = reuse(self._reused, peft_config) if self._reused else None
+        self._plan = make_plan(model, peft_config, reused)
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
@@ -86,7 +92,11 @@ class SFAModel(BaseTuner):
         _warn_of_frozen_head(model, plan, config)
         if pool is None:
             return
-        if not plan.loaded and not config.selects_while_training:
+        if self._reused is not None:
+            selection, self._reused = self._reused.selection, None
+            if not pool.values.is_meta:
+                fill_pool(pool, selection, with_values=config.selection_values == "trained")
+        elif not plan.loaded and not config.selects_while_training:
             _select_without_data(pool, config)
         if not config.init_weights:
             nn.init.normal_(pool.values, std=0.5)

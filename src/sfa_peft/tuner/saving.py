@@ -159,7 +159,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
     others = set()
     for saved in plan.saved.tensors if plan.saved else ():
         name = plan.path_here(saved.name)
-        weight = _pretrained(model, name)
+        weight = pretrained_tensor(model, name)
         if not saved.digests or weight.is_meta:
             continue
         same = is_same_base(weight, saved.digests, saved.dtype)
@@ -180,7 +180,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
         )
 
 
-def _pretrained(model: nn.Module, name: str) -> Tensor:
+def pretrained_tensor(model: nn.Module, name: str) -> Tensor:
     """Return a parameter with its original entries, also where adapters are on it."""
     path, _, parameter = name.rpartition(".")
     layer = model.get_submodule(path)
