@@ -2,4 +2,7 @@
 """Many tasks on one backbone."""
 
 from .bank import TaskBank as TaskBank
+from .extract import ExtractReport as ExtractReport
+from .extract import LostTensor as LostTensor
+from .extract import extract as extract
 from .memory import TaskMemory as TaskMemory
