@@ -29,6 +29,9 @@ SELECTION_VALUES = ("zero", "trained")
 #: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
 DEFAULT_RHO = 0.5
 
+#: Attribute under which a config keeps where it was read; no field, so it is not written.
+_FOLDER = "_read_from"
+
 _USAGE_HEADING = "## Loading this Selective Feature Adapter"
 _USAGE = f"""{_USAGE_HEADING}
 
@@ -119,6 +122,10 @@ class SFAConfig(PeftConfig):
             new adapter's files do not need the other one.
         selection_values: What the values of `selection_from` start from: "zero", or "trained", the
             saved change.
+        continue_from: A saved adapter (folder or Hub id) whose sparse change belongs to the new
+            task's base, frozen; its external adapters and head do not. The new adapter selects and
+            trains its own change on top. Loading it needs the earlier adapter again, and checks
+            that its selection is still the same.
         check_base: Whether loading demands the pretrained weights that the adapter was trained on.
             False loads onto others too, and warns; so does SFA_CHECK_BASE=0 in the environment,
             where no config can be passed.
@@ -208,6 +215,9 @@ class SFAConfig(PeftConfig):
     selection_values: str = field(
         default="zero",
         metadata={"help": f"Start of a saved selection: {', '.join(SELECTION_VALUES)}."},
+    )
+    continue_from: str | None = field(
+        default=None, metadata={"help": "Saved adapter whose change belongs to the base."}
     )
     check_base: bool = field(
         default=True, metadata={"help": "Demand the base that an adapter was trained on."}
@@ -322,6 +332,8 @@ class SFAConfig(PeftConfig):
             )
 
     def _check_reuse(self) -> None:
+        if self.continue_from is not None:
+            self.continue_from = os.fspath(self.continue_from)
         if self.selection_from is not None:
             self.selection_from = os.fspath(self.selection_from)
             if self.rho == 1:
@@ -341,6 +353,11 @@ class SFAConfig(PeftConfig):
         if self.selection_from is not None:
             return False
         return self.score not in score_names() or find_score(self.score).trained
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config was read from (folder or Hub id); None where it was not read."""
+        return getattr(self, _FOLDER, None)
 
     def remember(self, resolved: dict[str, Any]) -> None:
         """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
@@ -378,6 +395,7 @@ class SFAConfig(PeftConfig):
         """
         check_complete(Path(pretrained_model_name_or_path) / (subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        setattr(config, _FOLDER, str(Path(pretrained_model_name_or_path, subfolder or "")))
         return cast(SFAConfig, config)
 
 

@@ -72,6 +72,7 @@ def combine(
     parts = read_parts(model, sources)
     kept = next((p for p in parts if p.source == kept_source), None)
     _check_external(parts, kept)
+    _check_chains(parts)
     report = count_overlaps({p.source: p.selection for p in parts})
     if method == "disjoint" and overlaps == "error" and report.num_shared:
         pair = next(p for p in report.pairs if p.shared)
@@ -141,6 +142,15 @@ def _check_external(parts: Sequence[Part], kept: Part | None) -> None:
             f"combine: {', '.join(f'`{s}`' for s in with_external)} has external adapters, which "
             "are not linear and cannot be combined. Say whose the new adapter takes: "
             f"keep={with_external[0]!r}."
+        )
+
+
+def _check_chains(parts: Sequence[Part]) -> None:
+    later = next((p for p in parts if p.resolved.chain), None)
+    if later is not None:
+        raise SFAError(
+            f"combine: `{later.source}` continues `{later.resolved.chain[-1].source}`, so its "
+            "change is not one of the pretrained weights. Combine adapters of the plain backbone."
         )
 
 

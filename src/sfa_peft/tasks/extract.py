@@ -153,9 +153,9 @@ def _own_config(config: SFAConfig) -> SFAConfig:
             f"extract: rho={config.rho}, adapter_dim={config.adapter_dim} ask for external "
             "adapters, which a fine-tuned checkpoint does not have. Use rho=0."
         )
-    if config.selection_from is not None or config.resolved is not None:
+    if config.selection_from or config.continue_from or config.resolved is not None:
         raise ConfigError(
-            "extract: the config names a saved selection (selection_from or resolved), but the "
+            "extract: the config names a saved selection (or continue_from, resolved), but the "
             "checkpoint decides what is selected. Give a fresh SFAConfig."
         )
     config = copy.deepcopy(config)

@@ -54,6 +54,7 @@ class LiveEntries:
 
     def __init__(self) -> None:
         self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this weight's ordinal
+        self.earlier: dict[str, tuple[str, ...]] = {}  # by adapter: pools that belong to its base
         self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.candidates: dict[str, Tensor] = {}  # change of all entries while candidates train
         self.live: tuple[str, ...] = ()
@@ -71,7 +72,8 @@ class LiveEntries:
     @eager  # stamps and in-place writes are for Python, not for a graph
     def refresh(self, weight: Tensor, names: list[str]) -> None:
         """Make the weight hold the changes of the named adapters; do nothing if it does."""
-        wanted = tuple(name for name in names if name in self.pools)
+        earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
+        wanted = (*earlier, *(name for name in names if name in self.pools))
         if self._stamp_of(weight, wanted) == self._stamp:
             return
         with _LOCK, torch.inference_mode(False), torch.no_grad():
@@ -82,8 +84,11 @@ class LiveEntries:
                 self._supports.clear()  # somebody replaced or changed the weight
             for name in wanted:  # originals first: adapters may share entries
                 self._supports[name] = self._find_support(name, weight)
-            self._write_candidates(wanted, weight)
+            if self._pretrained is None and any(name in self.candidates for name in wanted):
+                self._pretrained = weight.detach().clone()
             for position, name in enumerate(wanted):
+                if position == len(earlier):
+                    self._write_candidates(wanted, weight)
                 self._write(name, weight, onto_others=position > 0)
             self.live = wanted
             self._weight_stamp = _weight_stamp(weight)
@@ -105,8 +110,11 @@ class LiveEntries:
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
+        before = self.earlier.pop(adapter_name, ())
+        unused = set(before).difference(*self.earlier.values())
         for container in (self.pools, self.observers, self.candidates, self._supports):
-            container.pop(adapter_name, None)
+            for name in (adapter_name, *unused):
+                container.pop(name, None)
 
     def originals_at(self, weight: Tensor, adapter_name: str) -> Tensor:
         """Return the pretrained entries that an adapter changes, in slot order."""
@@ -119,6 +127,15 @@ class LiveEntries:
         """Return a copy of the weight with the original entries."""
         copy = weight.detach().clone()
         self._restore(copy)
+        return copy
+
+    def foundation(self, weight: Tensor, adapter_name: str) -> Tensor:
+        """Return a copy of the weight as an adapter finds it: with earlier changes in it."""
+        copy = self.original(weight)
+        with torch.no_grad():
+            for name in self.earlier.get(adapter_name, ()):
+                self._supports.setdefault(name, self._find_support(name, copy))
+                self._write(name, copy, onto_others=True)
         return copy
 
     def taps(self) -> tuple[list[Tap], list[Tensor]]:
@@ -139,8 +156,6 @@ class LiveEntries:
         """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
         for name in names:
             if name in self.candidates:
-                if self._pretrained is None:
-                    self._pretrained = weight.detach().clone()
                 change = self.candidates[name].to(weight.device)
                 weight.detach().copy_((weight.detach().float() + change).to(weight.dtype))
 

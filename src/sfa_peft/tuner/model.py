@@ -21,10 +21,11 @@ from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
+from .frozen import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .pool import Pool
-from .saved import SavedAdapter, fill_pool, read_saved, reuse
+from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
 
@@ -55,11 +56,16 @@ class SFAModel(BaseTuner):
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
-        self._plan = make_plan(model, peft_config, reused)
+        strict, folder = peft_config.check_base, peft_config.folder
+        self._chain = read_chain(model, peft_config, folder, strict=strict)
+        check_same_chain(self._reused, self._chain, peft_config)
+        self._plan = put_on_chain(make_plan(model, peft_config, reused), self._chain, peft_config)
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
+        if key in self._plan.earlier:
+            return True
         # PEFT wants to hear of excluded layers apart from those that do not match.
         excluded = is_excluded(peft_config, key)
         return key in self._plan.targets if excluded is None else excluded
@@ -82,6 +88,8 @@ class SFAModel(BaseTuner):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
+        attach_chain(model, adapter_name, self._chain)
+        self._chain = ()
         compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
@@ -285,7 +293,7 @@ def _check_order(pool: Pool | None, plan: Plan) -> None:
 
 def _select_without_data(pool: Pool, config: SFAConfig) -> None:
     """Make the whole selection at once, by a score that needs no gradients."""
-    weights = [pool.weight(i) for i in range(len(pool.tensors))]
+    weights = [pool.scored_weight(i) for i in range(len(pool.tensors))]
     if any(weight.is_meta for weight in weights) or pool.values.is_meta:
         return
     sources: list[Source] = [TensorSource(w) for w in weights]

@@ -16,7 +16,7 @@ from torch import nn
 from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
 from ..checkpoint.file import check_tensors
-from ..checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
+from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
 from .external import output_features
@@ -58,6 +58,8 @@ class Plan:
     targets: Mapping[str, Target]
     saved: Resolved | None = None  # where sizes come from a saved adapter: what its file says
     renamed: Mapping[str, str] = field(default_factory=dict)  # path in the file to path here
+    chain: tuple[Link, ...] = ()  # earlier adapters, the oldest first
+    earlier: frozenset[str] = frozenset()  # layers that one of them changes
 
     @property
     def loaded(self) -> bool:
@@ -85,10 +87,32 @@ class Plan:
             adapter_dim=self.budget.adapter_dim,
             internal=self.budget.internal,
             layers={
-                t.name: SavedLayer(t.width, t.role, t.block, t.index) for t in self.targets.values()
+                t.name: SavedLayer(t.width, t.role, t.block, t.index)
+                for t in self.targets.values()
+                if t.parameters or t.width
             },
             tensors=tuple(replace(saved.get(n, t), name=n) for n, t in fresh.items()),
             backbone=self.backbone.model_type if self.backbone else None,
+            chain=self.chain,
+        )
+
+    def on_top_of(self, chain: Sequence[Link], layers: Mapping[str, Target]) -> Plan:
+        """Return the same plan on top of earlier adapters.
+
+        Args:
+            chain: Those, the oldest first.
+            layers: The layers that they change, which are wrapped too.
+        """
+        others = {
+            n: replace(t, parameters={}, width=0)
+            for n, t in layers.items()
+            if n not in self.targets
+        }
+        return replace(
+            self,
+            targets=dict(self.targets) | others,
+            chain=tuple(chain),
+            earlier=frozenset(layers),
         )
 
 
@@ -250,7 +274,8 @@ def _loaded_plan(
         internal=saved.internal,
         eligible=saved.num_weights,
     )
-    return Plan(backbone, budget, targets, saved, {a: b for a, b in renamed.items() if a != b})
+    moved = {a: b for a, b in renamed.items() if a != b}
+    return Plan(backbone, budget, targets, saved, moved, saved.chain)
 
 
 def _here(tensor: str, renamed: Mapping[str, str]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from peft import PeftConfig
@@ -14,7 +15,8 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..checkpoint.file import check_selection
-from ..checkpoint.packing import unpack
+from ..checkpoint.packing import adapt, unpack
+from ..checkpoint.resolved import read_resolved
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError, TargetError
 from .plan import Plan, Reused, make_plan
@@ -38,6 +40,7 @@ class SavedAdapter:
             without any are left out.
         state: All its tensors by key, as in the file.
         digest: SHA-256 of the stored selection, hexadecimal.
+        chain: Earlier adapters that it builds on, the oldest first.
     """
 
     source: str
@@ -46,6 +49,7 @@ class SavedAdapter:
     selection: Selection
     state: State
     digest: str
+    chain: tuple[SavedAdapter, ...] = ()
 
     @property
     def count(self) -> int:
@@ -53,7 +57,9 @@ class SavedAdapter:
         return sum(indices.numel() for indices, _ in self.selection.values())
 
 
-def read_saved(model: nn.Module, source: str, *, strict: bool = True) -> SavedAdapter:
+def read_saved(
+    model: nn.Module, source: str, *, strict: bool = True, later: tuple[str, ...] = ()
+) -> SavedAdapter:
     """Read an adapter that was saved, and check that it fits a model; the model stays as it is.
 
     Args:
@@ -61,15 +67,24 @@ def read_saved(model: nn.Module, source: str, *, strict: bool = True) -> SavedAd
         source: The adapter's folder or Hub id.
         strict: Whether the pretrained weights must be those it was trained on (see
             `SFAConfig.check_base`).
+        later: Sources of adapters that build on this one, to notice cycles.
 
     Raises:
-        AdapterFileError: If there is none, it is damaged, or it belongs to another model or base.
+        AdapterFileError: If there is none, it is damaged, or it belongs to another model or base;
+            or an adapter that it builds on is missing or was changed.
     """
+    key = str(Path(source).resolve()) if Path(source).is_dir() else source
+    if key in later:
+        raise AdapterFileError(
+            f"{source}: the chain of earlier adapters comes back to it, so none can be the first. "
+            "Were folders moved or overwritten? Restore the earlier adapters."
+        )
     config, state = _read_files(source)
+    chain = read_chain(model, config, source, strict=strict, later=(*later, key))
     plan = make_plan(model, config)
     check_base(model, source, plan, strict=strict)
     names = [plan.path_here(t.name) for t in plan.saved.tensors] if plan.saved else []
-    weights = [pretrained_tensor(model, name) for name in names]
+    weights = [_with_changes(pretrained_tensor(model, name), name, chain) for name in names]
     stored = {k: t for k, t in state.items() if k.endswith(("sfa_packed", "sfa_slots", "sfa_pool"))}
     if bool(stored) != bool(names):
         raise AdapterFileError(
@@ -78,7 +93,73 @@ def read_saved(model: nn.Module, source: str, *, strict: bool = True) -> SavedAd
         )
     entries = _unpack(source, stored, weights) if stored else []
     selection = {n: e for n, e in zip(names, entries, strict=True) if e[0].numel()}
-    return SavedAdapter(source, config, plan, selection, state, _digest(stored))
+    return SavedAdapter(source, config, plan, selection, state, _digest(stored), chain)
+
+
+def read_chain(
+    model: nn.Module,
+    config: SFAConfig,
+    folder: str | None,
+    *,
+    strict: bool,
+    later: tuple[str, ...] = (),
+) -> tuple[SavedAdapter, ...]:
+    """Read the earlier adapters that an adapter builds on, the oldest first.
+
+    Args:
+        model: The model.
+        config: Of the adapter; a new one's `continue_from`, a saved one's `resolved` counts.
+        folder: Where the config was read, None for a new adapter.
+        strict: As in `read_saved`.
+        later: As in `read_saved`.
+
+    Raises:
+        AdapterFileError: If one is missing, was changed since, or does not fit the model.
+    """
+    if config.resolved is None:
+        if config.continue_from is None:
+            return ()
+        parent = read_saved(model, config.continue_from, strict=strict, later=later)
+        return (*parent.chain, parent)
+    links = read_resolved(config.resolved).chain
+    if not links:
+        return ()
+    errors = []
+    for source in _places(links[-1].source, folder):
+        try:
+            parent = read_saved(model, source, strict=strict, later=later)
+        except AdapterFileError as error:
+            errors.append(error)
+            continue
+        chain = (*parent.chain, parent)
+        if [a.digest for a in chain] == [link.digest for link in links]:
+            return chain
+        errors.append(AdapterFileError(f"{source}: its selection (or one before) is another now."))
+    raise AdapterFileError(
+        f"{folder or 'The adapter'} continues `{links[-1].source}` and needs it as it was then: "
+        f"{'; '.join(map(str, errors))} Put the earlier adapter there or beside the new one."
+    ) from errors[0]
+
+
+def _places(source: str, folder: str | None) -> list[str]:
+    """Return where an earlier adapter may be: as given, or seen from the later one's folder."""
+    found = [source]
+    if folder is not None and Path(folder).is_dir():
+        inside, beside = Path(folder) / source, Path(folder).resolve().parent / Path(source).name
+        found = [str(inside), source, str(beside)]
+    there = [place for place in found if (Path(place) / "adapter_config.json").is_file()]
+    return list(dict.fromkeys(there)) or [source]
+
+
+def _with_changes(weight: Tensor, name: str, chain: Sequence[SavedAdapter]) -> Tensor:
+    """Return a weight with the changes of earlier adapters, added one after the other."""
+    for saved in chain:
+        if name in saved.selection and not weight.is_meta:
+            indices, change = (t.to(weight.device) for t in saved.selection[name])
+            flat = weight.reshape(-1).clone()
+            flat[indices] = adapt(flat[indices], change)
+            weight = flat.view(weight.shape)
+    return weight
 
 
 def _read_files(source: str) -> tuple[SFAConfig, State]:

@@ -69,7 +69,7 @@ def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
     cuts = torch.searchsorted(positions, torch.tensor(pool.starts)).tolist()
     entries = []
     for ordinal in range(len(pool.tensors)):
-        weight = pool.pretrained(ordinal)
+        weight = pool.foundation(ordinal)
         first, last = cuts[ordinal], cuts[ordinal + 1]
         indices = positions[first:last] - pool.starts[ordinal]
         base = weight.reshape(-1)[indices.to(weight.device)].cpu()
@@ -118,7 +118,7 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
     sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
 
     def base_at(ordinal: int, indices: Tensor) -> Tensor:
-        weight = pool.pretrained(ordinal)
+        weight = pool.foundation(ordinal)
         if weight.is_meta:
             raise AdapterFileError(
                 f"{where}: values are stored against the base, which is on the meta device. Load "
