@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,7 +91,11 @@ def put_on_chain(plan: Plan, chain: Sequence[SavedAdapter], config: SFAConfig) -
                 "would train and save whole. Leave that out of modules_to_save."
             )
     links = plan.chain or [Link(a.source, a.digest) for a in chain]
-    return plan.on_top_of(links, layers)
+    others = {
+        n: replace(t, parameters={}, width=0) for n, t in layers.items() if n not in plan.targets
+    }
+    targets = dict(plan.targets) | others
+    return replace(plan, targets=targets, chain=tuple(links), earlier=frozenset(layers))
 
 
 def check_same_chain(

@@ -96,25 +96,6 @@ class Plan:
             chain=self.chain,
         )
 
-    def on_top_of(self, chain: Sequence[Link], layers: Mapping[str, Target]) -> Plan:
-        """Return the same plan on top of earlier adapters.
-
-        Args:
-            chain: Those, the oldest first.
-            layers: The layers that they change, which are wrapped too.
-        """
-        others = {
-            n: replace(t, parameters={}, width=0)
-            for n, t in layers.items()
-            if n not in self.targets
-        }
-        return replace(
-            self,
-            targets=dict(self.targets) | others,
-            chain=tuple(chain),
-            earlier=frozenset(layers),
-        )
-
 
 def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None) -> Plan:
     """Find the layers to adapt and solve the budget (or take both from a saved adapter).
