@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from .config import DEFAULT_RHO
@@ -92,6 +92,24 @@ def solve_budget(
         )
     widths = {name: min(dim, size) for name, size in outputs.items()} if dim else {}
     return BudgetPlan(total, allowed, dim, widths, external, internal, eligible)
+
+
+def with_selection(plan: BudgetPlan, count: int, budget: float) -> BudgetPlan:
+    """Return a plan whose internal part is a selection of `count` weights that exists already.
+
+    Raises:
+        BudgetError: If it does not fit into the budget beside the external adapters.
+    """
+    needed = plan.external + count
+    if needed > plan.allowed:
+        raise BudgetError(
+            f"budget={budget} of {plan.total} allows {plan.allowed} parameters, but the saved "
+            f"selection has {count} weights and the external adapters (d={plan.adapter_dim}) have "
+            f"{plan.external} parameters, together {needed}. "
+            f"{_smallest_budget(needed, plan.total)}, if rho or adapter_dim give external adapters "
+            "no more than now; or lower those."
+        )
+    return replace(plan, internal=count)
 
 
 def _given_width(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ from peft.utils import CONFIG_NAME, PeftType
 from .checkpoint.file import check_complete
 from .checkpoint.packing import SAVED_VALUES
 from .config_checks import (
+    SELECTION_VALUES,
     WEIGHT_DECAYS,
     check_budget,
     check_layers,
+    check_reuse,
     check_schedule,
     check_score,
 )
@@ -28,6 +31,9 @@ from .selection.scores import find_score, score_names
 
 #: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
 DEFAULT_RHO = 0.5
+
+#: Attribute under which a config keeps where it was read; no field, so it is not written.
+_FOLDER = "_read_from"
 
 
 @dataclass
@@ -99,6 +105,16 @@ class SFAConfig(PeftConfig):
         saved_values: How `save_pretrained` writes changed weights. "exact": every bit of the
             adapted weights. "bfloat16": changes rounded, error at most 2^-8 of each. "int8":
             changes in blocks of 128, error at most 1/253 of the largest in the block.
+        selection_from: A saved adapter (folder or Hub id) whose selection a new task trains:
+            exactly those weights, and nothing is picked. The budget's internal part is then the
+            size of that selection; `target_modules` only says where external adapters may go. The
+            new adapter's files do not need the other one.
+        selection_values: What the values of `selection_from` start from: "zero", or "trained", the
+            saved change.
+        continue_from: A saved adapter (folder or Hub id) whose sparse change belongs to the new
+            task's base, frozen; its external adapters and head do not. The new adapter selects and
+            trains its own change on top. Loading it needs the earlier adapter again, and checks
+            that its selection is still the same.
         check_base: Whether loading demands the pretrained weights that the adapter was trained on.
             False loads onto others too, and warns; so does SFA_CHECK_BASE=0 in the environment,
             where no config can be passed.
@@ -182,6 +198,16 @@ class SFAConfig(PeftConfig):
     saved_values: str = field(
         default="exact", metadata={"help": f"How changes are saved: {', '.join(SAVED_VALUES)}."}
     )
+    selection_from: str | None = field(
+        default=None, metadata={"help": "Saved adapter whose selection is trained anew."}
+    )
+    selection_values: str = field(
+        default="zero",
+        metadata={"help": f"Start of a saved selection: {', '.join(SELECTION_VALUES)}."},
+    )
+    continue_from: str | None = field(
+        default=None, metadata={"help": "Saved adapter whose change belongs to the base."}
+    )
     check_base: bool = field(
         default=True, metadata={"help": "Demand the base that an adapter was trained on."}
     )
@@ -200,11 +226,22 @@ class SFAConfig(PeftConfig):
         check_layers(self)
         check_score(self)
         check_schedule(self)
+        for name in ("selection_from", "continue_from"):
+            if getattr(self, name) is not None:
+                setattr(self, name, os.fspath(getattr(self, name)))
+        check_reuse(self)
 
     @property
     def selects_while_training(self) -> bool:
         """Whether the selection grows during training (and so needs a callback or a selector)."""
+        if self.selection_from is not None:
+            return False
         return self.score not in score_names() or find_score(self.score).trained
+
+    @property
+    def folder(self) -> str | None:
+        """Where the config was read from (folder or Hub id); None where it was not read."""
+        return getattr(self, _FOLDER, None)
 
     def remember(self, resolved: dict[str, Any]) -> None:
         """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
@@ -243,4 +280,5 @@ class SFAConfig(PeftConfig):
         """
         check_complete(Path(pretrained_model_name_or_path) / (subfolder or ""))
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        setattr(config, _FOLDER, str(Path(pretrained_model_name_or_path, subfolder or "")))
         return cast(SFAConfig, config)

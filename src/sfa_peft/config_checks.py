@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: What weight decay of the optimizer pulls towards its neutral value.
 WEIGHT_DECAYS = ("change", "weight")
 
+#: What the values of a saved selection start from.
+SELECTION_VALUES = ("zero", "trained")
+
 
 def check_budget(config: SFAConfig) -> None:
     """Check how much may be trained."""
@@ -74,6 +77,7 @@ def check_schedule(config: SFAConfig) -> None:
         "schedule": SCHEDULES,
         "weight_decay_on": WEIGHT_DECAYS,
         "saved_values": SAVED_VALUES,
+        "selection_values": SELECTION_VALUES,
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -118,6 +122,20 @@ def check_score(config: SFAConfig) -> None:
         raise ConfigError(
             'SFAConfig: score="weight_difference" trains candidates in fp32 on every step; '
             f"leave out score_every={config.score_every} and score_dtype={config.score_dtype!r}."
+        )
+
+
+def check_reuse(config: SFAConfig) -> None:
+    """Check what is taken from another adapter."""
+    if config.selection_from is not None and config.rho == 1:
+        raise ConfigError(
+            "SFAConfig: rho=1 leaves no budget for the weights of selection_from="
+            f"{config.selection_from!r}. Lower rho, or leave selection_from out."
+        )
+    if config.selection_from is None and config.selection_values == "trained":
+        raise ConfigError(
+            "SFAConfig: selection_values='trained' is about a saved selection, but "
+            "selection_from names none. Give an adapter's folder there."
         )
 
 

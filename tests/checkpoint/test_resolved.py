@@ -42,7 +42,7 @@ def test_the_second_version_listed_tensors():
 
 @pytest.mark.parametrize("version", [0, 4, "3", None])
 def test_an_unknown_version_is_refused_with_the_ones_that_are_read(version):
-    with pytest.raises(AdapterFileError, match=r"reads 1, 2, 3\. Upgrade"):
+    with pytest.raises(AdapterFileError, match=r"reads 1, 2, 3, 4\. Upgrade"):
         read_resolved(WHOLE.to_dict() | {"format": version})
 
 

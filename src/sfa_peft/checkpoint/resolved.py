@@ -3,7 +3,8 @@
 
 Version 1 listed layers of which only the weight could be changed, version 2 tensors; both kept
 values and positions as plain tensors. Version 3 packs them (see `packing`) and adds the digest of
-every tensor's pretrained values, and roles beside the paths.
+every tensor's pretrained values, and roles beside the paths. Version 4 is written only for an
+adapter that builds on earlier ones, which it lists; readers of version 3 must not ignore that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,21 @@ from typing import Any
 from ..errors import AdapterFileError
 
 FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+CHAIN_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Link:
+    """An earlier adapter whose sparse change belongs to the base of a later one.
+
+    Attributes:
+        source: Its folder or Hub id, as it was given.
+        digest: SHA-256 of its stored selection, hexadecimal.
+    """
+
+    source: str
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -66,6 +81,7 @@ class Resolved:
         tensors: Tensors that positions count, in their order.
         packed: Bytes of the packed selection; None where values and positions are plain tensors.
         backbone: `model_type` of the backbone, None if unknown.
+        chain: Earlier adapters that the change is made on top of, the oldest first.
     """
 
     total: int
@@ -76,6 +92,7 @@ class Resolved:
     tensors: tuple[SavedTensor, ...]
     packed: int | None = None
     backbone: str | None = None
+    chain: tuple[Link, ...] = ()
 
     @property
     def num_weights(self) -> int:
@@ -89,8 +106,10 @@ class Resolved:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
+        chain = [{"source": link.source, "digest": link.digest} for link in self.chain]
         return {
-            "format": FORMAT_VERSION,
+            "format": CHAIN_VERSION if chain else FORMAT_VERSION,
+            **({"chain": chain} if chain else {}),
             "backbone": self.backbone,
             "total": self.total,
             "allowed": self.allowed,
@@ -129,6 +148,7 @@ def read_resolved(data: Any) -> Resolved:
     wanted |= {1: {"layers", "external"}, 2: {"tensors", "external"}}.get(
         version, {"tensors", "layers", "packed"}
     )
+    wanted |= {"chain"} if version == CHAIN_VERSION else set()
     missing = wanted - set(data)
     if missing:
         raise AdapterFileError(
@@ -172,6 +192,7 @@ def _read(data: Mapping[str, Any], version: int) -> Resolved:
         tensors=tuple(tensors),
         packed=None if packed is None else _size(packed),
         backbone=data.get("backbone"),
+        chain=tuple(Link(str(a["source"]), str(a["digest"])) for a in data.get("chain", ())),
     )
 
 

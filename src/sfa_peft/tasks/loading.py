@@ -42,14 +42,14 @@ def read_config(folder: str | PathLike[str]) -> SFAConfig:
     """
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        if isinstance(config, SFAConfig):
+            return SFAConfig.from_pretrained(str(folder))  # which remembers the folder
     except SFAError:
         raise
     except (ValueError, OSError, KeyError) as error:
         raise SFAError(f"{folder}: no adapter can be read there ({error}).") from error
-    if not isinstance(config, SFAConfig):
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise SFAError(f"{folder}: a {kind} adapter, but a bank takes SFA adapters.")
-    return config
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    raise SFAError(f"{folder}: a {kind} adapter, but a bank takes SFA adapters.")
 
 
 def load_frozen(

@@ -72,7 +72,7 @@ class Candidates:
         decay = settings.get("weight_decay", 0) if self.pool.decay_weight else 0
         coupled = not is_decoupled(optimizer, settings)
         self.pool.withdraw()  # so that weights are the pretrained ones
-        weights = [self.pool.weight(i).detach() for i in range(len(self.changes))]
+        weights = [self.pool.scored_weight(i).detach() for i in range(len(self.changes))]
         for change, weight in zip(self.changes, weights, strict=True):
             if decay and coupled:
                 add_decay(change, weight, settings)

@@ -70,7 +70,7 @@ class Run:
         for ordinal, name in enumerate(self.pool.names):
             self.accumulators[name] = Accumulator(
                 score,
-                partial(self.pool.weight, ordinal),
+                partial(self.pool.scored_weight, ordinal),
                 dtype=dtype,
                 key=name,
                 loss_scale=self.loss_scale,

@@ -65,6 +65,7 @@ class LiveEntries:
 
     def __init__(self) -> None:
         self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this weight's ordinal
+        self.earlier: dict[str, tuple[str, ...]] = {}  # by adapter: pools that belong to its base
         self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.candidates: dict[str, Tensor] = {}  # change of all entries while candidates train
         self.live: tuple[str, ...] = ()
@@ -91,7 +92,8 @@ class LiveEntries:
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        wanted = tuple(name for name in names if name in self.pools)
+        earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
+        wanted = (*earlier, *(name for name in names if name in self.pools))
         if self._stamp_of(weight, wanted) == self._stamp:
             return
         with exclusively(), torch.inference_mode(False), torch.no_grad():
@@ -102,7 +104,7 @@ class LiveEntries:
             if self._weight_stamp != _weight_stamp(weight):
                 self.forget()  # somebody replaced or changed the weight
             if len(wanted) != 1 or not self._write_finished(wanted[0], values, weight, keep=keep):
-                self._write_all(wanted, weight)
+                self._write_all(wanted, weight, num_earlier=len(earlier))
             self.live = wanted
             self._weight_stamp = _weight_stamp(weight)
             self._stamp = wanted, self._weight_stamp, values
@@ -128,8 +130,11 @@ class LiveEntries:
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
+        before = self.earlier.pop(adapter_name, ())
+        unused = set(before).difference(*self.earlier.values())
         for container in self._containers():
-            container.pop(adapter_name, None)
+            for name in (adapter_name, *unused):
+                container.pop(name, None)
 
     def _containers(self) -> list[dict[str, Any]]:
         return [self.pools, self.observers, self.candidates, self._supports, self._finished]
@@ -144,6 +149,14 @@ class LiveEntries:
         """Return a copy of the weight with the original entries."""
         copy = weight.detach().clone()
         self._restore(copy)
+        return copy
+
+    def foundation(self, weight: Tensor, adapter_name: str) -> Tensor:
+        """Return a copy of the weight as an adapter finds it: with earlier changes in it."""
+        copy = self.original(weight)
+        with torch.no_grad():
+            for name in self.earlier.get(adapter_name, ()):
+                self._write(name, copy, self._support(name, copy), onto_others=True)
         return copy
 
     def taps(self, weight: Tensor) -> tuple[list[Tap], list[Tensor]]:
@@ -164,8 +177,6 @@ class LiveEntries:
         """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
         for name in names:
             if name in self.candidates:
-                if self._pretrained is None:
-                    self._pretrained = weight.detach().clone()
                 change = self.candidates[name].to(weight.device)
                 weight.detach().copy_((weight.detach().float() + change).to(weight.dtype))
 
@@ -195,13 +206,16 @@ class LiveEntries:
         self._supports[name] = Support(spans, indices, undo)
         return self._supports[name]
 
-    def _write_all(self, names: tuple[str, ...], weight: Tensor) -> None:
+    def _write_all(self, names: tuple[str, ...], weight: Tensor, *, num_earlier: int) -> None:
         """Write originals plus changes, and what is needed to train them."""
         for name in names:  # originals first: adapters may share entries
             self._finished.pop(name, None)
             self._support(name, weight)
-        self._write_candidates(names, weight)
+        if self._pretrained is None and any(name in self.candidates for name in names):
+            self._pretrained = weight.detach().clone()
         for position, name in enumerate(names):
+            if position == num_earlier:
+                self._write_candidates(names, weight)
             support = self._supports[name]
             self._write(name, weight, support, onto_others=position > 0)
             self._written.append((support.indices, support.undo))

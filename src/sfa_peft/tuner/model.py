@@ -17,10 +17,12 @@ from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
+from .frozen import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .pool import Pool
+from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
 
@@ -46,11 +48,21 @@ class SFAModel(SwitchingModel):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         _maybe_include_all_linear_layers(peft_config, model)
-        self._plan = make_plan(model, peft_config)
+        self._reused: SavedAdapter | None = None
+        if peft_config.selection_from is not None and peft_config.resolved is None:
+            source, strict = peft_config.selection_from, peft_config.check_base
+            self._reused = read_saved(model, source, strict=strict)
+        reused = reuse(self._reused, peft_config) if self._reused else None
+        strict, folder = peft_config.check_base, peft_config.folder
+        self._chain = read_chain(model, peft_config, folder, strict=strict)
+        check_same_chain(self._reused, self._chain, peft_config)
+        self._plan = put_on_chain(make_plan(model, peft_config, reused), self._chain, peft_config)
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
+        if key in self._plan.earlier:
+            return True
         # PEFT wants to hear of excluded layers apart from those that do not match.
         excluded = is_excluded(peft_config, key)
         return key in self._plan.targets if excluded is None else excluded
@@ -73,6 +85,8 @@ class SFAModel(SwitchingModel):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
+        attach_chain(model, adapter_name, self._chain)
+        self._chain = ()
         compiled.install(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
@@ -82,7 +96,11 @@ class SFAModel(SwitchingModel):
         _warn_of_frozen_head(model, plan, config)
         if pool is None:
             return
-        if not plan.loaded and not config.selects_while_training:
+        if self._reused is not None:
+            selection, self._reused = self._reused.selection, None
+            if not pool.values.is_meta:
+                fill_pool(pool, selection, with_values=config.selection_values == "trained")
+        elif not plan.loaded and not config.selects_while_training:
             _select_without_data(pool, config)
         if not config.init_weights:
             nn.init.normal_(pool.values, std=0.5)
@@ -239,7 +257,7 @@ def _check_order(pool: Pool | None, plan: Plan) -> None:
 
 def _select_without_data(pool: Pool, config: SFAConfig) -> None:
     """Make the whole selection at once, by a score that needs no gradients."""
-    weights = [pool.weight(i) for i in range(len(pool.tensors))]
+    weights = [pool.scored_weight(i) for i in range(len(pool.tensors))]
     if any(weight.is_meta for weight in weights) or pool.values.is_meta:
         return
     sources: list[Source] = [TensorSource(w) for w in weights]

@@ -14,9 +14,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
-from ..budget import BudgetPlan, adapter_parameters, solve_budget
+from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
 from ..checkpoint.file import check_tensors
-from ..checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
+from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
 from ..errors import SFAWarning, TargetError
 from .external import output_features
@@ -37,6 +37,19 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Reused:
+    """A saved selection that a new adapter trains.
+
+    Attributes:
+        parameters: By layer of this model the parameters that it may change.
+        count: Number of selected weights.
+    """
+
+    parameters: Mapping[str, Sequence[str]]
+    count: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything the tuner needs to know to inject one adapter."""
 
@@ -45,6 +58,8 @@ class Plan:
     targets: Mapping[str, Target]
     saved: Resolved | None = None  # where sizes come from a saved adapter: what its file says
     renamed: Mapping[str, str] = field(default_factory=dict)  # path in the file to path here
+    chain: tuple[Link, ...] = ()  # earlier adapters, the oldest first
+    earlier: frozenset[str] = frozenset()  # layers that one of them changes
 
     @property
     def loaded(self) -> bool:
@@ -72,15 +87,23 @@ class Plan:
             adapter_dim=self.budget.adapter_dim,
             internal=self.budget.internal,
             layers={
-                t.name: SavedLayer(t.width, t.role, t.block, t.index) for t in self.targets.values()
+                t.name: SavedLayer(t.width, t.role, t.block, t.index)
+                for t in self.targets.values()
+                if t.parameters or t.width
             },
             tensors=tuple(replace(saved.get(n, t), name=n) for n, t in fresh.items()),
             backbone=self.backbone.model_type if self.backbone else None,
+            chain=self.chain,
         )
 
 
-def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
+def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None) -> Plan:
     """Find the layers to adapt and solve the budget (or take both from a saved adapter).
+
+    Args:
+        model: The model, with or without other adapters.
+        config: What to adapt; where it is of a saved adapter, its `resolved` decides.
+        reused: The selection that a new adapter trains, None where it makes its own.
 
     Raises:
         TargetError: If nothing is found, or a named layer cannot be wrapped.
@@ -93,17 +116,18 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
     if config.resolved is not None:
         return _loaded_plan(config, modules, backbone, roles)
     matches = match_layers(modules, config, backbone, roles)
-    outputs = matches.outputs
-    if not matches.parameters and not outputs:
+    outputs, whole = matches.outputs, matches.whole
+    parameters: Mapping[str, Sequence[str]] = matches.parameters
+    if reused is not None:
+        parameters, whole = reused.parameters, outputs
+    if not parameters and not outputs:
         raise TargetError(_nothing_found(model, config))
     layers = {
-        n: wrappable(n, m, matches.parameters.get(n, ()), whole=n in matches.whole)
+        n: wrappable(n, m, parameters.get(n, ()), whole=n in whole)
         for n, m in modules.items()
-        if n in matches.parameters or n in outputs
+        if n in parameters or n in outputs
     }
-    eligible = {
-        f"{n}.{p}": getattr(layers[n], p) for n, own in matches.parameters.items() for p in own
-    }
+    eligible = {f"{n}.{p}": getattr(layers[n], p) for n, own in parameters.items() for p in own}
     refuse_shared(model, eligible | {f"{n}.weight": layers[n].weight for n in outputs})
     budget = solve_budget(
         budget=config.budget,
@@ -114,7 +138,9 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
         outputs={n: output_features(layer) for n, layer in layers.items() if n in outputs},
         eligible=sum(parameter.numel() for parameter in eligible.values()),
     )
-    if not outputs and config.rho is None:
+    if reused is not None:
+        budget = with_selection(budget, reused.count, config.budget)
+    elif not outputs and config.rho is None:
         warnings.warn(
             "None of the targeted layers ends an attention or MLP sub-layer, so the whole budget "
             "goes to selected weights. Say rho=0 if that is meant, or name layers in "
@@ -125,7 +151,7 @@ def make_plan(model: nn.Module, config: SFAConfig) -> Plan:
     _warn_of_unspent_budget(budget, config)
     targets = {}
     for name, layer in layers.items():
-        own = matches.parameters.get(name, ()) if budget.internal else ()
+        own = parameters.get(name, ()) if budget.internal else ()
         if own or name in budget.widths:
             targets[name] = _target(name, layer, roles, own, budget.widths.get(name, 0))
     return Plan(backbone, budget, targets)
@@ -229,7 +255,8 @@ def _loaded_plan(
         internal=saved.internal,
         eligible=saved.num_weights,
     )
-    return Plan(backbone, budget, targets, saved, {a: b for a, b in renamed.items() if a != b})
+    moved = {a: b for a, b in renamed.items() if a != b}
+    return Plan(backbone, budget, targets, saved, moved, saved.chain)
 
 
 def _here(tensor: str, renamed: Mapping[str, str]) -> str:

@@ -155,6 +155,19 @@ class Pool:
         entries, weight = self.entries(ordinal), self.weight(ordinal)
         return entries.original(weight) if entries.live else weight.detach()
 
+    def foundation(self, ordinal: int) -> Tensor:
+        """Return a weight as the adapter finds it: its original entries and earlier changes."""
+        entries = self.entries(ordinal)
+        if self.adapter_name not in entries.earlier:
+            return self.pretrained(ordinal)
+        return entries.foundation(self.weight(ordinal), self.adapter_name)
+
+    def scored_weight(self, ordinal: int) -> Tensor:
+        """Return a weight as scores see it; entries that are not selected are the foundation's."""
+        entries = self.entries(ordinal)
+        is_in = self.adapter_name not in entries.earlier or self.adapter_name in entries.live
+        return self.weight(ordinal) if is_in else self.foundation(ordinal)
+
     @property
     def num_assigned(self) -> int:
         """Number of weights selected so far."""
@@ -270,12 +283,15 @@ class Pool:
         )
 
     def originals(self) -> Tensor:
-        """Return the pretrained entry of each value, in its dtype; 0 where not assigned."""
+        """Return the entry that each value is added to, in its dtype; 0 where not assigned."""
         values = self.values
         found = torch.zeros_like(values, requires_grad=False)
         for ordinal, spans in enumerate(self.layout()):
             if spans:
-                undo = self.entries(ordinal).originals_at(self.weight(ordinal), self.adapter_name)
+                entries, weight = self.entries(ordinal), self.weight(ordinal)
+                undo = entries.originals_at(weight, self.adapter_name)
+                if self.adapter_name in entries.earlier:
+                    undo = self.foundation(ordinal).view(-1)[self.indices(ordinal).to(undo.device)]
                 parts = undo.to(found).split([b - a for a, b in spans])
                 for (a, b), part in zip(spans, parts, strict=True):
                     found[a:b] = part

@@ -69,7 +69,7 @@ def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
     cuts = torch.searchsorted(positions, torch.tensor(pool.starts)).tolist()
     entries = []
     for ordinal in range(len(pool.tensors)):
-        weight = pool.pretrained(ordinal)
+        weight = pool.foundation(ordinal)
         first, last = cuts[ordinal], cuts[ordinal + 1]
         indices = positions[first:last] - pool.starts[ordinal]
         base = weight.reshape(-1)[indices.to(weight.device)].cpu()
@@ -119,7 +119,7 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
     sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
 
     def base_at(ordinal: int, indices: Tensor) -> Tensor:
-        weight = pool.pretrained(ordinal)
+        weight = pool.foundation(ordinal)
         if weight.is_meta:
             raise AdapterFileError(
                 f"{where}: values are stored against the base, which is on the meta device. Load "
@@ -165,7 +165,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
     others = set()
     for saved in plan.saved.tensors if plan.saved else ():
         name = plan.path_here(saved.name)
-        weight = _pretrained(model, name)
+        weight = pretrained_tensor(model, name)
         if not saved.digests or weight.is_meta:
             continue
         same = is_same_base(weight, saved.digests, saved.dtype)
@@ -186,7 +186,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
         )
 
 
-def _pretrained(model: nn.Module, name: str) -> Tensor:
+def pretrained_tensor(model: nn.Module, name: str) -> Tensor:
     """Return a parameter with its original entries, also where adapters are on it."""
     path, _, parameter = name.rpartition(".")
     layer = model.get_submodule(path)

@@ -46,7 +46,11 @@ class Switching(nn.Module, BaseTunerLayer):
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether an adapter changes this layer's parameters or output."""
-        return self.find_pool(adapter_name) is not None or adapter_name in self.sfa_down
+        return (
+            self.find_pool(adapter_name) is not None
+            or adapter_name in self.sfa_down
+            or any(adapter_name in entries.earlier for entries in self.entries.values())
+        )
 
     def find_pool(self, adapter_name: str) -> Pool | None:
         """Return the pool of an adapter's change of this layer, None if it has none."""

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes one adapter of several that were trained on the same backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike, fspath
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.save_and_load import set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ..checkpoint.resolved import Resolved, SavedLayer
+from ..config import SFAConfig
+from ..errors import SFAError
+from ..tuner.model import find_pool
+from ..tuner.saved import Selection, fill_pool
+from ..tuner.targets import own_modules
+from .loading import check_name
+from .overlaps import CombineReport, count_overlaps
+from .parts import Part, read_parts
+
+#: How the changes of several adapters become one.
+METHODS = ("sum", "larger", "disjoint")
+OVERLAPS = ("error", "first")
+
+
+def combine(
+    model: nn.Module,
+    adapters: Sequence[str | PathLike[str]],
+    *,
+    method: str = "sum",
+    weights: Sequence[float] | None = None,
+    overlaps: str = "error",
+    keep: str | PathLike[str] | None = None,
+    name: str = "combined",
+) -> tuple[PeftModel, CombineReport]:
+    """Make one adapter of several of the same backbone; its selection is the union of theirs.
+
+    Only sparse changes can be combined. External adapters are not linear and heads belong to their
+    tasks: `keep` says whose the new adapter takes.
+
+    Args:
+        model: The plain task model, or a `PeftModel`, which gets the new adapter beside its own.
+        adapters: Folders or Hub ids, or names of adapters that the `PeftModel` holds.
+        method: "sum": weighted sum of the changes. "larger": where several change a weight, the
+            change of the largest absolute value (the first of equal ones). "disjoint": they should
+            not overlap; see `overlaps`.
+        weights: For "sum" the factor of each adapter; None for 1 each.
+        overlaps: For "disjoint": "error" refuses adapters that share a weight; "first" gives a
+            shared weight the change of the adapter that is named first, and the report counts them.
+        keep: The one of `adapters` whose external adapters and head the new one takes. None takes
+            neither.
+        name: Name of the new adapter.
+
+    Returns:
+        The model with the new adapter (active only if `model` was plain), and the report.
+
+    Raises:
+        SFAError: If fewer than two adapters are given, arguments contradict each other, adapters
+            overlap that must not, or there are external adapters and `keep` is None. The model is
+            unchanged then.
+        AdapterFileError: If a folder's adapter is damaged or of another model or base.
+    """
+    sources = [fspath(adapter) for adapter in adapters]
+    kept_source = None if keep is None else fspath(keep)
+    _check(sources, method, weights, overlaps, kept_source)
+    check_name(name)
+    if isinstance(model, PeftModel) and name in model.peft_config:
+        raise SFAError(f"combine: the model has an adapter `{name}` already. Give another name.")
+    parts = read_parts(model, sources)
+    kept = next((p for p in parts if p.source == kept_source), None)
+    _check_external(parts, kept)
+    _check_chains(parts)
+    report = count_overlaps({p.source: p.selection for p in parts})
+    if method == "disjoint" and overlaps == "error" and report.num_shared:
+        pair = next(p for p in report.pairs if p.shared)
+        raise SFAError(
+            f"combine: method='disjoint', but {report.num_shared} weights belong to several "
+            f"adapters (`{pair.first}` and `{pair.second}` share {pair.shared}). Use method='sum' "
+            "or 'larger', or overlaps='first'."
+        )
+    factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
+    selection = _united([p.selection for p in parts], factors, method)
+    config = _config(model, parts, kept, selection)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(model, config, adapter_name=name)
+    pool = find_pool(peft_model, name)
+    if pool is not None:
+        fill_pool(pool, selection, with_values=True)
+    if kept is not None:
+        _take_over(peft_model, name, kept, was_plain=peft_model is not model)
+    return peft_model, report
+
+
+def _take_over(model: PeftModel, name: str, kept: Part, *, was_plain: bool) -> None:
+    """Load the external adapters and the head of one of the adapters; undo all if that fails."""
+    try:
+        set_peft_model_state_dict(model, dict(kept.others), adapter_name=name)
+    except RuntimeError as error:
+        if was_plain:
+            model.unload()
+        else:
+            model.delete_adapter(name)
+        raise SFAError(
+            f"combine: the head of `{kept.source}` does not fit the model ({error}). Give the task "
+            "model that it was trained with."
+        ) from error
+
+
+def _check(
+    sources: Sequence[str],
+    method: str,
+    weights: Sequence[float] | None,
+    overlaps: str,
+    keep: str | None,
+) -> None:
+    if method not in METHODS or overlaps not in OVERLAPS:
+        raise SFAError(
+            f"combine: expected method one of {', '.join(METHODS)} and overlaps one of "
+            f"{', '.join(OVERLAPS)}, got {method!r} and {overlaps!r}."
+        )
+    if len(sources) < 2 or len(set(sources)) < len(sources):
+        raise SFAError(f"combine: expected two or more different adapters, got {sources}.")
+    if weights is not None and (method != "sum" or len(weights) != len(sources)):
+        raise SFAError(
+            f"combine: weights={list(weights)} with method={method!r} and {len(sources)} adapters. "
+            "Weights belong to method='sum', one for each adapter."
+        )
+    if keep is not None and keep not in sources:
+        raise SFAError(f"combine: keep={keep!r} is none of the adapters {list(sources)}.")
+
+
+def _check_external(parts: Sequence[Part], kept: Part | None) -> None:
+    with_external = [p.source for p in parts if p.resolved.widths]
+    if with_external and kept is None:
+        raise SFAError(
+            f"combine: {', '.join(f'`{s}`' for s in with_external)} has external adapters, which "
+            "are not linear and cannot be combined. Say whose the new adapter takes: "
+            f"keep={with_external[0]!r}."
+        )
+
+
+def _check_chains(parts: Sequence[Part]) -> None:
+    later = next((p for p in parts if p.resolved.chain), None)
+    if later is not None:
+        raise SFAError(
+            f"combine: `{later.source}` continues `{later.resolved.chain[-1].source}`, so its "
+            "change is not one of the pretrained weights. Combine adapters of the plain backbone."
+        )
+
+
+def _united(selections: Sequence[Selection], factors: Sequence[float], method: str) -> Selection:
+    """Return the union of selections by tensor; values float32, added in float64."""
+    united = {}
+    for name in dict.fromkeys(n for selection in selections for n in selection):
+        present = [
+            (*selection[name], factor)
+            for selection, factor in zip(selections, factors, strict=True)
+            if name in selection
+        ]
+        indices = torch.cat([i for i, _, _ in present]).unique()
+        values = torch.zeros(indices.numel(), dtype=torch.float64)
+        taken = torch.zeros(indices.numel(), dtype=torch.bool)
+        for own, change, factor in present:
+            places = torch.searchsorted(indices, own)
+            values[places] = _joined(values[places], taken[places], change, factor, method)
+            taken[places] = True
+        united[name] = indices, values.float()
+    return united
+
+
+def _joined(before: Tensor, taken: Tensor, change: Tensor, factor: float, method: str) -> Tensor:
+    change = change.double()
+    if method == "sum":
+        return before + factor * change
+    if method == "larger":
+        return torch.where(change.abs() > before.abs(), change, before)
+    return torch.where(taken, before, change)
+
+
+def _config(
+    model: nn.Module, parts: Sequence[Part], kept: Part | None, selection: Selection
+) -> SFAConfig:
+    """Return the config of an adapter that is as large as the union."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    source = kept or parts[0]
+    widths = kept.resolved.widths if kept else {}
+    tensors = {t.name: t for p in parts for t in p.resolved.tensors}
+    found = {n: layer for p in parts for n, layer in p.resolved.layers.items()}
+    layers = {n: found[n] for n in own_modules(inner) if n in found}  # in the model's order
+    count = sum(indices.numel() for indices, _ in selection.values())
+    total = source.resolved.total
+    allowed = min(total, max(count + (kept.external if kept else 0), 1))
+    resolved = Resolved(
+        total=total,
+        allowed=allowed,
+        adapter_dim=source.resolved.adapter_dim if kept else 0,
+        internal=count,
+        layers={
+            n: SavedLayer(widths.get(n, 0), a.role, a.block, a.index) for n, a in layers.items()
+        },
+        tensors=tuple(tensors.values()),
+        backbone=source.resolved.backbone,
+    )
+    return SFAConfig(
+        budget=allowed / total,
+        rho=None if kept else 0,
+        external_bias=source.config.external_bias,
+        modules_to_save=source.config.modules_to_save if kept else None,
+        task_type=source.config.task_type,
+        base_model_name_or_path=source.config.base_model_name_or_path,
+        resolved=resolved.to_dict(),
+    )
