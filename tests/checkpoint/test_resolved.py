@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import AdapterFileError
-from sfa_peft.checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
+from sfa_peft.checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 
 SIZES = {"total": 100, "allowed": 20, "adapter_dim": 2, "internal": 5}
 WHOLE = Resolved(
@@ -40,7 +40,7 @@ def test_the_second_version_listed_tensors():
     assert old.layers == {"a.b": SavedLayer(4)}
 
 
-@pytest.mark.parametrize("version", [0, 4, "3", None])
+@pytest.mark.parametrize("version", [0, 5, "3", None])
 def test_an_unknown_version_is_refused_with_the_ones_that_are_read(version):
     with pytest.raises(AdapterFileError, match=r"reads 1, 2, 3, 4\. Upgrade"):
         read_resolved(WHOLE.to_dict() | {"format": version})
@@ -75,3 +75,18 @@ def test_tensors_listed_twice_or_of_a_strange_layer_are_refused():
         read_resolved(data | {"tensors": data["tensors"] * 2})
     with pytest.raises(AdapterFileError, match="not among the layers"):
         read_resolved(data | {"layers": []})
+
+
+def test_a_chain_makes_a_version_of_its_own_and_must_be_there():
+    links = (Link("first", "ab"), Link("org/second", "cd"))
+    data = {"total": 9, "allowed": 3, "adapter_dim": 0, "internal": 3, "layers": {}, "tensors": ()}
+    chained, alone = Resolved(**data, chain=links), Resolved(**data)
+    assert (chained.to_dict()["format"], alone.to_dict()["format"]) == (4, 3)
+    assert read_resolved(chained.to_dict()).chain == links
+    assert read_resolved(alone.to_dict()).chain == ()
+    for broken in ([{"source": "a"}], 7):
+        with pytest.raises(AdapterFileError, match="`resolved` is damaged"):
+            read_resolved(chained.to_dict() | {"chain": broken})
+    without = {k: v for k, v in chained.to_dict().items() if k != "chain"}
+    with pytest.raises(AdapterFileError, match="lacks chain"):
+        read_resolved(without)
