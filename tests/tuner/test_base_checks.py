@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
@@ -191,3 +191,67 @@ def test_files_of_the_second_version_are_still_read(tmp_path):
         data.pop(new, None)  # as written before these fields were there
     path.write_text(json.dumps(data))
     assert torch.equal(output(PeftModel.from_pretrained(MLP(), tmp_path)), expected)
+
+
+def test_under_an_existing_name_the_base_is_checked_too(tmp_path):
+    trained().save_pretrained(tmp_path)
+    other = MLP()
+    with torch.no_grad():
+        other.second.weight[0, 0] += 1
+    model = get_peft_model(other, SFAConfig(**OPTIONS))
+    before = output(model)
+    with pytest.raises(AdapterFileError, match=r"`second\.weight` holds other values here"):
+        model.load_adapter(tmp_path, "default")
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match=r"`second\.weight` holds other values here"):
+        set_peft_model_state_dict(model, state)
+    assert torch.equal(output(model), before)
+
+
+def test_values_never_go_into_other_tensors_of_the_same_size(tmp_path):
+    def three(targets):
+        torch.manual_seed(0)
+        base = torch.nn.ModuleDict({n: torch.nn.Linear(12, 12) for n in "abc"})
+        options = OPTIONS | {"target_modules": targets}
+        return get_peft_model(base, SFAConfig(**options))
+
+    three(["a", "b"]).save_pretrained(tmp_path)
+    other = three(["a", "c"])
+    with pytest.raises(AdapterFileError, match=r"count `b\.weight` where .* counts `c\.weight`"):
+        other.load_adapter(tmp_path, "default")
+
+
+def test_weights_made_in_inference_mode_work(tmp_path):
+    model = trained()
+    expected = output(model)
+    model.save_pretrained(tmp_path)
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(MLP(), tmp_path)
+        x = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(loaded(x), expected)
+        loaded.half().float()
+        loaded(x)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("internal", 10**12), ("packed", 10**13), ("internal", -1)]
+)
+def test_sizes_beyond_the_model_are_refused_before_memory_is_taken(field, value, tmp_path):
+    trained().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    data = json.loads(path.read_text())
+    data["resolved"][field] = value
+    path.write_text(json.dumps(data))
+    with pytest.raises(AdapterFileError, match="`resolved` is damaged"):
+        PeftModel.from_pretrained(MLP(), tmp_path)
+
+
+def test_an_external_adapter_wider_than_its_layer_is_refused(tmp_path):
+    config = SFAConfig(budget=1.0, rho=1.0, target_modules=["first"], external_modules=["first"])
+    get_peft_model(MLP(), config).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    data = json.loads(path.read_text())
+    data["resolved"]["layers"][0]["width"] = 10**9
+    path.write_text(json.dumps(data))
+    with pytest.raises(AdapterFileError, match="external adapter of width 1000000000"):
+        PeftModel.from_pretrained(MLP(), tmp_path)

@@ -85,7 +85,7 @@ def test_the_file_holds_adapters_selection_and_head_with_buffers_and_nothing_els
 
 def test_loading_onto_an_existing_name_takes_the_file_over(folder, trained):
     config = SFAConfig(budget=0.2, modules_to_save=["decode_head"])
-    model = get_peft_model(upernet(seed=3), config).eval()
+    model = get_peft_model(upernet(), config).eval()
     batch = images(seed=9)["pixel_values"]
     model(batch)
     model.load_adapter(folder, "default", is_trainable=True)

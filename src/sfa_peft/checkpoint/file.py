@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from .container import read_info
+from .manifest import split_manifest
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -53,7 +54,8 @@ def check_complete(folder: str | Path) -> None:
                 f"{path}: {key}: expected flat bytes, got {blob.dtype} {list(blob.shape)}. Save "
                 "the adapter again."
             )
-        read_info(blob.numpy().tobytes(), where=f"{path}: {key}")
+        data, _ = split_manifest(blob.numpy().tobytes(), f"{path}: {key}")
+        read_info(data, where=f"{path}: {key}")
 
 
 def check_tensors(

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from .container import SelectedEntries, decode_entries, encode_entries, read_info
+from .manifest import append_manifest, split_manifest
+from .resolved import SavedTensor
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.
@@ -65,6 +67,21 @@ def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
         mode = ValueMode.BFLOAT16 if saved_values == "bfloat16" else ValueMode.INT8
         blob = _pack_changes([t.change for t in tensors], tensors, mode)
     return torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+
+
+def with_manifest(packed: Tensor, tensors: Sequence[SavedTensor]) -> Tensor:
+    """Return a packed selection followed by names and digests of its tensors."""
+    data = append_manifest(_numpy(packed).tobytes(), tensors)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def manifest_of(packed: Tensor, where: str) -> tuple[SavedTensor, ...] | None:
+    """Return what the manifest behind a packed selection lists; None where there is none.
+
+    Raises:
+        AdapterFileError: If it is damaged.
+    """
+    return split_manifest(_numpy(packed.cpu()).tobytes(), where)[1]
 
 
 def _pack_changes(changes: Sequence[Tensor], tensors: Sequence[Entries], mode: ValueMode) -> bytes:
@@ -143,7 +160,7 @@ def unpack(
             f"{where}: expected flat bytes, got {blob.dtype} {list(blob.shape)}; the file is "
             "damaged."
         )
-    data = _numpy(blob.cpu()).tobytes()
+    data, _ = split_manifest(_numpy(blob.cpu()).tobytes(), where)
     mode = read_info(data, where=where).mode
     dtype = _DTYPE_OF.get(mode, torch.float32)
 

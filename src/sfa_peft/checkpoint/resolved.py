@@ -17,6 +17,9 @@ from ..errors import AdapterFileError
 
 FORMAT_VERSION = 3
 CHAIN_VERSION = 4
+#: A packed selection takes less than this, whatever is selected; more is damage.
+_LARGEST_BYTES_PER_WEIGHT = 16
+_LARGEST_REST = 1 << 26
 READABLE_VERSIONS = (1, 2, 3, 4)
 
 
@@ -120,15 +123,7 @@ class Resolved:
                 {"name": n, "width": a.width, "role": a.role, "block": a.block, "index": a.index}
                 for n, a in self.layers.items()
             ],
-            "tensors": [
-                {
-                    "name": t.name,
-                    "shape": list(t.shape),
-                    "dtype": t.dtype,
-                    "digests": dict(t.digests),
-                }
-                for t in self.tensors
-            ],
+            "tensors": [tensor_to_dict(t) for t in self.tensors],
         }
 
 
@@ -170,7 +165,7 @@ def _read(data: Mapping[str, Any], version: int) -> Resolved:
     elif version == 2:
         tensors = [SavedTensor(str(n), _shape(s)) for n, s in data["tensors"]]
     else:
-        tensors = [_tensor(t) for t in data["tensors"]]
+        tensors = [tensor_from_dict(t) for t in data["tensors"]]
     if version < FORMAT_VERSION:
         names = dict.fromkeys([t.name.rpartition(".")[0] for t in tensors] + list(data["external"]))
         layers = {n: SavedLayer(_size(data["external"].get(n, 0))) for n in names}
@@ -183,6 +178,11 @@ def _read(data: Mapping[str, Any], version: int) -> Resolved:
     stray = {t.name.rpartition(".")[0] for t in tensors} - set(layers)
     if stray:
         raise ValueError(f"tensors of {sorted(stray)[0]}, which is not among the layers")
+    most = sum(_product(t.shape) for t in tensors)
+    if _size(data["internal"]) > most:
+        raise ValueError(f"internal {data['internal']} of {most} weights")
+    if packed is not None and _size(packed) > _LARGEST_BYTES_PER_WEIGHT * most + _LARGEST_REST:
+        raise ValueError(f"packed {packed} bytes for {most} weights")
     return Resolved(
         total=_size(data["total"]),
         allowed=_size(data["allowed"]),
@@ -200,9 +200,23 @@ def _layer(data: Mapping[str, Any]) -> SavedLayer:
     return SavedLayer(_size(data["width"]), data["role"], data["block"], data["index"])
 
 
-def _tensor(data: Mapping[str, Any]) -> SavedTensor:
+def tensor_to_dict(tensor: SavedTensor) -> dict[str, Any]:
+    """Return a tensor's record as JSON can hold it."""
+    return {
+        "name": tensor.name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "digests": dict(tensor.digests),
+    }
+
+
+def tensor_from_dict(data: Mapping[str, Any]) -> SavedTensor:
+    """Return a tensor's record (ValueError, TypeError or KeyError if it is none)."""
+    dtype = data["dtype"]
+    if dtype is not None and not isinstance(dtype, str):
+        raise TypeError(f"expected the name of a type, got {dtype!r}")
     digests = {str(k): str(v) for k, v in data["digests"].items()}
-    return SavedTensor(str(data["name"]), _shape(data["shape"]), data["dtype"], digests)
+    return SavedTensor(str(data["name"]), _shape(data["shape"]), dtype, digests)
 
 
 def _size(value: Any) -> int:

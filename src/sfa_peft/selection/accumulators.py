@@ -110,24 +110,31 @@ class Accumulator:
             add_rounded(self.state, gradient, self._noise, f"{self.key}/{self.num_added}")
 
     def _update(self, gradient: Tensor) -> None:
-        update = self.score.update
-        if update is None:
+        if self.score.update is None:
             return
         if self._noise is None:
-            after = self._checked(update(self.weight(), gradient, self.state))
+            after = self._next_state(gradient, self.state)
             if after is not self.state:  # copied: it may be the weight itself, which we must keep
                 self.state.copy_(after)
             return
         before = self.state.float()
-        change = self._checked(update(self.weight(), gradient, before.clone())).float() - before
+        change = self._next_state(gradient, before.clone()).float() - before
         self.num_added += 1
         add_rounded(self.state, change, self._noise, f"{self.key}/{self.num_added}")
 
-    def _checked(self, state: object) -> Tensor:
-        """Return what a score function gave back, if it can be a state."""
-        if isinstance(state, Tensor) and state.shape == self.state.shape:
-            return state
-        got = list(state.shape) if isinstance(state, Tensor) else type(state).__name__
+    def _next_state(self, gradient: Tensor, state: Tensor) -> Tensor:
+        """Return what the score's function makes of a state, if it can be one."""
+        weight, update = self.weight(), self.score.update
+        stamp = None if weight.is_inference() else weight._version
+        found: object = update(weight, gradient, state) if update else state
+        if stamp is not None and weight._version != stamp:
+            raise SelectionError(
+                f"score={self.score.name!r}: the function changed the weight `{self.key}` in "
+                "place; it may change the state only. Copy the weight first."
+            )
+        if isinstance(found, Tensor) and found.shape == self.state.shape:
+            return found
+        got = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise SelectionError(
             f"score={self.score.name!r}: the function must return the new state of `{self.key}`, a "
             f"tensor of shape {list(self.state.shape)}, but it returned {got}."

@@ -27,7 +27,7 @@ def check_name(name: str) -> None:
             nor attributes, and looks for its prefix in names of tensors.
     """
     taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
-    if not name or "." in name or name in "sfa_" or taken:
+    if not name or "." in name or "sfa_" in name or taken:
         raise SFAError(
             f"{name!r} cannot name a task: PEFT uses it itself, or it is empty or has a dot. "
             "Choose another word."

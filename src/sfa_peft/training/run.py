@@ -216,7 +216,12 @@ class Run:
         expected = self.joined[-1][1] if self.joined else 0
         if self.config.granularity == "weight":  # rows may leave a part of a quota open
             expected = self.schedule.selected_after(self.update_steps)
-        if found != expected or not self.pool.fits(state["pool"]):
+        if found == expected and not self.pool.fits(state["pool"]):
+            raise SelectionError(
+                f"Adapter `{self.pool.adapter_name}` has other weights selected than the selector "
+                "state. Load adapter and selector state from the same checkpoint."
+            )
+        if found != expected:
             raise SelectionError(
                 f"Adapter `{self.pool.adapter_name}` has {found} selected weights, but after "
                 f"update step {self.update_steps} of this run it should have {expected}. Load "

@@ -174,8 +174,18 @@ class SFASelector:
 
     def close(self) -> None:
         """End the run, also before its last pick: free the scores and select no more."""
-        if self._run is not None:
-            self._run.stop()
+        if self._run is None:
+            return
+        if self._run.accumulators:
+            logger.warning(
+                "The run ended at update step %d, before its last pick after step %d: %d of %d "
+                "weights are selected.",
+                self.update_steps,
+                self._run.schedule.last_pick,
+                self.selected,
+                self.pool.size if self.pool else 0,
+            )
+        self._run.stop()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
@@ -203,6 +213,13 @@ class SFASelector:
         )
         if self._run is not None:
             self._run.stop()
+            if self._run.schedule != schedule:
+                logger.warning(
+                    "The run goes on with the schedule it began with: %s. This run would have "
+                    "planned: %s.",
+                    schedule,
+                    self._run.schedule,
+                )
         run = self._new_run(schedule)
         run.load_state_dict(state)
         self._run = run

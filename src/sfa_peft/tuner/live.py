@@ -96,7 +96,7 @@ class LiveEntries:
         wanted = (*earlier, *(name for name in names if name in self.pools))
         if self._stamp_of(weight, wanted) == self._stamp:
             return
-        with exclusively(), torch.inference_mode(False), torch.no_grad():
+        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
             values = self._values_stamp(wanted)
             if (wanted, _weight_stamp(weight), values) == self._stamp:
                 return  # another thread was faster
@@ -111,7 +111,7 @@ class LiveEntries:
 
     def withdraw(self, weight: Tensor) -> None:
         """Put the original entries back into the weight, to the bit."""
-        with exclusively(), torch.inference_mode(False), torch.no_grad():
+        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
             self._withdraw(weight)
             self._stamp = None
             self.in_graph = False

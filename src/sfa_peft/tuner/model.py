@@ -216,7 +216,7 @@ class SFAModel(SwitchingModel):
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         layers = adapter_layers(model, adapter_name)
-        state_dict = unpack_state(layers, adapter_name, state_dict)
+        state_dict = unpack_state(layers, adapter_name, state_dict, strict=config.check_base)
         # Tensors that a loader takes over as they lie in the file sit at any address, and kernels
         # round differently there: bits are equal, outputs would not be.
         state_dict = {

@@ -18,7 +18,7 @@ from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selectio
 from ..checkpoint.file import check_tensors
 from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
-from ..errors import SFAWarning, TargetError
+from ..errors import AdapterFileError, SFAWarning, TargetError
 from .external import output_features
 from .targets import match_layers, own_modules, refuse_shared, wrappable
 
@@ -231,6 +231,12 @@ def _loaded_plan(
     check_tensors([(n, t.shape) for n, t in zip(names, saved.tensors, strict=True)], shapes)
     widths = {renamed[n]: width for n, width in saved.widths.items()}
     check_tensors([(f"{n}.weight", shapes.get(f"{n}.weight", ())) for n in widths], shapes)
+    for name, width in widths.items():
+        if width > output_features(modules[name]):
+            raise AdapterFileError(
+                f"adapter_config.json: an external adapter of width {width} on `{name}`, which has "
+                f"{output_features(modules[name])} features; damaged. Save the adapter again."
+            )
     parameters: dict[str, list[str]] = {renamed[n]: [] for n in saved.layers}
     for name in names:
         layer, _, parameter = name.rpartition(".")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.file import check_selection
 from ..checkpoint.fingerprint import digests, is_same_base, type_name
-from ..checkpoint.packing import Entries, pack, unpack
+from ..checkpoint.packing import Entries, manifest_of, pack, unpack, with_manifest
 from ..checkpoint.resolved import Resolved, SavedTensor
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning
@@ -51,12 +50,12 @@ def pack_state(pool: Pool, config: SFAConfig, resolved: Resolved, state: State) 
         raise AdapterFileError(
             "The adapter or its base is on the meta device and holds no values; load it first."
         )
-    packed = pack(_entries(pool, slots, values), config.saved_values)
-    state[key.replace("sfa_slots", "sfa_packed")] = packed
     tensors = tuple(
         SavedTensor(t.name, t.shape, type_name(pool.weight(i).dtype), digests(pool.pretrained(i)))
         for i, t in enumerate(resolved.tensors)
     )
+    packed = with_manifest(pack(_entries(pool, slots, values), config.saved_values), tensors)
+    state[key.replace("sfa_slots", "sfa_packed")] = packed
     return replace(resolved, tensors=tensors, packed=packed.numel())
 
 
@@ -77,13 +76,14 @@ def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
     return entries
 
 
-def unpack_state(layers: list[SFALayer], adapter_name: str, state: State) -> State:
+def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, strict: bool) -> State:
     """Return the tensors of a file as the model holds them.
 
     Args:
         layers: The adapter's layers in the model.
         adapter_name: The adapter.
         state: Tensors by key, without adapter names.
+        strict: Whether the base must hold the values that the adapter was trained on.
 
     Raises:
         AdapterFileError: If the selection is damaged or belongs to another model or base.
@@ -97,7 +97,9 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State) -> Sta
                     f"{key}: a selection, but adapter `{adapter_name}` changes no weights (rho=1). "
                     "Build it from the adapter's own config."
                 )
-            slots, values = unpack_selection(pool, state.pop(key), key)
+            packed = state.pop(key)
+            _check_manifest(layers, pool, packed, key, strict=strict)
+            slots, values = unpack_selection(pool, packed, key)
             values = _in_type_of(pool, values, key)
             state[key.replace("sfa_packed", "sfa_slots")] = slots
             state[key.replace("sfa_packed", "sfa_pool")] = values
@@ -108,6 +110,44 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State) -> Sta
     if pool is not None:
         pool.drop_packed()
     return state
+
+
+def _check_manifest(
+    layers: list[SFALayer], pool: Pool, packed: Tensor, where: str, *, strict: bool
+) -> None:
+    """Check that a packed selection is of the very tensors that its positions count here.
+
+    Raises:
+        AdapterFileError: Naming the first tensor that differs.
+    """
+    name = pool.adapter_name
+    listed = manifest_of(packed, where)
+    if listed is None:
+        return
+    here = {old: new for new, old in _old_names(layers, name).items()}
+    known = [t.digests for t in layers[0].resolved[name].tensors]
+    paths = [
+        f"{here.get(layer, layer)}.{parameter}"
+        for layer, _, parameter in (t.name.rpartition(".") for t in listed)
+    ]
+    if paths != pool.names:
+        pairs = zip(paths, pool.names, strict=False)
+        theirs, ours = next((p for p in pairs if p[0] != p[1]), (len(paths), len(pool.names)))
+        raise AdapterFileError(
+            f"{where}: its positions count `{theirs}` where adapter `{name}` counts `{ours}`. It "
+            "was made for other layers: load it under a new name, with its own config."
+        )
+    for ordinal, tensor in enumerate(listed):
+        if tensor.digests == known[ordinal]:
+            continue  # checked when the layers were planned
+        weight = pool.pretrained(ordinal)
+        if not weight.is_meta and is_same_base(weight, tensor.digests, tensor.dtype) is False:
+            _report_other_base(name, pool.names[ordinal], _is_strict(strict))
+            return
+
+
+def _is_strict(strict: bool) -> bool:
+    return strict and os.environ.get(_ENVIRONMENT) != "0"
 
 
 def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
@@ -170,8 +210,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
             continue
         same = is_same_base(weight, saved.digests, saved.dtype)
         if same is False:
-            strict = strict and os.environ.get(_ENVIRONMENT) != "0"
-            _report_other_base(adapter_name, name, strict)
+            _report_other_base(adapter_name, name, _is_strict(strict))
             return
         if type_name(weight.dtype) != saved.dtype:
             others.add((saved.dtype, type_name(weight.dtype), same))
@@ -211,13 +250,18 @@ def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
     warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
 
 
-def _renamed(layers: list[SFALayer], adapter_name: str, state: State) -> State:
-    """Return the tensors under the paths that their layers have in this model."""
-    old_names: Mapping[str, str] = {
-        layer.saved_names[adapter_name]: layer.name
+def _old_names(layers: list[SFALayer], adapter_name: str) -> dict[str, str]:
+    """Return by path here the path in the file, of layers that have another one there."""
+    return {
+        layer.name: layer.saved_names[adapter_name]
         for layer in layers
         if adapter_name in layer.saved_names
     }
+
+
+def _renamed(layers: list[SFALayer], adapter_name: str, state: State) -> State:
+    """Return the tensors under the paths that their layers have in this model."""
+    old_names = {old: new for new, old in _old_names(layers, adapter_name).items()}
     if not old_names:
         return state
     pattern = re.compile(r"(^|.*\.)(" + "|".join(map(re.escape, old_names)) + r")(\.sfa_.*)")
