@@ -188,6 +188,9 @@ class Session:
         if len(self.model.peft_config) > 1:
             self.unmerge()
             self.model.delete_adapter(self.model.active_adapters[0])
+            if self.model.active_adapter not in self.model.peft_config:
+                # PEFT's wrapper goes on with the deleted name where two were active below it.
+                self.model.set_adapter(next(iter(self.model.peft_config)))
 
     def add(self) -> None:
         free = [name for name in NAMES if name not in self.model.peft_config]
