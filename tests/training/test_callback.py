@@ -61,7 +61,14 @@ def test_a_trainer_run_selects_in_rounds_and_logs_the_share(tmp_path):
 def test_resuming_without_the_selectors_state_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, [SFACallback()], save_strategy="steps", save_steps=4)
     trainer.train()
-    (tmp_path / "checkpoint-4" / "sfa_selector.pt").unlink()
+    state = tmp_path / "checkpoint-4" / "sfa_selector.pt"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"x" * 100):
+        state.write_bytes(damaged)
+        again = make_trainer(tmp_path, [SFACallback()])
+        with pytest.raises(SelectionError, match=r"sfa_selector\.pt: cut short or damaged"):
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    state.unlink()
     again = make_trainer(tmp_path, [SFACallback()])
     with pytest.raises(SelectionError, match=r"sfa_selector.pt is missing"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))

@@ -203,3 +203,25 @@ def test_what_sfa_cannot_do_is_said():
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix")
     with pytest.raises(SFAError, match="one batch cannot mix SFA adapters"):
         model(torch.randn(2, 12), adapter_names=["default", "other"])
+
+
+def test_an_adapter_loaded_into_a_running_selection_is_noticed_at_the_next_pick(tmp_path):
+    model = make()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    selector = SFASelector(model, total_steps=12)
+    fit(model, optimizer, selector, 2)
+    model.save_pretrained(tmp_path)
+    fit(model, optimizer, selector, 3)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    with pytest.raises(SelectionError, match="Was the adapter loaded anew"):
+        fit(model, optimizer, selector, 3)
+
+
+def test_the_selector_of_a_deleted_adapter_says_so():
+    model = make()
+    model.add_adapter("other", SFAConfig(**(OPTIONS | {"selection_steps": 2})))
+    model.set_adapter("other")
+    selector = SFASelector(model, total_steps=8)
+    model.delete_adapter("other")
+    with pytest.raises(SelectionError, match="`other` was deleted"):
+        selector.state_dict()

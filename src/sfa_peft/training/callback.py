@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -140,7 +141,13 @@ def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, 
             "the checkpoint lies elsewhere, give its folder: "
             "SFACallback(resume_from_checkpoint=...)."
         )
-    selector.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, UnpicklingError) as error:
+        raise SelectionError(
+            f"{path}: cut short or damaged ({error}). Resume from the checkpoint before."
+        ) from error
+    selector.load_state_dict(state)
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:

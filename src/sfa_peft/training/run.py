@@ -161,6 +161,13 @@ class Run:
         self._check_scores()
         size = len(accumulators)
         first = self.pool.num_assigned
+        known = self.joined[-1][1] if self.joined else 0
+        if first != known:
+            raise SelectionError(
+                f"Update step {self.update_steps}: adapter `{self.pool.adapter_name}` has {first} "
+                f"selected weights, but this run selected {known}. Was the adapter loaded anew "
+                "meanwhile? Load the selector's state of that moment too, or make a new selector."
+            )
         self.pool.assign(
             pick(
                 [accumulator.source() for accumulator in accumulators],

@@ -168,6 +168,11 @@ class SFASelector:
         positions as they are in training, which the adapter's own file does not keep to the last
         bit and order. Under torch.distributed every rank must call it.
         """
+        if self.pool is not None and not self.pool.is_there:
+            raise SelectionError(
+                f"Adapter `{self.adapter_name}` was deleted, and its selection with it. Make a new "
+                "selector for another adapter."
+            )
         if self._run is not None:
             return self._run.state_dict()
         return {} if self.pool is None else {"pool": self.pool.state_dict()}

@@ -112,6 +112,11 @@ class Pool:
         return self.tensors[0][0]
 
     @property
+    def is_there(self) -> bool:
+        """Whether the model still has the adapter."""
+        return self.adapter_name in self.anchor.sfa_pool
+
+    @property
     def size(self) -> int:
         """Number of values."""
         return self.anchor.sfa_pool[self.adapter_name].numel()
@@ -303,7 +308,7 @@ class Pool:
 
     def group_of(self, optimizer: Any) -> dict[str, Any] | None:
         """Return the optimizer's parameter group that holds the values, None where it has none."""
-        if not self.tensors or self.adapter_name not in self.anchor.sfa_pool:
+        if not self.tensors or not self.is_there:
             return None
         values = self.values
         for group in optimizer.param_groups:
