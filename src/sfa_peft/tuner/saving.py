@@ -100,7 +100,7 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, str
             packed = state.pop(key)
             _check_manifest(layers, pool, packed, key, strict=strict)
             slots, values = unpack_selection(pool, packed, key)
-            values = _in_type_of(pool, values, key)
+            values = _in_type_of(pool, values)
             state[key.replace("sfa_packed", "sfa_slots")] = slots
             state[key.replace("sfa_packed", "sfa_pool")] = values
         elif key.endswith("sfa_slots") and pool is not None:
@@ -183,17 +183,18 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
     return slots, values
 
 
-def _in_type_of(pool: Pool, values: Tensor, where: str) -> Tensor:
-    """Return values in the pool's type, which PEFT's `autocast_adapter_dtype` decides."""
+def _in_type_of(pool: Pool, values: Tensor) -> Tensor:
+    """Return values in the pool's type; where that would round them, the pool becomes float32.
+
+    Pools are float32 unless `autocast_adapter_dtype=False`, or where a loader leaves it out.
+    """
     kept = values.to(pool.dtype)
-    if not torch.equal(kept.float(), values):
-        warnings.warn(
-            f"{where}: values are loaded as {type_name(pool.dtype)}, which rounds them "
-            "(autocast_adapter_dtype=False); outputs differ from those in training.",
-            SFAWarning,
-            stacklevel=6,
-        )
-    return kept
+    if torch.equal(kept.float(), values):
+        return kept
+    parameter = pool.anchor.sfa_pool[pool.adapter_name]
+    if not parameter.is_meta:
+        parameter.data = parameter.data.float()
+    return values
 
 
 def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:
