@@ -151,6 +151,10 @@ class LiveEntries:
         self._restore(copy)
         return copy
 
+    def pretrained(self, weight: Tensor) -> Tensor:
+        """Return the weight with the original entries, a copy only where changes are live."""
+        return self.original(weight) if self.live else weight.detach()
+
     def foundation(self, weight: Tensor, adapter_name: str) -> Tensor:
         """Return a copy of the weight as an adapter finds it: with earlier changes in it."""
         copy = self.original(weight)

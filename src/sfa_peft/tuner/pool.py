@@ -157,8 +157,7 @@ class Pool:
 
     def pretrained(self, ordinal: int) -> Tensor:
         """Return a weight with its original entries (a copy where changes are live in it)."""
-        entries, weight = self.entries(ordinal), self.weight(ordinal)
-        return entries.original(weight) if entries.live else weight.detach()
+        return self.entries(ordinal).pretrained(self.weight(ordinal))
 
     def foundation(self, ordinal: int) -> Tensor:
         """Return a weight as the adapter finds it: its original entries and earlier changes."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError, TargetError
 from .plan import Plan, Reused, make_plan
 from .pool import Pool
-from .saving import State, check_base, pretrained_tensor
+from .saving import State, base_reader, by_tensor, check_base, pretrained_tensor
 from .targets import is_excluded
 
 #: By full name of a tensor: flat positions (int64, strictly increasing) and change (float32).
@@ -185,32 +185,15 @@ def _read_files(source: str) -> tuple[SFAConfig, State]:
 
 def _unpack(source: str, stored: State, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return (positions, change) of each tensor."""
-
-    def base_at(ordinal: int, indices: Tensor) -> Tensor:
-        weight = weights[ordinal]
-        if weight.is_meta:
-            raise AdapterFileError(
-                f"{source}: values are stored against the base, which is on the meta device. Load "
-                "the base's weights first."
-            )
-        return weight.reshape(-1)[indices.to(weight.device)]
-
     sizes = [weight.numel() for weight in weights]
     packed = next((k for k in stored if k.endswith("sfa_packed")), None)
     if packed is not None:
+        base_at = base_reader(weights.__getitem__, source)
         return unpack(stored[packed], sizes, base_at, f"{source}: {packed}")
     slots = next((t for k, t in stored.items() if k.endswith("sfa_slots")), torch.empty(0))
     values = next((t for k, t in stored.items() if k.endswith("sfa_pool")), torch.empty(1))
     check_selection(f"{source}: sfa_slots", slots, values, sum(sizes))
-    used = slots >= 0
-    positions, order = slots[used].long().sort()
-    change = values[used][order].float()
-    starts = torch.tensor([0, *sizes]).cumsum(0)
-    cuts = torch.searchsorted(positions, starts).tolist()
-    return [
-        (positions[a:b] - start, change[a:b])
-        for (a, b), start in zip(pairwise(cuts), starts.tolist(), strict=False)
-    ]
+    return by_tensor(slots, values.float(), list(accumulate(sizes, initial=0)))
 
 
 def _digest(stored: State) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import re
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,19 +63,31 @@ def pack_state(pool: Pool, config: SFAConfig, resolved: Resolved, state: State) 
 
 def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
     """Return the selected entries by tensor, in the order of their positions."""
-    slots, values = slots.detach().cpu().long(), values.detach().cpu()
-    assigned = slots >= 0
-    positions, order = slots[assigned].sort()
-    change = values[assigned][order]
-    cuts = torch.searchsorted(positions, torch.tensor(pool.starts)).tolist()
     entries = []
-    for ordinal in range(len(pool.tensors)):
+    parts = by_tensor(slots.detach().cpu(), values.detach().cpu(), pool.starts)
+    for ordinal, (indices, change) in enumerate(parts):
         weight = pool.foundation(ordinal)
-        first, last = cuts[ordinal], cuts[ordinal + 1]
-        indices = positions[first:last] - pool.starts[ordinal]
         base = weight.reshape(-1)[indices.to(weight.device)].cpu()
-        entries.append(Entries(weight.numel(), indices, change[first:last], base))
+        entries.append(Entries(weight.numel(), indices, change, base))
     return entries
+
+
+def by_tensor(slots: Tensor, values: Tensor, starts: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """Return (flat positions int64, increasing; values) of each tensor, out of slots.
+
+    Args:
+        slots: Positions over all tensors, -1 for values without one.
+        values: One per slot.
+        starts: First position of each tensor, and the end.
+    """
+    assigned = slots >= 0
+    positions, order = slots[assigned].long().sort()
+    values = values[assigned][order]
+    cuts = torch.searchsorted(positions, torch.tensor(starts)).tolist()
+    return [
+        (positions[a:b] - start, values[a:b])
+        for (a, b), start in zip(pairwise(cuts), starts, strict=False)
+    ]
 
 
 def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, strict: bool) -> State:
@@ -124,7 +138,7 @@ def _check_manifest(
     listed = manifest_of(packed, where)
     if listed is None:
         return
-    here = {old: new for new, old in _old_names(layers, name).items()}
+    here = _new_names(layers, name)
     known = [t.digests for t in layers[0].resolved[name].tensors]
     paths = [
         f"{here.get(layer, layer)}.{parameter}"
@@ -150,16 +164,11 @@ def _is_strict(strict: bool) -> bool:
     return strict and os.environ.get(_ENVIRONMENT) != "0"
 
 
-def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
-    """Return (positions, values) of a packed selection, of the pool's length and type.
-
-    Raises:
-        AdapterFileError: If it is damaged, or longer than the pool.
-    """
-    sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
+def base_reader(weight_of: Callable[[int], Tensor], where: str) -> Callable[[int, Tensor], Tensor]:
+    """Return what `unpack` asks for the base: entries of a weight, by ordinal and positions."""
 
     def base_at(ordinal: int, indices: Tensor) -> Tensor:
-        weight = pool.foundation(ordinal)
+        weight = weight_of(ordinal)
         if weight.is_meta:
             raise AdapterFileError(
                 f"{where}: values are stored against the base, which is on the meta device. Load "
@@ -167,7 +176,17 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
             )
         return weight.reshape(-1)[indices.to(weight.device)]
 
-    entries = unpack(packed, sizes, base_at, where)
+    return base_at
+
+
+def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return (positions, values) of a packed selection, of the pool's length and type.
+
+    Raises:
+        AdapterFileError: If it is damaged, or longer than the pool.
+    """
+    sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
+    entries = unpack(packed, sizes, base_reader(pool.foundation, where), where)
     count, size = sum(i.numel() for i, _ in entries), pool.size
     if count > size:
         raise AdapterFileError(
@@ -234,7 +253,7 @@ def pretrained_tensor(model: nn.Module, name: str) -> Tensor:
         return getattr(layer, parameter).detach()
     weight = getattr(layer.get_base_layer(), parameter)
     entries = layer.entries.get(parameter) if isinstance(layer, SFALayer) else None
-    return entries.original(weight) if entries is not None and entries.live else weight.detach()
+    return weight.detach() if entries is None else entries.pretrained(weight)
 
 
 def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
@@ -251,10 +270,10 @@ def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
     warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
 
 
-def _old_names(layers: list[SFALayer], adapter_name: str) -> dict[str, str]:
-    """Return by path here the path in the file, of layers that have another one there."""
+def _new_names(layers: list[SFALayer], adapter_name: str) -> dict[str, str]:
+    """Return by path in the file the path here, of layers that have another one there."""
     return {
-        layer.name: layer.saved_names[adapter_name]
+        layer.saved_names[adapter_name]: layer.name
         for layer in layers
         if adapter_name in layer.saved_names
     }
@@ -262,14 +281,14 @@ def _old_names(layers: list[SFALayer], adapter_name: str) -> dict[str, str]:
 
 def _renamed(layers: list[SFALayer], adapter_name: str, state: State) -> State:
     """Return the tensors under the paths that their layers have in this model."""
-    old_names = {old: new for new, old in _old_names(layers, adapter_name).items()}
-    if not old_names:
+    new_names = _new_names(layers, adapter_name)
+    if not new_names:
         return state
-    pattern = re.compile(r"(^|.*\.)(" + "|".join(map(re.escape, old_names)) + r")(\.sfa_.*)")
+    pattern = re.compile(r"(^|.*\.)(" + "|".join(map(re.escape, new_names)) + r")(\.sfa_.*)")
     found = {}
     for key, tensor in state.items():
         match = pattern.fullmatch(key)
-        new = key if match is None else f"{match[1]}{old_names[match[2]]}{match[3]}"
+        new = key if match is None else f"{match[1]}{new_names[match[2]]}{match[3]}"
         found[new] = tensor
     return found
 
