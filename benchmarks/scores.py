@@ -32,7 +32,7 @@ from segmentation_setup import Arguments, make_model
 from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.dense.scenes import CLASS_NAMES, SceneDataset
+from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
 from sfa_peft.errors import SFAError
 
 LEARNING_RATE, HEAD_LEARNING_RATE = 3e-3, 6e-3  # those of the example

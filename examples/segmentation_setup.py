@@ -16,10 +16,10 @@ from transformers import (
     set_seed,
 )
 
-from sfa_peft.dense.datasets import load_segmentation
-from sfa_peft.dense.scenes import CLASS_NAMES, SceneDataset
-from sfa_peft.dense.splits import SubSplit, TransformedSplit
-from sfa_peft.dense.transforms import IGNORE_INDEX, EvalTransform, TrainTransform
+from sfa_peft.dense.data.datasets import load_segmentation
+from sfa_peft.dense.data.splits import SubSplit, TransformedSplit
+from sfa_peft.dense.data.transforms import IGNORE_INDEX, EvalTransform, TrainTransform
+from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
 from sfa_peft.errors import SFAError
 
 HERE = Path(__file__).parent

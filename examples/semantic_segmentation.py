@@ -32,8 +32,8 @@ from segmentation_setup import Arguments, load_data, make_model, parse
 from transformers import Trainer, TrainingArguments
 
 import sfa_peft
-from sfa_peft.dense.metrics import SegmentationMetrics, argmax_logits
-from sfa_peft.dense.pictures import contact_sheet, curve_plot
+from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
+from sfa_peft.dense.pictures.sheets import contact_sheet, curve_plot
 from sfa_peft.errors import SFAError
 
 # Found on the validation scenes; a run on other data wants its own (see --learning_rate).

@@ -17,8 +17,8 @@ from segmentation_setup import Arguments, make_model
 from torch.nn.functional import cross_entropy
 
 import sfa_peft
-from sfa_peft.dense.pictures import class_palette
-from sfa_peft.dense.scenes import SceneDataset
+from sfa_peft.dense.pictures.sheets import class_palette
+from sfa_peft.dense.scenes.render import SceneDataset
 from sfa_peft.errors import SFAError
 
 SCENES, STEPS, BATCH = 256, 100, 8

@@ -45,7 +45,7 @@ from serve_setup import (
     train_both,
 )
 
-from sfa_peft.dense.scenes import CLASS_NAMES, render_scene
+from sfa_peft.dense.scenes.render import CLASS_NAMES, render_scene
 from sfa_peft.errors import SFAError
 from sfa_peft.tasks import TaskBank
 

@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-from sfa_peft.dense.datasets import SegmentationData, load_segmentation, read_classes
-from sfa_peft.dense.metrics import (
-    SegmentationMetrics,
-    argmax_logits,
-    confusion_matrix,
-    segmentation_scores,
-)
-from sfa_peft.dense.pictures import class_palette, contact_sheet, curve_plot
-from sfa_peft.dense.scenes import CLASS_NAMES, Scene, SceneDataset, render_scene
-from sfa_peft.dense.splits import SegmentationSplit, TransformedSplit
-from sfa_peft.dense.transforms import (
+from sfa_peft.dense.data.datasets import SegmentationData, load_segmentation, read_classes
+from sfa_peft.dense.data.splits import SegmentationSplit, TransformedSplit
+from sfa_peft.dense.data.transforms import (
     IGNORE_INDEX,
     EvalTransform,
     TrainTransform,
     colour_jitter,
     to_tensors,
 )
+from sfa_peft.dense.metrics.segmentation import (
+    SegmentationMetrics,
+    argmax_logits,
+    confusion_matrix,
+    segmentation_scores,
+)
+from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
+from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, render_scene
 
 __all__ = [
     "CLASS_NAMES",

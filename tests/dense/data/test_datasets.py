@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfa_peft.dense.datasets import SegmentationData, load_segmentation, read_classes
+from sfa_peft.dense.data.datasets import SegmentationData, load_segmentation, read_classes
 from sfa_peft.errors import SFAError
 
 NAMES = ["sky", "road", "car"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from sfa_peft.dense.scenes import (
+from sfa_peft.dense.data.transforms import TrainTransform
+from sfa_peft.dense.scenes.render import (
     CLASS_NAMES,
     GROUND,
     MAX_DEPTH,
@@ -20,7 +21,6 @@ from sfa_peft.dense.scenes import (
     SceneDataset,
     render_scene,
 )
-from sfa_peft.dense.transforms import TrainTransform
 from sfa_peft.errors import SFAError
 
 

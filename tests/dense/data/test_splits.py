@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sfa_peft.dense.splits import LibrarySplit, PairFolder, SubSplit, TransformedSplit
-from sfa_peft.dense.transforms import EvalTransform, TrainTransform
+from sfa_peft.dense.data.splits import LibrarySplit, PairFolder, SubSplit, TransformedSplit
+from sfa_peft.dense.data.transforms import EvalTransform, TrainTransform
 from sfa_peft.errors import SFAError
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sfa_peft.dense.shapes import KINDS, Surface
+from sfa_peft.dense.scenes.shapes import KINDS, Surface
 
 
 def _draw(name: str, seed: int, light: float = 0.5) -> tuple[Surface, np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from sfa_peft.dense.transforms import Transform
+from sfa_peft.dense.data.transforms import Transform
 from sfa_peft.errors import SFAError
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfa_peft.dense.pictures import class_palette, contact_sheet, curve_plot
+from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
 from sfa_peft.errors import SFAError
 
 pytest.importorskip("matplotlib")

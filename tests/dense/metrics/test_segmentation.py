@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sfa_peft.dense.metrics import (
+from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
     argmax_logits,
     confusion_matrix,

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sfa_peft.dense.textures import Floats, Texture, bricks, checks, leaves, stripes, value_noise
+from sfa_peft.dense.scenes.textures import (
+    Floats,
+    Texture,
+    bricks,
+    checks,
+    leaves,
+    stripes,
+    value_noise,
+)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sfa_peft.dense import textures
+from sfa_peft.dense.scenes import textures
 
 ALL = (
     textures.value_noise,

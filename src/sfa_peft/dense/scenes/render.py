@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from sfa_peft.dense.shapes import KINDS, Kind
-from sfa_peft.dense.textures import (
+from sfa_peft.dense.data.transforms import Transform, to_tensors
+from sfa_peft.dense.scenes.shapes import KINDS, Kind
+from sfa_peft.dense.scenes.textures import (
     Floats,
     checks,
     leaves,
@@ -23,7 +24,6 @@ from sfa_peft.dense.textures import (
     slanted,
     value_noise,
 )
-from sfa_peft.dense.transforms import Transform, to_tensors
 from sfa_peft.errors import SFAError
 
 CLASS_NAMES: tuple[str, ...] = ("sky", "ground", *KINDS)

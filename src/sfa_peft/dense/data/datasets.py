@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfa_peft.dense.splits import LibrarySplit, PairFolder, SegmentationSplit, SubSplit
-from sfa_peft.dense.transforms import IGNORE_INDEX
+from sfa_peft.dense.data.splits import LibrarySplit, PairFolder, SegmentationSplit, SubSplit
+from sfa_peft.dense.data.transforms import IGNORE_INDEX
 from sfa_peft.errors import SFAError
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img")

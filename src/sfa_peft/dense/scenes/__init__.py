@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rendered scenes with classes, metric depth and instances, drawn from a seed."""
