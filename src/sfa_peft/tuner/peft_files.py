@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,22 @@ from .registration import NAME
 _MARK = "_sfa_peft"
 _PREFIX = "base_model.model."
 
-#: Whether the load that is going on leaves out tensors of another shape.
-_ignores_sizes: ContextVar[bool] = ContextVar("sfa_ignores_sizes", default=False)
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked of tensors that go into a model.
+
+    Attributes:
+        whole: They are all of an adapter's file, so none may be missing.
+        ignore_sizes: Those of a head that have no place or another shape are left out.
+    """
+
+    whole: bool = False
+    ignore_sizes: bool = False
+
+
+#: PEFT hands none of this on to the tuner.
+_load: ContextVar[Load] = ContextVar("sfa_load", default=Load())  # noqa: B039 (frozen)
 
 
 def install() -> None:
@@ -60,21 +75,22 @@ def check_fits(model: nn.Module, adapter_name: str, state: Mapping[str, Tensor])
         AdapterFileError: Naming the first tensor that is missing, has no place, has another shape,
             or holds NaN or infinite values.
     """
+    load = _load.get()
     here = {n.removeprefix(_PREFIX): t for n, t in model.named_parameters(remove_duplicate=False)}
     here |= {n.removeprefix(_PREFIX): t for n, t in model.named_buffers(remove_duplicate=False)}
     found = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
     for key, tensor in found.items():
         own = ".sfa_" in key
-        if key not in here and (own or not _ignores_sizes.get()):
+        if key not in here and (own or not load.ignore_sizes):
             raise AdapterFileError(
                 f"`{key}` is in the file of adapter `{adapter_name}`, but has no place here: other "
                 "model, or its config was edited. Load it with the config it was saved with."
             )
-        if key in here and (own or not _ignores_sizes.get()):
+        if key in here and (own or not load.ignore_sizes):
             _check_shape(key, adapter_name, tensor, here[key])
         if tensor.is_floating_point() and not tensor.is_meta:
             _check_finite(key, adapter_name, tensor)
-    for key in here:
+    for key in here if load.whole else ():
         if ".sfa_" in key and _is_of(key, adapter_name) and key not in found:
             raise AdapterFileError(
                 f"`{key}` of adapter `{adapter_name}` is not in its file: damaged, or the config "
@@ -141,7 +157,7 @@ def _fill(
 ) -> Any:
     if not isinstance(model.peft_config.get(adapter_name), SFAConfig):
         return original(model, state, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
-    token = _ignores_sizes.set(ignore_mismatched_sizes)
+    token = _load.set(Load(whole=True, ignore_sizes=ignore_mismatched_sizes))
     try:
         result = original(model, state, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
     except KeyError as error:  # PEFT looks up the tensors of a head without asking
@@ -154,9 +170,15 @@ def _fill(
         _forget(model, adapter_name)
         raise
     finally:
-        _ignores_sizes.reset(token)
-    model.base_model.unfilled.discard(adapter_name)
+        _load.reset(token)
+    mark_filled(model, adapter_name)
     return result
+
+
+def mark_filled(model: PeftModel, adapter_name: str) -> None:
+    """Say that an adapter has got its tensors: a failed load under its name leaves it alone."""
+    tuner: Any = model.base_model
+    tuner.unfilled.discard(adapter_name)
 
 
 def _forget(model: PeftModel, adapter_name: str) -> None:
