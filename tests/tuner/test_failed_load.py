@@ -192,9 +192,35 @@ def test_the_checksum_is_that_of_the_specification(saved):
         assert file.metadata() == {"format": "pt", "sfa_crc32": f"{found:08x}"}
 
 
+def test_the_same_adapter_is_the_same_file_byte_for_byte(tmp_path):
+    """Safetensors alone writes its metadata in another order every other time."""
+    model = adapted()
+    files = set()
+    for _ in range(8):
+        model.save_pretrained(tmp_path)
+        files.add((tmp_path / WEIGHTS_NAME).read_bytes())
+    assert len(files) == 1
+
+
 def test_a_file_of_another_writer_needs_no_checksum(folder):
     rewrite(folder, lambda tensors: None)
     check_complete(folder)
+    PeftModel.from_pretrained(upernet(), folder)
+
+
+def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
+    good = (folder / WEIGHTS_NAME).read_bytes()
+
+    def write_half(_tensors, path, _metadata):
+        Path(path).write_bytes(good[: len(good) // 2])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(contents, "save_file", write_half)
+    model = adapted(seed=5)
+    with pytest.raises(OSError, match="disk full"):
+        model.save_pretrained(folder)
+    assert (folder / WEIGHTS_NAME).read_bytes() == good
+    assert not list(folder.glob(".partial*"))
     PeftModel.from_pretrained(upernet(), folder)
 
 

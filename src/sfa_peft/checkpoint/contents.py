@@ -8,6 +8,9 @@ UTF-8 and then its bytes, as eight hexadecimal digits.
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -20,6 +23,8 @@ from ..errors import AdapterFileError
 
 #: Under this key the metadata of a safetensors file holds the checksum of its tensors.
 CHECKSUM = "sfa_crc32"
+
+_METADATA = '"__metadata__":'
 
 
 def checksum(names: Iterable[str], tensor_of: Callable[[str], Tensor]) -> str:
@@ -45,10 +50,32 @@ def write_tensors(
 
     Args:
         tensors: By key, contiguous, none sharing memory with another.
-        path: The file; safetensors 0.8 replaces it when the new one lies whole beside it.
+        path: The file; it is replaced when the new one lies whole beside it.
         metadata: Of the header; the checksum is added.
     """
-    save_file(dict(tensors), path, {**metadata, CHECKSUM: checksum(tensors, tensors.__getitem__)})
+    path = Path(path)
+    metadata = {**metadata, CHECKSUM: checksum(tensors, tensors.__getitem__)}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".partial-") as folder:
+        partial = Path(folder) / path.name
+        save_file(dict(tensors), partial, metadata)
+        _order_metadata(partial)
+        partial.replace(path)
+
+
+def _order_metadata(path: Path) -> None:
+    """Put the header's metadata in the order of its keys: safetensors writes it in any order.
+
+    So that the same adapter is the same file, byte for byte.
+    """
+    with path.open("rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little")).decode()
+        start = header.index(_METADATA) + len(_METADATA)
+        metadata, end = json.JSONDecoder().raw_decode(header, start)
+        ordered = json.dumps(metadata, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        if len(ordered) == end - start:
+            file.seek(8)
+            file.write((header[:start] + ordered + header[end:]).encode())
+        os.fsync(file.fileno())  # a rename may reach the disk before the bytes do
 
 
 def check_contents(
