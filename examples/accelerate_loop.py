@@ -4,8 +4,8 @@
 Rendered scenes, a small SwinV2 that ships with the examples, and a UperNet head::
 
     python examples/accelerate_loop.py
-    accelerate launch --num_processes 2 examples/accelerate_loop.py             # two GPUs
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py       # or processes
+    accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/accelerate_loop.py  # no GPU
 
 It ends with the same bits if it is interrupted and taken up from a checkpoint (on as many
 processes as before)::

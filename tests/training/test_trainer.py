@@ -231,6 +231,8 @@ def test_early_stopping_says_how_much_is_selected(tmp_path, caplog):
     ) in caplog.text
     assert not any(pool.entries(i).observers for i in range(len(pool.tensors)))  # scores are freed
     trainer.model.save_pretrained(tmp_path / "stopped")
+    card = (tmp_path / "stopped" / "README.md").read_text()
+    assert f"Only a part of the budget was selected when this was saved: {third:,} of" in card
     again = PeftModel.from_pretrained(upernet(), tmp_path / "stopped")
     assert find_pool(again, "default").num_assigned == third
     assert torch.equal(logits(again), logits(trainer.model))
@@ -242,17 +244,21 @@ def test_a_run_that_ends_with_its_last_model_warns_of_nothing(tmp_path, caplog):
     assert not [r for r in caplog.records if r.name.startswith("sfa_peft")]
 
 
-def test_checkpoints_of_the_model_only_load_and_cannot_be_resumed_by_surprise(tmp_path):
+def test_checkpoints_of_the_model_only_hold_the_adapter_and_no_scores(tmp_path):
     trainer = make_trainer(
         tmp_path, [SFACallback()], save_strategy="steps", save_steps=6, save_only_model=True
     )
     trainer.train()
     folder = tmp_path / "checkpoint-6"
-    assert not (folder / "optimizer.pt").exists()
-    again = PeftModel.from_pretrained(upernet(), folder)
-    pool = find_pool(again, "default")
-    assert pool.num_assigned == pool.size * 2 // 3
+    assert not {"optimizer.pt", "sfa_selector.pt"} & {path.name for path in folder.iterdir()}
     assert not list(tmp_path.glob("sfa_selector*"))
+    pool = find_pool(PeftModel.from_pretrained(upernet(), folder), "default")
+    assert pool.num_assigned == pool.size * 2 // 3
+    again = make_trainer(tmp_path, [SFACallback()])
+    with pytest.raises(SelectionError, match="Checkpoints of save_only_model=True have none"):
+        again.train(resume_from_checkpoint=str(folder))
+    trainer.model.save_pretrained(folder)  # over it: now everything is selected
+    assert "Only a part of the budget" not in (folder / "README.md").read_text()
 
 
 # --- what is set up wrongly --------------------------------------------------------------------

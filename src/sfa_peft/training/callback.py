@@ -24,7 +24,7 @@ class SFACallback(TrainerCallback):
     `sfa_round` and `sfa_selected` (the selected share of the weights to select), and the first one
     after each pick all of `SFASelector.metrics`; TensorBoard and other reporters get them too. The
     Trainer's progress bar shows round and share. A checkpoint carries the selector's state, so that
-    a resumed run goes on with the same scores.
+    a resumed run goes on with the same scores (but not with `save_only_model`).
 
     Args:
         adapter_name: The adapter; None for the active one.
@@ -135,7 +135,7 @@ class SFACallback(TrainerCallback):
             self._write(args, state)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self.selector is None or self.selector.pool is None:
+        if self.selector is None or self.selector.pool is None or args.save_only_model:
             return
         self._written_at = state.global_step
         selector_state = self.selector.state_dict()  # all ranks add their sums

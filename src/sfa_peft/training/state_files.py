@@ -54,7 +54,8 @@ def read_state(folder: str | None, output_dir: Path, step: int) -> dict[str, Any
             f"Cannot resume the selection at step {step}: {path} is missing. If the run ended "
             "while it wrote that checkpoint, delete the folder and resume from the one before. If "
             "the checkpoint lies elsewhere, give its folder: "
-            "SFACallback(resume_from_checkpoint=...)."
+            "SFACallback(resume_from_checkpoint=...). Checkpoints of save_only_model=True have "
+            "none."
         )
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
