@@ -243,13 +243,14 @@ class SFAConfig(PeftConfig):
         """Where the config was read from (folder or Hub id); None where it was not read."""
         return getattr(self, _FOLDER, None)
 
-    def remember(self, resolved: dict[str, Any]) -> None:
+    def remember(self, resolved: dict[str, Any], selected: tuple[int, int] | None = None) -> None:
         """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
 
         Args:
             resolved: Sizes and layers of the adapter that is about to be saved.
+            selected: Number of weights selected and to select, for its model card.
         """
-        self._resolved = resolved
+        self._resolved, self._selected = resolved, selected
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold (sets become sorted lists)."""
@@ -267,7 +268,7 @@ class SFAConfig(PeftConfig):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
             super().save_pretrained(partial, **kwargs)
             (Path(partial) / CONFIG_NAME).replace(folder / CONFIG_NAME)
-        add_usage(folder)
+        add_usage(folder, getattr(self, "_selected", None))
 
     @classmethod
     def from_pretrained(

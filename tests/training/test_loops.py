@@ -109,17 +109,56 @@ def test_an_optimizer_that_does_not_train_the_values_is_refused():
 
 
 def test_a_pick_without_any_gradient_is_refused():
+    selector = SFASelector(make(), total_steps=8)
+    selector.step()
+    with pytest.raises(SelectionError, match="no gradient has reached any weight"):
+        selector.step()
+
+
+def test_a_selector_that_another_took_over_from_is_refused_at_its_next_step():
     model = make()
-    stale = SFASelector(model, total_steps=8)
-    fresh = SFASelector(model, total_steps=8)  # takes over
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    with pytest.raises(SelectionError, match="another selector or callback"):
-        fit(model, optimizer, stale, 4)
-    fresh.close()
+    stale = SFASelector(model, total_steps=8)
+    fit(model, optimizer, stale, 1)
+    fresh = SFASelector(model, total_steps=8)
+    with pytest.raises(SelectionError, match="driven by another selector or callback"):
+        fit(model, optimizer, stale, 1)
+    stale.load_state_dict(stale.state_dict())  # takes over again
+    with pytest.raises(SelectionError, match="driven by another selector or callback"):
+        fit(model, optimizer, fresh, 1)
+    fit(model, optimizer, stale, 7)
+    assert stale.selected_share == 1
+
+
+def test_a_closed_selector_counts_on_and_selects_nothing():
+    model = make()
+    selector = SFASelector(model, total_steps=8)
+    selector.close()
     pool = find_pool(model, "default")
     assert not any(pool.entries(i).observers for i in range(len(pool.tensors)))
-    assert not any(fresh.step() for _ in range(4))  # closed: counts on, selects nothing
-    assert fresh.selected == 0
+    assert not any(selector.step() for _ in range(4))
+    assert selector.selected == 0
+
+
+def test_progress_and_metrics_say_how_the_selection_stands():
+    model = make()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    selector = SFASelector(model, total_steps=8)
+    rounds = selector.schedule.num_rounds
+    assert selector.progress == {"round": f"1/{rounds}", "selected": "0.0%"}
+    assert selector.metrics() == {"sfa_round": 1, "sfa_selected": 0, "sfa_share/other": 0}
+    fit(model, optimizer, selector, selector.schedule.selection_steps)
+    pool = find_pool(model, "default")
+    share = pool.num_assigned / pool.size
+    assert selector.progress == {"round": f"2/{rounds}", "selected": f"{share:.1%}"}
+    found = selector.metrics()
+    assert (
+        found["sfa_selected"] == share == pytest.approx(1 / selector.schedule.num_picks, abs=0.01)
+    )
+    assert found["sfa_share/other"] == pool.num_assigned / pool.starts[-1]
+    assert found["sfa_score/p50"] <= found["sfa_score/threshold"] <= 1.004 * found["sfa_score/max"]
+    finished = SFASelector(make(score="random"), total_steps=8)
+    assert finished.progress == finished.metrics() == {}
 
 
 @pytest.mark.parametrize("total", [0, -5, 2.5, "10", True])

@@ -24,6 +24,17 @@ from tests.tiny import images, upernet
 STEPS, ROUND = 12, 3
 
 
+#: Training arguments of every run.
+QUIET = {
+    "save_strategy": "no",
+    "report_to": [],
+    "remove_unused_columns": False,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 class Images(Dataset):
     def __len__(self) -> int:
         return 16
@@ -68,18 +79,12 @@ def make_trainer(out, callbacks, options=None, model=None, data=None, **changes)
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
-        "save_strategy": "no",
-        "report_to": [],
-        "remove_unused_columns": False,
         "label_names": ["labels"],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     data = data or Images()
     return KilledTrainer(
         model=model,
-        args=TrainingArguments(**(arguments | changes)),
+        args=TrainingArguments(**(QUIET | arguments | changes)),
         train_dataset=data,
         eval_dataset=data,
         callbacks=callbacks,

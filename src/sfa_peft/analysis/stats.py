@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import TargetError
 from ..tuner.layer import SFALayer
 from ..tuner.model import adapter_layers, find_pool
+from ..tuner.pool import Pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000
@@ -129,6 +130,21 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
             }
         )
     return rows
+
+
+def stage_shares(pool: Pool) -> dict[str, float]:
+    """Return the share of each stage's weights that is selected, of those that may be.
+
+    Keys are `stage1`, `stage2`, ... (a plain vision transformer is one stage), and `other` for
+    layers whose stage is not known.
+    """
+    sizes: dict[str, int] = defaultdict(int)
+    selected: dict[str, int] = defaultdict(int)
+    for ordinal, (layer, _) in enumerate(pool.tensors):
+        stage = "other" if layer.stage is None else f"stage{layer.stage + 1}"
+        sizes[stage] += pool.weight(ordinal).numel()
+        selected[stage] += pool.count(ordinal)
+    return {stage: selected[stage] / size for stage, size in sizes.items()}
 
 
 def _line(name: str, count: int, total: int, note: str = "") -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
+from .distribution import ScoreDistribution
 from .topk import Source, streaming_topk
 
 #: Over which weights scores are compared.
@@ -25,6 +26,7 @@ def pick(
     ranking: str = "global",
     granularity: str = "weight",
     row_sizes: Sequence[int] | None = None,
+    distribution: ScoreDistribution | None = None,
 ) -> list[Tensor]:
     """Return the flat positions to admit, for each tensor.
 
@@ -38,6 +40,8 @@ def pick(
         granularity: "weight", or "row": all weights of one output feature (channel) together,
             ranked by the mean of their absolute scores.
         row_sizes: For "row" the number of weights in a row of each tensor.
+        distribution: Gets the scores that are compared (of weights, or of rows) and the smallest
+            one that is admitted.
 
     Returns:
         For each tensor positions, int64, strictly increasing.
@@ -48,12 +52,12 @@ def pick(
     if granularity == "row":
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
-        return _pick_rows(sources, quota, selected, ranking, row_sizes)
+        return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
     if ranking == "global":
-        return streaming_topk(sources, quota, selected)
+        return streaming_topk(sources, quota, selected, distribution)
     quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
     return [
-        streaming_topk([source], own, [before])[0]
+        streaming_topk([source], own, [before], distribution)[0]
         for source, own, before in zip(sources, quotas, selected, strict=True)
     ]
 
@@ -101,6 +105,7 @@ def _pick_rows(
     selected: Sequence[Tensor],
     ranking: str,
     row_sizes: Sequence[int],
+    distribution: ScoreDistribution | None,
 ) -> list[Tensor]:
     scores = [
         _row_scores(source, size, before)
@@ -114,6 +119,9 @@ def _pick_rows(
             _best_rows([score], [size], own)[0]
             for score, size, own in zip(scores, row_sizes, quotas, strict=True)
         ]
+    if distribution is not None:
+        for score, chosen in zip(scores, rows, strict=True):
+            distribution.add_scores(score[score >= 0], score[chosen])
     return [
         (chosen[:, None] * size + torch.arange(size)).reshape(-1).to(source.device)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)

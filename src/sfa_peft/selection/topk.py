@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
+from .distribution import LOW_BITS, NUM_BINS, ScoreDistribution
 
-_LOW_BITS = 15
-_LOW_MASK = (1 << _LOW_BITS) - 1
-_NUM_HIGH = 1 << 16
+_LOW_MASK = (1 << LOW_BITS) - 1
 _INF_KEY = 0x7F800000  # bit pattern of infinity; larger patterns are NaN
 _CHUNK = 1 << 20  # entries looked at together: 4 MiB of keys, which stay in cache
 _RANDOM_BLOCK = 1 << 16
@@ -101,7 +100,10 @@ class RandomSource:
 
 
 def streaming_topk(
-    scores: Sequence[Tensor | Source], k: int, excluded: Sequence[Tensor | None] | None = None
+    scores: Sequence[Tensor | Source],
+    k: int,
+    excluded: Sequence[Tensor | None] | None = None,
+    distribution: ScoreDistribution | None = None,
 ) -> list[Tensor]:
     """Return the positions of the k largest absolute values over all tensors.
 
@@ -111,6 +113,7 @@ def streaming_topk(
         k: Number of entries to select over all tensors together.
         excluded: For each tensor the flat positions (int64, strictly increasing) that must not be
             selected, or None.
+        distribution: Gets the finite scores that are not excluded, and the k-th largest of them.
 
     Returns:
         For each tensor its selected flat positions, int64, strictly increasing, on its device.
@@ -120,8 +123,8 @@ def streaming_topk(
     """
     sources = [TensorSource(s) if isinstance(s, Tensor) else s for s in scores]
     banned = list(excluded) if excluded is not None else [None] * len(sources)
-    high = _histogram(sources, banned, lambda keys: keys >> _LOW_BITS, _NUM_HIGH)
-    high[_INF_KEY >> _LOW_BITS :] = 0  # infinite and NaN
+    high = _histogram(sources, banned, lambda keys: keys >> LOW_BITS, NUM_BINS)
+    high[_INF_KEY >> LOW_BITS :] = 0  # infinite and NaN
     available = int(high.sum())
     if k > available:
         raise SelectionError(
@@ -129,17 +132,24 @@ def streaming_topk(
             "yet. Are gradients NaN or infinite?"
         )
     if k == 0:
+        _report(distribution, high, None)
         return [torch.empty(0, dtype=torch.int64, device=s.device) for s in sources]
     top, above = _kth_bin(high, k)
-    low = _histogram(sources, banned, lambda keys: _low_bits(keys, top), 1 << _LOW_BITS)
+    low = _histogram(sources, banned, lambda keys: _low_bits(keys, top), 1 << LOW_BITS)
     bottom, above_low = _kth_bin(low, k - above)
-    threshold = (top << _LOW_BITS) | bottom
+    threshold = (top << LOW_BITS) | bottom
+    _report(distribution, high, threshold)
     return _collect(sources, banned, threshold, ties=k - above - above_low)
+
+
+def _report(distribution: ScoreDistribution | None, counts: Tensor, threshold: int | None) -> None:
+    if distribution is not None:
+        distribution.add(counts, threshold)
 
 
 def _low_bits(keys: Tensor, top: int) -> Tensor:
     """Return the low bits of the keys in one bin of the first histogram."""
-    first = top << _LOW_BITS
+    first = top << LOW_BITS
     return keys[(keys >= first) & (keys <= (first | _LOW_MASK))] & _LOW_MASK
 
 

@@ -3,27 +3,28 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_callback import CallbackHandler
 
-from ..errors import SelectionError
+from ..errors import SFAWarning
 from .selector import SFASelector
-
-#: File of the selector's state in a Trainer checkpoint.
-STATE_NAME = "sfa_selector.pt"
+from .state_files import move_into_checkpoints, read_state, write_state
 
 
 class SFACallback(TrainerCallback):
     """Drive the selection from the Trainer's events.
 
-    Each update step counts once, however many micro-batches it has. Logs carry `sfa_round` and
-    `sfa_selected` (the selected share of the weights to select). A checkpoint carries the
-    selector's state, so that a resumed run goes on with the same scores.
+    Each update step counts once, however many micro-batches it has. Training logs carry
+    `sfa_round` and `sfa_selected` (the selected share of the weights to select), and the first one
+    after each pick all of `SFASelector.metrics`; TensorBoard and other reporters get them too. The
+    Trainer's progress bar shows round and share. A checkpoint carries the selector's state, so that
+    a resumed run goes on with the same scores (but not with `save_only_model`).
 
     Args:
         adapter_name: The adapter; None for the active one.
@@ -38,20 +39,27 @@ class SFACallback(TrainerCallback):
         self.resume_from_checkpoint = resume_from_checkpoint
         self.selector: SFASelector | None = None
         self._written_at: int | None = None  # update step
+        self._first = _BeforeReporters(self)
+        self._logged = self._shown = 0  # rounds
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Plan the rounds of the run; on resuming take up its state."""
         self._written_at = None
+        trainer = _calling_trainer()
+        _warn_of_summed_loss(args, kwargs["model"], trainer)
         self.selector = SFASelector(
             kwargs["model"],
             total_steps=state.max_steps,
             adapter_name=self.adapter_name,
             scaler=getattr(kwargs.get("optimizer"), "scaler", None),
         )
-        if state.global_step > 0:
-            _resume(self.selector, self.resume_from_checkpoint, args, state.global_step)
+        if state.global_step > 0 and self.selector.pool is not None:  # rho=1 selects nothing
+            path, step = Path(str(args.output_dir)), state.global_step
+            self.selector.load_state_dict(read_state(self.resume_from_checkpoint, path, step))
+        self._logged, self._shown = self.selector.round, 0
+        self._first.join(trainer)
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -64,6 +72,7 @@ class SFACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Free the scores, also of a run that was stopped early."""
+        self._first.leave()
         if self.selector is not None:
             self.selector.close()
 
@@ -71,6 +80,7 @@ class SFACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Write the selector's state: the Trainer deletes older checkpoints before `on_save`."""
+        self._show_progress()
         self._write_early(args, state, control)
 
     def on_epoch_end(
@@ -82,19 +92,8 @@ class SFACallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add round and selected share to a training log."""
-        logs = kwargs.get("logs")
-        if (
-            self.selector is None
-            or self.selector.schedule is None
-            or not logs
-            or "loss" not in logs
-        ):
-            return
-        entry = {"sfa_round": self.selector.round, "sfa_selected": self.selector.selected_share}
-        logs.update(entry)
-        if state.log_history and state.log_history[-1].get("step") == state.global_step:
-            state.log_history[-1].update(entry)
+        """Add round and selected share to a training log (once: reporters had theirs before)."""
+        self.add_to_log(state, kwargs.get("logs"))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,7 +104,29 @@ class SFACallback(TrainerCallback):
         if self._written_at != state.global_step:  # not foreseen at the end of the step
             self._write(args, state)
         if state.is_world_process_zero:
-            _move_into_checkpoints(Path(str(args.output_dir)))
+            move_into_checkpoints(Path(str(args.output_dir)))
+
+    def add_to_log(self, state: TrainerState, logs: dict[str, Any] | None) -> None:
+        """Add how the selection stands to a training log and to the Trainer's history of them."""
+        if self.selector is None or not logs or "loss" not in logs or "sfa_round" in logs:
+            return
+        entry = self.selector.metrics()
+        if self._logged == self.selector.round:  # no pick since the last log
+            entry = {k: v for k, v in entry.items() if k in ("sfa_round", "sfa_selected")}
+        self._logged = self.selector.round
+        logs.update(entry)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(entry)
+
+    def _show_progress(self) -> None:
+        """Write round and share on the Trainer's progress bar, where it has one."""
+        if self.selector is None or self._shown == self.selector.round:
+            return
+        self._shown = self.selector.round
+        for callback in self._first.others():
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.set_postfix(self.selector.progress, refresh=False)
 
     def _write_early(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl
@@ -114,56 +135,90 @@ class SFACallback(TrainerCallback):
             self._write(args, state)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        """Write the state beside the checkpoints, so that a half-written one is never the last."""
-        if self.selector is None or self.selector.pool is None:
+        if self.selector is None or self.selector.pool is None or args.save_only_model:
             return
         self._written_at = state.global_step
         selector_state = self.selector.state_dict()  # all ranks add their sums
         if state.is_world_process_zero:
-            path = _beside(args, state.global_step)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            torch.save(selector_state, partial)
-            partial.replace(path)
+            write_state(selector_state, Path(str(args.output_dir)), state.global_step)
 
 
-def _resume(selector: SFASelector, folder: str | None, args: TrainingArguments, step: int) -> None:
-    """Take up the state of a checkpoint (rho=1 has none: there is nothing to select)."""
-    path = (Path(folder) if folder else _checkpoint(args, step)) / STATE_NAME
-    if selector.pool is None:
+class _BeforeReporters(TrainerCallback):
+    """Stands first among the callbacks of a run and lets its owner add to logs.
+
+    The Trainer calls its reporters (TensorBoard and others) before the callbacks that it is given.
+
+    Args:
+        owner: Adds to logs.
+    """
+
+    def __init__(self, owner: SFACallback) -> None:
+        self._owner = owner
+        self._handler: Any = None
+
+    def join(self, trainer: Any) -> None:
+        """Take the first place in a Trainer's callbacks; do nothing without one."""
+        self.leave()
+        if trainer is not None:
+            self._handler = trainer.callback_handler
+            # A new list: the present event goes on over the old one.
+            self._handler.callbacks = [self, *self._handler.callbacks]
+
+    def leave(self) -> None:
+        """Give the place back."""
+        if self._handler is not None:
+            self._handler.callbacks = self.others()
+            self._handler = None
+
+    def others(self) -> list[TrainerCallback]:
+        """Return the other callbacks of the run."""
+        return [c for c in self._handler.callbacks if c is not self] if self._handler else []
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the owner add to a log."""
+        self._owner.add_to_log(state, kwargs.get("logs"))
+
+
+def _calling_trainer() -> Any:
+    """Return the Trainer whose event is handled; None if something else calls.
+
+    Events bring the model, the optimizer and more, but neither the Trainer nor its callbacks. So it
+    is looked up among the callers.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(getattr(caller, "callback_handler", None), CallbackHandler):
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def _warn_of_summed_loss(args: TrainingArguments, model: Any, trainer: Any) -> None:
+    """Warn where accumulated losses would be added up and not averaged (transformers #47688)."""
+    micro_batches = args.gradient_accumulation_steps
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    declared = getattr(base, "accepts_loss_kwargs", None)
+    if micro_batches == 1 or declared:
         return
-    if not path.is_file() and not folder and _beside(args, step).is_file():
-        path = _beside(args, step)  # the run ended before it was moved
-    if not path.is_file():
-        raise SelectionError(
-            f"Cannot resume the selection at step {step}: {path} is missing. If the run ended "
-            "while it wrote that checkpoint, delete the folder and resume from the one before. If "
-            "the checkpoint lies elsewhere, give its folder: "
-            "SFACallback(resume_from_checkpoint=...)."
+    if trainer is None:
+        parameters = inspect.signature(base.forward).parameters.values()
+        is_meant = declared is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    else:
+        is_meant = (
+            getattr(trainer, "model_accepts_loss_kwargs", False)
+            and getattr(trainer, "compute_loss_func", None) is None
+            and getattr(trainer, "loss_is_scaled_for_ga", None) is None
         )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, UnpicklingError) as error:
-        raise SelectionError(
-            f"{path}: cut short or damaged ({error}). Resume from the checkpoint before."
-        ) from error
-    selector.load_state_dict(state)
-
-
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-
-
-def _move_into_checkpoints(output_dir: Path) -> None:
-    """Put states that lie beside their checkpoints into them, those of a killed run too."""
-    for path in output_dir.glob(f"{Path(STATE_NAME).stem}-*.pt"):
-        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{path.stem.rpartition('-')[2]}"
-        if folder.is_dir():
-            path.replace(folder / STATE_NAME)
-        else:
-            path.unlink()
-
-
-def _beside(args: TrainingArguments, step: int) -> Path:
-    """Return where the state lies until the rest of its checkpoint is written."""
-    return Path(str(args.output_dir)) / f"{Path(STATE_NAME).stem}-{step}.pt"
+    if is_meant:
+        warnings.warn(
+            f"gradient_accumulation_steps={micro_batches}: the Trainer does not divide the loss by "
+            f"it, because the forward of {type(base).__name__} takes **kwargs, so that it could "
+            "divide by num_items_in_batch itself. Vision heads do not, and then loss and gradients "
+            f"are {micro_batches} times too large. Set model.get_base_model().accepts_loss_kwargs "
+            "= False before the Trainer is made (True, if the model does divide).",
+            SFAWarning,
+            stacklevel=2,
+        )

@@ -13,6 +13,7 @@ import torch
 from ..config import SFAConfig
 from ..errors import SelectionError
 from ..selection.accumulators import Accumulator, non_finite
+from ..selection.distribution import ScoreDistribution
 from ..selection.pick import pick, row_sizes
 from ..selection.schedule import Schedule
 from ..selection.scores import find_score
@@ -50,6 +51,7 @@ class Run:
         self.candidates: Candidates | None = None
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
         self.late_entries = LateEntries(pool) if config.late_bias_correction else None
+        self.scores: dict[str, float] = {}  # distribution of those that the last pick compared
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observers": {}, "drives": self.pool.driver is self}
@@ -114,6 +116,11 @@ class Run:
 
     def step(self, optimizer: Any = None) -> bool:
         """Count one update step; pick at the end of a round (see `SFASelector.step`)."""
+        if self.pool.driver is not self:
+            raise SelectionError(
+                f"Adapter `{self.pool.adapter_name}` is driven by another selector or callback, "
+                "which was made later. Make one for each run, and call the step of no other."
+            )
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
             # With a scaler it was an overflow, whose gradients do not count; else a micro-batch.
@@ -168,6 +175,7 @@ class Run:
                 f"selected weights, but this run selected {known}. Was the adapter loaded anew "
                 "meanwhile? Load the selector's state of that moment too, or make a new selector."
             )
+        distribution = ScoreDistribution()
         self.pool.assign(
             pick(
                 [accumulator.source() for accumulator in accumulators],
@@ -176,11 +184,19 @@ class Run:
                 ranking=self.config.ranking,
                 granularity=self.config.granularity,
                 row_sizes=row_sizes([self.pool.weight(i) for i in range(size)]),
+                distribution=distribution,
             )
         )
+        self.scores = distribution.summary()
         if self.pool.num_assigned > first:
             self.joined.append((first, self.pool.num_assigned, self.update_steps))
-        logger.info("Step %d: %d weights selected.", self.update_steps, self.pool.num_assigned)
+        logger.info(
+            "Step %d: %d weights selected; smallest score admitted: %.4g (median of all: %.4g).",
+            self.update_steps,
+            self.pool.num_assigned,
+            self.scores.get("threshold", float("nan")),
+            self.scores["p50"],
+        )
         for accumulator in accumulators:
             accumulator.reset()
         if self.candidates is not None:
@@ -192,9 +208,9 @@ class Run:
         if not any(bool(a.state.any()) for a in self.accumulators.values()):
             raise SelectionError(
                 f"Update step {self.update_steps}: no gradient has reached any weight that adapter "
-                f"`{self.pool.adapter_name}` may select. Is the adapter active and not merged, "
-                "does another selector or callback drive it, or is gradient checkpointing on with "
-                "use_reentrant=True (which needs use_reentrant=False)?"
+                f"`{self.pool.adapter_name}` may select. Is the adapter active and not merged, or "
+                "is gradient checkpointing on with use_reentrant=True (which needs "
+                "use_reentrant=False)?"
             )
         for name in non_finite(self.accumulators):
             logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
@@ -236,6 +252,7 @@ class Run:
             )
         self.pool.load_state_dict(state["pool"])
         self.stop()
+        self.pool.driver = self
         if state["sums"]:
             self.start()
         if set(state["sums"]) != set(self.accumulators):

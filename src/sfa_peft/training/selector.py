@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..analysis.stats import stage_shares
 from ..config import SFAConfig
 from ..errors import SelectionError
 from ..selection.schedule import Schedule, make_schedule
@@ -92,8 +93,10 @@ class SFASelector:
 
     @property
     def selected(self) -> int:
-        """Number of pretrained weights selected so far."""
-        return 0 if self.pool is None else self.pool.num_assigned
+        """Number of pretrained weights selected so far (asks no device between two picks)."""
+        if self.pool is None:
+            return 0
+        return sum(self.pool.count(i) for i in range(len(self.pool.tensors)))
 
     @property
     def selected_share(self) -> float:
@@ -107,6 +110,33 @@ class SFASelector:
             return 0
         schedule = self._run.schedule
         return min(self.update_steps // schedule.selection_steps + 1, schedule.num_rounds)
+
+    @property
+    def progress(self) -> dict[str, str]:
+        """Round and selected share for a progress bar: `bar.set_postfix(selector.progress)`.
+
+        Empty where nothing is selected while training.
+        """
+        if self._run is None:
+            return {}
+        rounds = f"{self.round}/{self._run.schedule.num_rounds}"
+        return {"round": rounds, "selected": f"{self.selected_share:.1%}"}
+
+    def metrics(self) -> dict[str, float]:
+        """Return how the selection stands, for a log or a tracker.
+
+        Returns:
+            `sfa_round`, `sfa_selected` (share of the weights to select, 0 to 1), for each stage of
+            the backbone `sfa_share/stage1`, ... (share of the stage's weights that are selected),
+            and of the last pick of this process `sfa_score/p50`, `p90`, `p99`, `max` (of the
+            absolute scores that were compared, rounded down by less than 0.4 %) and `threshold`
+            (the smallest that was admitted). Empty where nothing is selected while training.
+        """
+        if self._run is None or self.pool is None:
+            return {}
+        found: dict[str, float] = {"sfa_round": self.round, "sfa_selected": self.selected_share}
+        found |= {f"sfa_share/{stage}": share for stage, share in stage_shares(self.pool).items()}
+        return found | {f"sfa_score/{name}": value for name, value in self._run.scores.items()}
 
     def step(self, optimizer: Any = None) -> bool:
         """Count one update step; pick at the end of a round.
@@ -178,17 +208,30 @@ class SFASelector:
         return {} if self.pool is None else {"pool": self.pool.state_dict()}
 
     def close(self) -> None:
-        """End the run, also before its last pick: free the scores and select no more."""
+        """End the run, also before its last pick: free the scores and select no more.
+
+        A warning says so where the adapter holds fewer weights than the run was to select, or than
+        it did select (an earlier state was loaded, such as the Trainer's best checkpoint).
+        """
         if self._run is None:
             return
+        chosen = self._run.joined[-1][1] if self._run.joined else 0
         if self._run.accumulators:
             logger.warning(
                 "The run ended at update step %d, before its last pick after step %d: %d of %d "
-                "weights are selected.",
+                "weights are selected. The adapter works, with that part of its budget.",
                 self.update_steps,
                 self._run.schedule.last_pick,
                 self.selected,
                 self.pool.size if self.pool else 0,
+            )
+        elif self.selected < chosen:
+            logger.warning(
+                "Adapter `%s` holds %d of the %d weights that the run selected: a checkpoint from "
+                "before the last pick was loaded. It works, with that part of its budget.",
+                self.adapter_name,
+                self.selected,
+                chosen,
             )
         self._run.stop()
 

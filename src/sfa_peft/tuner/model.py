@@ -217,7 +217,8 @@ class SFAModel(SwitchingModel):
         resolved = adapter_layers(model, adapter_name)[0].resolved[adapter_name]
         if pool is not None:
             resolved = pack_state(pool, config, resolved, state)
-        config.remember(resolved.to_dict())
+        selected = None if pool is None else (pool.num_assigned, pool.size)
+        config.remember(resolved.to_dict(), selected)
         return state
 
     @classmethod
