@@ -275,9 +275,10 @@ def _find_layers(
 ) -> dict[str, str]:
     """Return for each layer of a file its path in this model.
 
-    Where the model knows none of the paths, its modules were renamed, and roles find the layers.
+    Where the model lacks one of the paths, modules were renamed, and roles find the layers. All of
+    them: a release that renames the attention may keep the names of the MLP.
     """
-    if any(name in modules for name in saved.layers):
+    if all(name in modules for name in saved.layers):
         return {name: name for name in saved.layers}
     indices = _indices(roles)
     by_role: dict[Any, str] = {(r.role, r.block, indices[n]): n for n, r in roles.items()}
