@@ -115,7 +115,7 @@ def _grounding_dino() -> PreTrainedModel:
 
 
 def _oneformer() -> PreTrainedModel:
-    widths = {name: 64 for name in ("hidden_dim", "conv_dim", "mask_dim", "text_encoder_width")}
+    widths = dict.fromkeys(("hidden_dim", "conv_dim", "mask_dim", "text_encoder_width"), 64)
     text = {"context_length": 8, "num_layers": 1, "vocab_size": 16, "n_ctx": 2}
     config = require("OneFormerConfig")(
         backbone_config=swinv2_config(),
