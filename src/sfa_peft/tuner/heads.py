@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 
+_PATCHED = "set_peft_model_state_dict"
 _MARK = "_sfa_peft_heads"
 
 # What Transformers 5 calls otherwise, with the name in 4. Only names that one release has and the
@@ -79,7 +80,7 @@ def install() -> None:
     PEFT looks up the tensors of a head before it asks the tuner, so the function that it calls is
     replaced by one around it. Adapters of other methods pass through untouched.
     """
-    original = peft.peft_model.set_peft_model_state_dict
+    original = getattr(peft.peft_model, _PATCHED)
     if hasattr(original, _MARK):
         return
 
@@ -92,4 +93,4 @@ def install() -> None:
         return original(model, state, adapter_name, *args, **more)
 
     setattr(fill, _MARK, True)
-    peft.peft_model.set_peft_model_state_dict = fill
+    setattr(peft.peft_model, _PATCHED, fill)
