@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tests.model_zoo import (
@@ -19,6 +21,7 @@ from tests.model_zoo import (
     SIZE,
     SWIN,
     TEXT,
+    pixels,
     require,
     swinv2_config,
     tiny,
@@ -89,6 +92,7 @@ def _depth_anything() -> PreTrainedModel:
     stages = {"out_features": ["stage1", "stage2"], "reshape_hidden_states": False}
     config = require("DepthAnythingConfig")(
         backbone_config=require("Dinov2Config")(**stages, **PLAIN),
+        patch_size=PLAIN["patch_size"],
         reassemble_hidden_size=16,
         neck_hidden_sizes=[16, 16],
         reassemble_factors=[1, 1],
@@ -108,6 +112,27 @@ def _grounding_dino() -> PreTrainedModel:
         backbone_config=swinv2_config(out_features=ALL_STAGES[1:]), text_config=text, **options
     )
     return require("GroundingDinoForObjectDetection")(config)
+
+
+def _oneformer() -> PreTrainedModel:
+    widths = dict.fromkeys(("hidden_dim", "conv_dim", "mask_dim", "text_encoder_width"), 64)
+    text = {"context_length": 8, "num_layers": 1, "vocab_size": 16, "n_ctx": 2}
+    config = require("OneFormerConfig")(
+        backbone_config=swinv2_config(),
+        task_seq_len=8,
+        num_queries=6,
+        encoder_layers=1,
+        decoder_layers=2,
+        query_dec_layers=1,
+        num_attention_heads=2,
+        encoder_feedforward_dim=32,
+        dim_feedforward=32,
+        is_training=False,
+        use_auxiliary_loss=False,
+        **widths,
+        **{f"text_encoder_{name}": value for name, value in text.items()},
+    )
+    return require("OneFormerForUniversalSegmentation")(config)
 
 
 def _sam() -> PreTrainedModel:
@@ -183,6 +208,7 @@ HEADS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
         "swinv2",
         tiny("Swinv2ForMaskedImageModeling", "Swinv2Config", **SWIN),
     ),
+    "oneformer": ("model.pixel_level_module.encoder", _oneformer),
     "rt_detr": (
         "model.backbone.model",
         _swinv2_head("RTDetrForObjectDetection", "RTDetrConfig", **_RTDETR),
@@ -223,3 +249,13 @@ HEADS: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
         ),
     ),
 }
+
+
+def inputs(head: str) -> dict[str, Tensor]:
+    """Return a batch of two that a tiny task model accepts."""
+    others: dict[str, dict[str, Tensor]] = {
+        "grounding_dino": {"input_ids": torch.tensor([[101, 5, 1012, 102]] * 2)},
+        "oneformer": {"task_inputs": torch.zeros(2, 8)},
+        "sam": {"input_points": torch.ones(2, 1, 1, 2)},
+    }
+    return {"pixel_values": pixels(head), **others.get(head, {})}

@@ -54,6 +54,7 @@ SAM = {
     "image_size": SIZE,
     "patch_size": 8,
     "output_channels": 16,
+    "num_pos_feats": 8,
     "global_attn_indexes": [1],
     "window_size": 2,
 }

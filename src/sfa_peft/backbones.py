@@ -57,7 +57,7 @@ SUPPORTED_MODEL_TYPES = frozenset(
 # and 5 (and timm); ConvNeXt has no attention, its depthwise convolution plays that part.
 _ROLE_PATTERNS = {
     "attn_in": r"(?:attention|attn|self_attn)\.(?:(?:self|attention)\.)?"
-    r"(?:query|key|value|qkv|[qkv]_proj)|modulation\.projection_in",
+    r"(?:query|key|value|qkv|kv|q|[qkv]_proj)|modulation\.projection_in",
     "attn_out": r"(?:attention|attn|self_attn)\.(?:output\.dense|o_proj|out_proj|proj)"
     r"|modulation\.projection_out",
     "mlp_in": r"mlp\.(?:fc1|dense1|lin1|up_proj|gate_proj|weights_in)|intermediate\.dense"
@@ -165,6 +165,24 @@ def role_of(path: str) -> str | None:
     """
     match = _ROLE_PATH.fullmatch(path)
     return None if match is None else match.lastgroup
+
+
+def suggest_targets(model: nn.Module) -> str | None:
+    """Return the `target_modules` that take the role layers of an unknown model.
+
+    Args:
+        model: Any module; numbered blocks with the names of Transformers or timm are looked for.
+
+    Returns:
+        One regular expression for whole paths, None where no layer is named like that.
+    """
+    found = set()
+    for path, module in _walk(model):
+        match = _ROLE_PATH.fullmatch(path)
+        if match is not None and isinstance(_innermost(module), (nn.Linear, nn.Conv2d)):
+            found.add(path.removeprefix(match["block"] + "."))
+    names = "|".join(re.escape(name) for name in sorted(found))
+    return rf".*\b\d+\.({names})" if names else None
 
 
 def describe_model(model: nn.Module) -> str:

@@ -79,7 +79,8 @@ def check_tensors(
         if name not in found:
             raise AdapterFileError(
                 f"Adapter of another model? It changes `{name}`, which this model does not have. "
-                "Load it onto the model (and head) it was trained on."
+                "Load it onto the model (and head) it was trained on; where that is this one, use "
+                "the major version of transformers that it was saved with, since names changed."
             )
         if list(found[name]) != list(shape):
             raise AdapterFileError(

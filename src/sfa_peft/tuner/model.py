@@ -166,6 +166,12 @@ class SFAModel(SwitchingModel):
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            return super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # detectors tie heads to one another, but embed no words
+            return []
+
     def _inject_parameters(self, *_args: Any, **_kwargs: Any) -> list[str]:
         # PEFT would wrap what `target_parameters` names once more; their layers are wrapped.
         return [f"{t.name}.{p}" for t in self._plan.targets.values() for p in t.parameters]

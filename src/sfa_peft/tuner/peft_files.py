@@ -26,6 +26,7 @@ from ..checkpoint.contents import write_tensors
 from ..checkpoint.file import check_complete
 from ..config import SFAConfig
 from ..errors import AdapterFileError
+from .heads import heads_as_here
 from .registration import NAME
 
 _MARK = "_sfa_peft"
@@ -157,6 +158,7 @@ def _fill(
 ) -> Any:
     if not isinstance(model.peft_config.get(adapter_name), SFAConfig):
         return original(model, state, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
+    state = heads_as_here(model, adapter_name, state)
     token = _load.set(Load(whole=True, ignore_sizes=ignore_mismatched_sizes))
     try:
         result = original(model, state, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)

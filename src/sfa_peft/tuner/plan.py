@@ -13,14 +13,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..backbones import Backbone, RoleModule, describe_model, find_backbone, role_modules
+from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
 from ..checkpoint.file import check_tensors
 from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning, TargetError
 from .external import output_features
-from .targets import match_layers, own_modules, refuse_shared, wrappable
+from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None)
     if reused is not None:
         parameters, whole = reused.parameters, outputs
     if not parameters and not outputs:
-        raise TargetError(_nothing_found(model, config))
+        raise TargetError(nothing_found(model, config))
     layers = {
         n: wrappable(n, m, parameters.get(n, ()), whole=n in whole)
         for n, m in modules.items()
@@ -275,27 +275,11 @@ def _find_layers(
 ) -> dict[str, str]:
     """Return for each layer of a file its path in this model.
 
-    Where the model knows none of the paths, its modules were renamed, and roles find the layers.
+    Where the model lacks one of the paths, modules were renamed, and roles find the layers. All of
+    them: a release that renames the attention may keep the names of the MLP.
     """
-    if any(name in modules for name in saved.layers):
+    if all(name in modules for name in saved.layers):
         return {name: name for name in saved.layers}
     indices = _indices(roles)
     by_role: dict[Any, str] = {(r.role, r.block, indices[n]): n for n, r in roles.items()}
     return {n: by_role.get((a.role, a.block, a.index), n) for n, a in saved.layers.items()}
-
-
-def _nothing_found(model: nn.Module, config: SFAConfig) -> str:
-    if config.target_modules is None:
-        looked = "the attention and MLP linear layers of a known vision backbone"
-        advice = "Name layers in target_modules, or check exclude_modules and layers_to_transform."
-        start = "Please specify `target_modules` in `peft_config`: "
-    else:
-        looked = f"layers that match target_modules={config.target_modules!r}"
-        if config.target_parameters:
-            looked += f" or target_parameters={config.target_parameters!r}"
-        advice = "Check the names (a suffix such as 'query', or one regular expression)."
-        start = ""
-    return (
-        f"{start}no layer to adapt found. Looked for {looked}. {advice} The model has: "
-        f"{describe_model(model)}"
-    )

@@ -18,12 +18,15 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..backbones import Backbone, RoleModule, role_of
+from ..backbones import Backbone, RoleModule, describe_model, role_of, suggest_targets
 from ..config import SFAConfig
 from ..errors import TargetError
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")
+
+#: Number of layers that an error lists.
+_LISTED = 8
 
 
 def own_modules(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,6 +124,42 @@ def _refuse_unmatched(config: SFAConfig, parameters: Mapping[str, Sequence[str]]
         )
 
 
+def nothing_found(model: nn.Module, config: SFAConfig) -> str:
+    """Say that a config names no layer of a model, and what would."""
+    if config.target_modules is None:
+        looked = "the attention and MLP linear layers of a known vision backbone"
+        advice = _advice(model)
+        start = "Please specify `target_modules` in `peft_config`: "
+    else:
+        looked = f"layers that match target_modules={config.target_modules!r}"
+        if config.target_parameters:
+            looked += f" or target_parameters={config.target_parameters!r}"
+        advice = "Check the names (a suffix such as 'query', or one regular expression)."
+        start = ""
+    return (
+        f"{start}no layer to adapt found. Looked for {looked}. {advice} The model has: "
+        f"{describe_model(model)}"
+    )
+
+
+def _advice(model: nn.Module) -> str:
+    """Say which `target_modules` fit a model without a known backbone."""
+    pattern = suggest_targets(model)
+    if pattern is not None:
+        return (
+            f'Its blocks have layers of that kind: try target_modules=r"{pattern}"; or check '
+            "exclude_modules and layers_to_transform."
+        )
+    # Not the subclass inside MultiheadAttention, which cannot be adapted.
+    linears = [n for n, m in own_modules(model).items() if type(m) is nn.Linear]
+    more = ", ..." if len(linears) > _LISTED else "."
+    listed = f" Its linear layers: {', '.join(linears[:_LISTED])}{more}" if linears else ""
+    return (
+        "Name the layers whose weights may be selected in target_modules, and those that end an "
+        f"attention or MLP sub-layer in external_modules as well.{listed}"
+    )
+
+
 def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:
     """Return PEFT's own verdict: truthy or falsy, or an object that says "excluded"."""
     rules = SimpleNamespace(
@@ -168,8 +207,13 @@ def wrappable(name: str, layer: nn.Module, parameters: Sequence[str], *, whole: 
         if isinstance(getattr(layer, parameter, None), Tensor):
             _check_parameter(name, layer, parameter)
     kind = type(layer).__name__
-    packed = kind == "NonDynamicallyQuantizableLinear"  # of MultiheadAttention, which bypasses it
-    if packed or (whole and not isinstance(layer, (nn.Linear, nn.Conv2d))):
+    if kind == "NonDynamicallyQuantizableLinear":
+        raise TargetError(
+            f"`{name}` belongs to a torch.nn.MultiheadAttention, which reads its weight without "
+            "calling it, so it cannot be adapted. Leave it out of target_modules; linear layers "
+            "outside the attention can be named."
+        )
+    if whole and not isinstance(layer, (nn.Linear, nn.Conv2d)):
         raise TargetError(
             f"`{name}` is a {kind}; only torch.nn.Linear and torch.nn.Conv2d layers can be "
             "adapted. Leave it out of target_modules (or name the linear layers inside it; single "
