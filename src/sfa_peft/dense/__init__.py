@@ -12,6 +12,11 @@ from sfa_peft.dense.data.transforms import (
     colour_jitter,
     to_tensors,
 )
+from sfa_peft.dense.inference import DenseMaps, predict_maps, sliding_window_maps
+from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
+from sfa_peft.dense.metrics.coco import CocoMetrics
+from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
+from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
     argmax_logits,
@@ -24,6 +29,9 @@ from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, rende
 __all__ = [
     "CLASS_NAMES",
     "IGNORE_INDEX",
+    "CocoMetrics",
+    "DenseMaps",
+    "DepthMetrics",
     "EvalTransform",
     "Scene",
     "SceneDataset",
@@ -38,9 +46,16 @@ __all__ = [
     "confusion_matrix",
     "contact_sheet",
     "curve_plot",
+    "depth_at_labels",
+    "instances_from_segmentation",
+    "kb_crop",
     "load_segmentation",
+    "multi_scale_probabilities",
+    "predict_depth",
+    "predict_maps",
     "read_classes",
     "render_scene",
     "segmentation_scores",
+    "sliding_window_maps",
     "to_tensors",
 ]
