@@ -16,7 +16,9 @@ from sfa_peft.dense.inference import DenseMaps, predict_maps, sliding_window_map
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
+from sfa_peft.dense.metrics.detr import detr_outputs, detr_results
 from sfa_peft.dense.metrics.instances import instances_from_segmentation
+from sfa_peft.dense.metrics.mask_queries import mask_query_outputs, mask_query_results
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
     argmax_logits,
@@ -47,9 +49,13 @@ __all__ = [
     "contact_sheet",
     "curve_plot",
     "depth_at_labels",
+    "detr_outputs",
+    "detr_results",
     "instances_from_segmentation",
     "kb_crop",
     "load_segmentation",
+    "mask_query_outputs",
+    "mask_query_results",
     "multi_scale_probabilities",
     "predict_depth",
     "predict_maps",

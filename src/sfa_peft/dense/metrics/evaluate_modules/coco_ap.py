@@ -44,7 +44,7 @@ class CocoAP(evaluate.Metric):
             ),
         )
 
-    def _compute(
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, predictions: Any, references: Any, class_names: list[str]
     ) -> dict[str, float]:
         kind: Any = _KINDS[self.config_name]

@@ -35,7 +35,7 @@ class Depth(evaluate.Metric):
             features=datasets.Features({"predictions": image, "references": image}),
         )
 
-    def _compute(
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         predictions: Any,
         references: Any,

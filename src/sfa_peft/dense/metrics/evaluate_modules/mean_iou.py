@@ -38,7 +38,7 @@ class MeanIoU(evaluate.Metric):
             features=datasets.Features({"predictions": image, "references": image}),
         )
 
-    def _compute(
+    def _compute(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         predictions: Any,
         references: Any,
