@@ -108,6 +108,17 @@ def test_neither_batches_nor_the_order_of_images_show(
     np.testing.assert_equal(parts.compute(), whole.compute())
 
 
+def test_the_order_of_many_images_does_not_show_in_the_last_bit() -> None:
+    rng = np.random.default_rng(0)
+    predicted, labels = rng.uniform(1, 7, (2, 50, 2, 2)).astype(np.float32)
+    there, back = metrics(), metrics()
+
+    there.update(predicted, labels)
+    back.update(predicted[::-1], labels[::-1])
+
+    assert there.compute() == back.compute()
+
+
 @given(depth_maps())
 def test_a_perfect_prediction_has_no_error(pair: tuple[np.ndarray, np.ndarray]) -> None:
     labels = pair[1]
