@@ -36,6 +36,12 @@ def reference_iou(predicted: np.ndarray, labels: np.ndarray, ignore: int) -> lis
     return ious
 
 
+def reference_accuracy(predicted: np.ndarray, labels: np.ndarray) -> list[float]:
+    pairs = list(zip(predicted.flat, labels.flat, strict=True))
+    hits = [[p == t for p, t in pairs if t == c] for c in range(CLASSES)]
+    return [sum(row) / len(row) if row else math.nan for row in hits]
+
+
 @st.composite
 def masks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     shape = draw(hnp.array_shapes(min_dims=3, max_dims=3, max_side=5))
@@ -53,9 +59,12 @@ def test_scores_equal_those_of_a_loop_over_pixels(pair: tuple[np.ndarray, np.nda
     counted = labels != 255
 
     np.testing.assert_array_equal(scores["iou"], expected)
+    accuracy = np.array(reference_accuracy(predicted, labels))
+    np.testing.assert_array_equal(scores["accuracy"], accuracy)
     assert confusion.sum() == counted.sum()
     if counted.any():
         assert scores["mean_iou"] == pytest.approx(np.nanmean(expected), abs=1e-12)
+        assert scores["mean_accuracy"] == pytest.approx(np.nanmean(accuracy), abs=1e-12)
         right = (predicted == labels)[counted].mean()
         assert scores["pixel_accuracy"] == pytest.approx(right, abs=1e-12)
     else:

@@ -8,21 +8,15 @@ class that neither the labels nor the predictions hold is nan and left out of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from sfa_peft.dense.metrics.accumulator import BatchMetric, as_array
 from sfa_peft.errors import SFAError
-
-
-class Prediction(Protocol):
-    """What ``transformers.EvalPrediction`` has and the metric needs."""
-
-    predictions: Any
-    label_ids: Any
 
 
 def confusion_matrix(
@@ -77,7 +71,7 @@ def segmentation_scores(confusion: NDArray[np.int64]) -> dict[str, Any]:
     }
 
 
-class SegmentationMetrics:
+class SegmentationMetrics(BatchMetric):
     """Accumulate a confusion matrix over batches; give it to Trainer as ``compute_metrics``.
 
     Set ``batch_eval_metrics=True`` in the arguments and pass :func:`argmax_logits` as
@@ -123,8 +117,8 @@ class SegmentationMetrics:
             SFAError: If the shapes differ or an id is out of range.
         """
         self.confusion += confusion_matrix(
-            _as_array(predicted),
-            _as_array(labels),
+            as_array(predicted),
+            as_array(labels),
             num_classes=self.num_classes,
             ignore_index=self.ignore_index,
         )
@@ -141,26 +135,6 @@ class SegmentationMetrics:
         for name, iou in zip(self.class_names or (), scores["iou"], strict=False):
             result[f"iou_{name}"] = float(iou)
         return result
-
-    def __call__(self, prediction: Prediction, compute_result: bool = True) -> dict[str, float]:
-        """Count one batch and, after the last, return the scores and start over.
-
-        Args:
-            prediction: ``predictions`` and ``label_ids`` as in :meth:`update`.
-            compute_result: Whether this is the last batch.
-
-        Returns:
-            The scores as in :meth:`compute`, or an empty dict before the last batch.
-
-        Raises:
-            SFAError: If the shapes differ or an id is out of range.
-        """
-        self.update(prediction.predictions, prediction.label_ids)
-        if not compute_result:
-            return {}
-        scores = self.compute()
-        self.reset()
-        return scores
 
 
 def argmax_logits(
@@ -182,10 +156,6 @@ def argmax_logits(
             first.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
         )
     return first.argmax(1)
-
-
-def _as_array(values: Any) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
 
 
 def _in_range(ids: NDArray[Any], num_classes: int, what: str) -> NDArray[np.int64]:
