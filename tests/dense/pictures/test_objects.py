@@ -55,6 +55,8 @@ def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: lis
     assert [t.get_text() for t in predicted.texts] == ["disc 0.50", "box 0.91"]  # surest on top
     # Pixel 2 spans 1.5 to 2.5 on matplotlib's axes: its left edge, a box's 2, lies at 1.5.
     assert true.patches[0].get_bbox().extents.tolist() == [1.5, 2.5, 8.5, 7.5]
+    # The second box begins at the image's top: its name is written inside.
+    assert [t.get_verticalalignment() for t in true.texts] == ["bottom", "top"]
     colours = [tuple(p.get_edgecolor()[:3]) for p in true.patches]
     assert colours == [tuple(class_palette(255)[2 + c] / 255) for c in (1, 0)]
     with Image.open(path) as written:

@@ -177,12 +177,15 @@ def _draw_box(axis: Axes, box: NDArray[Any], colour: Any) -> None:
 
 def _write_name(axis: Axes, corner: tuple[float, float], text: str, colour: Any) -> None:
     dark = float(np.dot(colour, (0.299, 0.587, 0.114))) < 0.55
+    bottom, top = axis.get_ylim()  # rows of the image, the last one first
+    # Above the object, or within it where the image ends.
+    is_at_top = corner[1] - top < 0.08 * (bottom - top)
     axis.text(
         *corner,
         text,
         fontsize=5,
         color="white" if dark else "black",
-        verticalalignment="bottom",
+        verticalalignment="top" if is_at_top else "bottom",
         clip_on=True,
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.8},
     )
