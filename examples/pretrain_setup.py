@@ -187,18 +187,22 @@ def readme(model: Swinv2ForImageClassification, args: Arguments, results: dict) 
     """Return the text that goes with the weights."""
     config = model.config
     averaged = f", weights averaged with decay {args.ema}" if args.ema else ""
+    facts = {
+        "Data": f"{args.data_name}; {results['train_images']:,} training and "
+        f"{results['val_images']:,} validation images, {config.num_labels} classes.",
+        "Terms of the data": f"{args.data_licence}. The code's licence does not cover the weights.",
+        "Training": f"{results['epochs']:.1f} epochs in {results['minutes']:.1f} minutes on "
+        f"{results['device']}, batch {args.batch_size}{averaged}.",
+        "Quality": f"{results['top1']:.1%} top-1 on the validation images.",
+    }
+    listed = "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items())
     return f"""# {Path(args.output_dir).name}
 
-A SwinV2 classifier of {model.num_parameters() / 1e6:.2f} M parameters (embedding
-{config.embed_dim}, depths {"-".join(map(str, config.depths))}, window {config.window_size}, patch
-{config.patch_size}, {config.image_size} px), trained from scratch.
+A SwinV2 classifier of {model.num_parameters() / 1e6:.2f} M parameters, trained from scratch:
+embedding {config.embed_dim}, depths {"-".join(map(str, config.depths))}, window
+{config.window_size}, patch {config.patch_size}, {config.image_size} px.
 
-- **Data**: {args.data_name}: {results["train_images"]:,} training and {results["val_images"]:,}
-  validation images in {config.num_labels} classes.
-- **Terms of the data**: {args.data_licence}. The code's licence does not cover these weights.
-- **Training**: {results["epochs"]:.1f} epochs in {results["minutes"]:.1f} minutes on
-  {results["device"]}, batch {args.batch_size}{averaged}.
-- **Quality**: {100 * results["top1"]:.1f} % top-1 on the validation images.
+{listed}
 
 ```
 python {shlex.join(sys.argv)}

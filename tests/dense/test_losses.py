@@ -140,6 +140,7 @@ def dpt() -> DPTForDepthEstimation:
         reassemble_factors=[1] * 4,
     )
     model = DPTForDepthEstimation(config)
+    model.accepts_loss_kwargs = False
     # A positive start: at random values the last ReLU may be dead in a model this small.
     torch.nn.init.constant_(
         next(m for m in reversed(model.head.head) if hasattr(m, "bias")).bias, 1

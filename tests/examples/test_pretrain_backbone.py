@@ -198,7 +198,7 @@ def test_what_is_written_loads_as_a_backbone(
     assert results["top1"] > 0.8  # dark from light
     assert f"top-1 {results['top1']:.1%}" in capsys.readouterr().out
     readme = (out / "README.md").read_text()
-    for text in ("Noise: 32 training and 8", "free.", "6.0 epochs", "--epochs 6"):
+    for text in ("Noise; 32 training and 8", "free.", "6.0 epochs", "--epochs 6"):
         assert text in readme
     for name in ("loss.png", "top1.png"):
         with Image.open(out / name) as picture:

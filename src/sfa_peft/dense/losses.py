@@ -92,6 +92,7 @@ class SILogLoss:
 
     Give it to the Trainer, which then keeps the labels from the model::
 
+        dpt.accepts_loss_kwargs = False  # else transformers 4 hands DPT's backbone a pixel count
         Trainer(model=dpt, compute_loss_func=SILogLoss(), ...)
 
     In a loop of one's own, ``SILogLoss()(model(pixel_values=...), labels)``. Predictions are

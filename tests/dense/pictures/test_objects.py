@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from sfa_peft.dense.pictures.objects import ObjectPicture, object_sheet, paint_masks
 from sfa_peft.dense.pictures.sheets import class_palette
 from sfa_peft.errors import SFAError
+
+Figure = pytest.importorskip("matplotlib.figure").Figure
 
 NAMES = ("disc", "box")
 RGB = np.full((16, 16, 3), 250, np.uint8)
@@ -28,12 +29,12 @@ def masks() -> np.ndarray:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Collects figures as they are written."""
-    figures: list[Figure] = []
+    figures: list[Any] = []
     savefig = Figure.savefig
 
-    def keep(self: Figure, *args: Any, **options: Any) -> None:
+    def keep(self: Any, *args: Any, **options: Any) -> None:
         figures.append(self)
         savefig(self, *args, **options)
 
@@ -41,7 +42,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: list[Any]) -> None:
     truth = ObjectPicture(RGB, np.array([1, 0]), boxes=BOXES)
     guess = ObjectPicture(RGB, np.array([1, 0]), boxes=BOXES, scores=np.array([0.91, 0.5]))
 
@@ -79,9 +80,7 @@ def test_masks_have_a_colour_each_and_change_nothing_outside() -> None:
     assert (RGB == 250).all()
 
 
-def test_a_sheet_of_masks_names_every_object_with_a_pixel(
-    tmp_path: Path, drawn: list[Figure]
-) -> None:
+def test_a_sheet_of_masks_names_every_object_with_a_pixel(tmp_path: Path, drawn: list[Any]) -> None:
     three = np.concatenate([masks(), np.zeros((1, 16, 16), bool)])
     picture = ObjectPicture(RGB, np.array([0, 0, 1]), masks=three, scores=np.array([0.3, 0.2, 0.1]))
     nothing = ObjectPicture(RGB, np.zeros(0, int), masks=np.zeros((0, 16, 16), bool))
