@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options, model, checkpoint and README of `pretrain_backbone.py`."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, Swinv2Config, Swinv2ForImageClassification
+
+from sfa_peft.errors import SFAError
+
+HERE = Path(__file__).parent
+# What may differ between a run and its continuation.
+FREE_TO_CHANGE = {
+    *("output_dir", "resume_from_checkpoint", "save_steps", "num_workers", "threads"),
+    *("save_dtype", "data_name", "data_licence"),
+}
+
+
+@dataclass
+class Arguments:
+    """What to train; every field is a command line option."""
+
+    data: str = field(
+        metadata={
+            "help": "Folder with a training and a validation split: <split>/<class>/*.jpg, "
+            "<split>.npz or <split>*.parquet; see pretrain_images.load_images."
+        }
+    )
+    output_dir: str = field(
+        default="out/pretrain", metadata={"help": "Folder for the model, its README and curves."}
+    )
+    config: str = field(
+        default=str(HERE / "backbones" / "swinv2-nano"),
+        metadata={"help": "SwinV2 config: a folder or a json file; its number of classes is set."},
+    )
+    epochs: float = field(default=20, metadata={"help": "Passes over the training images."})
+    max_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Train for this time instead; the learning rate then follows the clock."},
+    )
+    batch_size: int = field(default=128, metadata={"help": "Images per update step."})
+    learning_rate: float = field(default=1.5e-3, metadata={"help": "Highest rate of AdamW."})
+    weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; the rest has none."})
+    warmup: float = field(default=0.05, metadata={"help": "Share of the run in which rates rise."})
+    label_smoothing: float = field(default=0.1, metadata={"help": "Share spread over all classes."})
+    drop_path: float = field(default=0.0, metadata={"help": "Stochastic depth of the last block."})
+    min_area: float = field(default=0.25, metadata={"help": "Smallest share of an image cropped."})
+    jitter: float = field(default=0.3, metadata={"help": "Strength of colour changes, 0 to 1."})
+    mixup: float = field(default=0.0, metadata={"help": "Alpha of mixup; 0 switches it off."})
+    cutmix: float = field(default=0.0, metadata={"help": "Alpha of cutmix; 0 switches it off."})
+    ema: float = field(
+        default=0.0, metadata={"help": "Decay of averaged weights, say 0.999; 0 saves the last."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of weights, order and augmentation."})
+    device: str = field(
+        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to train."}
+    )
+    bf16: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Autocast to bfloat16."}
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    threads: int = field(default=0, metadata={"help": "CPU threads of torch; 0 leaves them be."})
+    num_workers: int = field(
+        default=os.cpu_count() or 1, metadata={"help": "Threads that decode images at the start."}
+    )
+    eval_steps: int = field(
+        default=0, metadata={"help": "Steps between evaluations; by default those of an epoch."}
+    )
+    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
+    resume_from_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Go on from output_dir's checkpoint; start anew if there is none."},
+    )
+    save_dtype: Literal["float32", "float16"] = field(
+        default="float32",
+        metadata={"help": "Type of the stored weights; float16 files still load as float32."},
+    )
+    data_name: str = field(
+        default="not stated", metadata={"help": "The data's name and origin, for the README."}
+    )
+    data_licence: str = field(
+        default="not stated; ask before you use or pass on these weights",
+        metadata={"help": "The data's terms, for the README."},
+    )
+
+
+def parse(description: str) -> Arguments:
+    """Return the command line's arguments, checked as far as is possible without data."""
+    parser = HfArgumentParser(Arguments, description=description)
+    (args,) = parser.parse_args_into_dataclasses()
+    for name in ("epochs", "batch_size", "learning_rate", "save_steps", "num_workers", "min_area"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
+    for name in ("warmup", "label_smoothing", "drop_path", "min_area", "jitter", "ema"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name}: expected 0 to 1, got {getattr(args, name)}")
+    if args.max_minutes is not None and args.max_minutes <= 0:
+        parser.error(f"--max_minutes: expected more than 0, got {args.max_minutes}")
+    if not Path(args.data).is_dir():
+        parser.error(f"--data {args.data}: no such folder")
+    return args
+
+
+def make_model(args: Arguments, class_names: list[str]) -> Swinv2ForImageClassification:
+    """Return a new classifier; the gains of residual norms are 0, as in the original SwinV2."""
+    try:
+        config = Swinv2Config.from_pretrained(args.config)
+    except (OSError, ValueError) as error:
+        raise SFAError(f"--config {args.config}: {error}") from error
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: i for i, name in enumerate(class_names)}
+    config.drop_path_rate = args.drop_path
+    torch.manual_seed(args.seed)
+    model = Swinv2ForImageClassification(config)
+    for stage in model.swinv2.encoder.layers:
+        for block in stage.blocks:
+            for norm in (block.layernorm_before, block.layernorm_after):
+                torch.nn.init.zeros_(norm.weight)  # every block starts as the identity
+    return model.to(args.device)
+
+
+def make_optimizer(model: torch.nn.Module, args: Arguments) -> torch.optim.AdamW:
+    """Return AdamW that decays matrices only, but not the attention's positions and scales."""
+    kept = ("continuous_position_bias_mlp", "logit_scale")
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        plain = parameter.ndim < 2 or any(part in name for part in kept)
+        (rest if plain else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": args.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, args.learning_rate, fused=args.device.startswith("cuda"))
+
+
+def write_atomically(path: Path, write) -> None:
+    """Call `write(temporary_path)`, then rename: a kill leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, args: Arguments, state: dict) -> None:
+    """Write all that a continuation needs; random numbers are drawn anew from seed and step."""
+    state = state | {"arguments": vars(args)}
+    write_atomically(path, lambda temporary: torch.save(state, temporary))
+
+
+def load_checkpoint(path: Path, args: Arguments) -> dict:
+    """Read a checkpoint, refusing one of a run with other options."""
+    state = torch.load(path, map_location=args.device, weights_only=True)
+    theirs = state.pop("arguments")
+    for name, value in vars(args).items():
+        if name not in FREE_TO_CHANGE and theirs.get(name) != value:
+            raise SFAError(
+                f"{path}: that run had --{name} {theirs.get(name)}, this one has {value}; use the "
+                "same options, or another --output_dir to start anew"
+            )
+    return state
+
+
+def save_model(model: Swinv2ForImageClassification, args: Arguments, results: dict) -> None:
+    """Write weights, config and README, so that `from_pretrained(output_dir)` works."""
+    out = Path(args.output_dir)
+    model.to(getattr(torch, args.save_dtype)).save_pretrained(out)
+    # transformers 5 loads into the type that the config names.
+    config = json.loads((out / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    text = json.dumps(config, indent=2) + "\n"
+    write_atomically(out / "config.json", lambda path: path.write_text(text))
+    write_atomically(out / "README.md", lambda path: path.write_text(readme(model, args, results)))
+
+
+def readme(model: Swinv2ForImageClassification, args: Arguments, results: dict) -> str:
+    """Return the text that goes with the weights."""
+    config = model.config
+    averaged = f", weights averaged with decay {args.ema}" if args.ema else ""
+    facts = {
+        "Data": f"{args.data_name}; {results['train_images']:,} training and "
+        f"{results['val_images']:,} validation images, {config.num_labels} classes.",
+        "Terms of the data": f"{args.data_licence}. The code's licence does not cover the weights.",
+        "Training": f"{results['epochs']:.1f} epochs in {results['minutes']:.1f} minutes on "
+        f"{results['device']}, batch {args.batch_size}{averaged}.",
+        "Quality": f"{results['top1']:.1%} top-1 on the validation images.",
+    }
+    listed = "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items())
+    return f"""# {Path(args.output_dir).name}
+
+A SwinV2 classifier of {model.num_parameters() / 1e6:.2f} M parameters, trained from scratch:
+embedding {config.embed_dim}, depths {"-".join(map(str, config.depths))}, window
+{config.window_size}, patch {config.patch_size}, {config.image_size} px.
+
+{listed}
+
+```
+python {shlex.join(sys.argv)}
+```
+"""
