@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,27 @@ from sfa_peft.errors import SFAError
 
 NYU_SCALE, KITTI_SCALE = 1000.0, 256.0  # Stored units per metre.
 
-_NYU_LISTS = {
-    "train": ("nyudepthv2_train_files_with_gt.txt", "nyu_train.txt", "train_list.txt"),
-    "test": ("nyudepthv2_test_files_with_gt.txt", "nyu_test.txt", "test_list.txt"),
-}
-_NYU_ROOTS = ("", "sync", "train", "official_splits/test", "test")
-_KITTI_LISTS = {
-    "train": ("eigen_train_files_with_gt.txt", "kitti_eigen_train.txt"),
-    "test": ("eigen_test_files_with_gt.txt", "kitti_eigen_test.txt"),
+
+@dataclass(frozen=True)
+class _Listed:
+    # Names the list of a split may have, and where its images and its depth may be, first wins.
+    names: tuple[str, ...]
+    images: tuple[str, ...]
+    depths: tuple[str, ...]
+
+
+# Not one place for both splits: the scenes of NYUv2's two have files of the same names.
+_NYU = {
+    "train": _Listed(
+        ("nyudepthv2_train_files_with_gt.txt", "nyu_train.txt", "train_list.txt"),
+        ("", "sync", "train"),
+        ("", "sync", "train"),
+    ),
+    "test": _Listed(
+        ("nyudepthv2_test_files_with_gt.txt", "nyu_test.txt", "test_list.txt"),
+        ("", "official_splits/test", "test"),
+        ("", "official_splits/test", "test"),
+    ),
 }
 _KITTI_IMAGES = ("", "raw", "raw_data", "kitti_raw", "input")
 _KITTI_DEPTHS = (
@@ -35,6 +49,14 @@ _KITTI_DEPTHS = (
     "data_depth_annotated/val",
     "gt_depth",
 )
+_KITTI = {
+    "train": _Listed(
+        ("eigen_train_files_with_gt.txt", "kitti_eigen_train.txt"), _KITTI_IMAGES, _KITTI_DEPTHS
+    ),
+    "test": _Listed(
+        ("eigen_test_files_with_gt.txt", "kitti_eigen_test.txt"), _KITTI_IMAGES, _KITTI_DEPTHS
+    ),
+}
 
 
 def nyuv2(folder: Path) -> Found[DepthMap]:
@@ -60,7 +82,7 @@ def nyuv2(folder: Path) -> Found[DepthMap]:
         train, test = _nyu_indices(folder / "splits.mat")
         images = NyuLabelled(labelled)
         return Found({"train": SubSplit(images, train), "test": SubSplit(images, test)})
-    return _by_lists(folder, _NYU_LISTS, (_NYU_ROOTS, _NYU_ROOTS), NYU_SCALE)
+    return _by_lists(folder, _NYU, NYU_SCALE)
 
 
 def kitti(folder: Path) -> Found[DepthMap]:
@@ -80,7 +102,7 @@ def kitti(folder: Path) -> Found[DepthMap]:
     Raises:
         SFAError: If a list is missing or has other lines.
     """
-    return _by_lists(folder, _KITTI_LISTS, (_KITTI_IMAGES, _KITTI_DEPTHS), KITTI_SCALE)
+    return _by_lists(folder, _KITTI, KITTI_SCALE)
 
 
 class NyuLabelled:
@@ -136,31 +158,31 @@ class NyuLabelled:
 
 
 def _nyu_indices(path: Path) -> tuple[list[int], list[int]]:
-    from scipy.io import loadmat
-
+    try:
+        from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
+    except ImportError as error:
+        raise SFAError(f"`{path}` needs scipy: pip install 'sfa-peft[data]'") from error
     try:
         content = loadmat(path)
-        # Matlab counts from 1.
-        both = [np.asarray(content[name]).ravel() - 1 for name in ("trainNdxs", "testNdxs")]
-    except (OSError, ValueError, KeyError) as error:
+        train, test = (np.asarray(content[name]).ravel() for name in ("trainNdxs", "testNdxs"))
+    except (OSError, ValueError, KeyError, MatReadError) as error:
         raise SFAError(
             f"`{path}`: cannot read the split (trainNdxs, testNdxs) of NYUv2: {error!r}; it is a "
             "file of its own on the data set's page"
         ) from error
-    return both[0].astype(int).tolist(), both[1].astype(int).tolist()
+    # Matlab counts from 1.
+    return (train.astype(int) - 1).tolist(), (test.astype(int) - 1).tolist()
 
 
-def _by_lists(
-    folder: Path,
-    lists: dict[str, tuple[str, ...]],
-    roots: tuple[Sequence[str], Sequence[str]],
-    scale: float,
-) -> Found[DepthMap]:
+def _by_lists(folder: Path, lists: dict[str, _Listed], scale: float) -> Found[DepthMap]:
     found: Found[DepthMap] = Found({})
-    for split, names in lists.items():
-        listed = next((folder / name for name in names if (folder / name).is_file()), None)
+    for split, places in lists.items():
+        listed = next((folder / n for n in places.names if (folder / n).is_file()), None)
         if listed is None:
-            raise SFAError(f"`{folder}`: no list of the {split} files; expected one of {names}")
+            raise SFAError(
+                f"`{folder}`: no list of the {split} files; expected one of {places.names}"
+            )
         pairs = []
         for number, line in enumerate(listed.read_text(encoding="utf-8").splitlines(), start=1):
             if not line.strip():
@@ -169,7 +191,8 @@ def _by_lists(
             words = line.split()
             if len(words) not in (2, 3):
                 raise SFAError(f"{where}: expected image, depth (and focal length), got {line!r}")
-            image, depth = (_resolve(folder, *pair) for pair in zip(words, roots, strict=False))
+            image = _resolve(folder, words[0], places.images)
+            depth = _resolve(folder, words[1], places.depths)
             if words[1] == "None":
                 found.notes.append(f"{where}: no depth for `{words[0]}`")
             elif image is None or depth is None:
@@ -178,7 +201,8 @@ def _by_lists(
                 pairs.append((image, depth))
         if not pairs:
             raise SFAError(
-                f"`{listed}`: none of its files is in `{folder}` or in {[r for r in roots[0] if r]}"
+                f"`{listed}`: none of its files is in `{folder}` or, there, in "
+                f"{places.images[1:]} and {places.depths[1:]}"
             )
         found.splits[split] = PairFolder(pairs, partial(read_depth, scale=scale))
     return found

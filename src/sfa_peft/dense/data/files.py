@@ -90,12 +90,19 @@ def id_table(known: Mapping[int, int], ignored: Iterable[int] = ()) -> IdTable:
 
     Returns:
         The table; every other stored id is an error.
+
+    Raises:
+        SFAError: If an id is out of range.
     """
+    ignored = tuple(ignored)
+    if wrong := [stored for stored in (*known, *ignored) if not 0 <= stored <= 255]:
+        raise SFAError(f"ids in masks must be in [0, 255], got {wrong[:8]}")
+    if max(known.values(), default=0) >= IGNORE_INDEX:
+        raise SFAError(f"at most {IGNORE_INDEX} classes fit beside the ignored id {IGNORE_INDEX}")
     table = np.full(256, -1, np.int16)
     for stored, class_id in known.items():
         table[stored] = class_id
-    for stored in ignored:
-        table[stored] = IGNORE_INDEX
+    table[list(ignored)] = IGNORE_INDEX
     return table
 
 
