@@ -16,6 +16,7 @@ from sfa_peft.dense.data.depth import (
     vertical_cut_depth,
 )
 from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
+from sfa_peft.dense.data.load import DenseData, load_dense
 from sfa_peft.dense.data.object_transforms import (
     ObjectResize,
     ObjectScaleCrop,
@@ -45,6 +46,7 @@ __all__ = [
     "CLASS_NAMES",
     "IGNORE_INDEX",
     "THING_NAMES",
+    "DenseData",
     "DepthEvalTransform",
     "DepthTrainTransform",
     "EvalTransform",
@@ -72,6 +74,7 @@ __all__ = [
     "curve_plot",
     "depth_to_tensors",
     "kitti_benchmark_crop",
+    "load_dense",
     "load_segmentation",
     "nyu_border_crop",
     "objects_to_tensors",

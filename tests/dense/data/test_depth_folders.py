@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +171,18 @@ def test_a_matlab_file_that_is_damaged_or_another_is_named(tmp_path: Path) -> No
         file["images"] = np.zeros((2, 3, 8, 6), np.uint8)
     with pytest.raises(SFAError, match=r"expected images \(N, 3, W, H\)"):
         load_dense("depth", tmp_path, dataset_format="nyuv2")
+    with h5py.File(labelled, "w") as file:
+        file["images"], file["depths"] = np.zeros((2, 3, 8, 6), np.uint8), np.ones((2, 8, 6))
+    with pytest.raises(SFAError, match=r"splits\.mat`: numbers beyond the 2 images"):
+        load_dense("depth", tmp_path, dataset_format="nyuv2")
     labelled.write_bytes(b"MATLAB 5.0")
     with pytest.raises(SFAError, match="cannot read this Matlab file"):
+        load_dense("depth", tmp_path, dataset_format="nyuv2")
+
+
+def test_without_h5py_the_error_says_what_to_install(tmp_path: Path, monkeypatch) -> None:
+    _labelled(tmp_path)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+
+    with pytest.raises(SFAError, match=r"needs h5py: pip install 'sfa-peft\[data\]'"):
         load_dense("depth", tmp_path, dataset_format="nyuv2")

@@ -81,6 +81,8 @@ def nyuv2(folder: Path) -> Found[DepthMap]:
     if labelled.is_file():
         train, test = _nyu_indices(folder / "splits.mat")
         images = NyuLabelled(labelled)
+        if not 0 <= min(train + test) <= max(train + test) < len(images):
+            raise SFAError(f"`{folder / 'splits.mat'}`: numbers beyond the {len(images)} images")
         return Found({"train": SubSplit(images, train), "test": SubSplit(images, test)})
     return _by_lists(folder, _NYU, NYU_SCALE)
 
