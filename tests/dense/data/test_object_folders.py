@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from sfa_peft.dense.data.load import load_dense
+from sfa_peft.dense.data.object_folders import LibraryObjects
 from sfa_peft.dense.data.object_transforms import ObjectScaleCrop
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.errors import SFAError, SFAWarning
@@ -231,3 +232,19 @@ def test_rows_that_cannot_be_used_are_named(tmp_path: Path, entry, message: str)
 
     with pytest.raises(SFAError, match=f"row 0, column `objects`.*{message}"):
         data.train[0]
+
+
+def test_rows_with_one_dict_per_object_are_the_same(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 10)).save(tmp_path / "a.png")
+    image = {"bytes": (tmp_path / "a.png").read_bytes(), "path": None}
+    boxes, classes = [[0, 0, 1, 1], [2, 1, 4, 3]], [0, 1]
+    columns = {"bbox": boxes, "category": classes}
+    dicts = [{"bbox": b, "category": c} for b, c in zip(boxes, classes, strict=True)]
+    rows = [{"image": image, "objects": objects} for objects in (columns, dicts, None)]
+
+    split = LibraryObjects(rows, "image", "objects", 2, with_masks=False)
+
+    for index in range(2):
+        np.testing.assert_array_equal(split[index][1].boxes, [[0, 0, 1, 1], [2, 1, 6, 4]])
+        np.testing.assert_array_equal(split[index][1].classes, classes)
+    assert len(split[2][1]) == 0
