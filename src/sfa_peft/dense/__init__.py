@@ -3,8 +3,28 @@
 
 from __future__ import annotations
 
+from sfa_peft.dense.data.collate import (
+    collate_detection,
+    collate_instances,
+    collate_semantic_masks,
+)
 from sfa_peft.dense.data.datasets import SegmentationData, load_segmentation, read_classes
-from sfa_peft.dense.data.splits import SegmentationSplit, TransformedSplit
+from sfa_peft.dense.data.depth import (
+    depth_to_tensors,
+    kitti_benchmark_crop,
+    nyu_border_crop,
+    vertical_cut_depth,
+)
+from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
+from sfa_peft.dense.data.load import DenseData, load_dense
+from sfa_peft.dense.data.object_transforms import (
+    ObjectResize,
+    ObjectScaleCrop,
+    ObjectShortestEdge,
+    objects_to_tensors,
+)
+from sfa_peft.dense.data.objects import Objects
+from sfa_peft.dense.data.splits import SegmentationSplit, Split, TransformedSplit
 from sfa_peft.dense.data.transforms import (
     IGNORE_INDEX,
     EvalTransform,
@@ -27,36 +47,55 @@ from sfa_peft.dense.metrics.segmentation import (
 )
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
 from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, render_scene
+from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
 
 __all__ = [
     "CLASS_NAMES",
     "IGNORE_INDEX",
+    "THING_NAMES",
     "CocoMetrics",
+    "DenseData",
     "DenseMaps",
+    "DepthEvalTransform",
     "DepthMetrics",
+    "DepthTrainTransform",
     "EvalTransform",
+    "ObjectResize",
+    "ObjectScaleCrop",
+    "ObjectShortestEdge",
+    "Objects",
     "Scene",
     "SceneDataset",
+    "SceneSplit",
     "SegmentationData",
     "SegmentationMetrics",
     "SegmentationSplit",
+    "Split",
     "TrainTransform",
     "TransformedSplit",
     "argmax_logits",
     "class_palette",
+    "collate_detection",
+    "collate_instances",
+    "collate_semantic_masks",
     "colour_jitter",
     "confusion_matrix",
     "contact_sheet",
     "curve_plot",
     "depth_at_labels",
+    "depth_to_tensors",
     "detr_outputs",
     "detr_results",
     "instances_from_segmentation",
     "kb_crop",
+    "kitti_benchmark_crop",
+    "load_dense",
     "load_segmentation",
     "mask_query_outputs",
     "mask_query_results",
     "multi_scale_probabilities",
+    "nyu_border_crop",
+    "objects_to_tensors",
     "predict_depth",
     "predict_maps",
     "read_classes",
@@ -64,4 +103,5 @@ __all__ = [
     "segmentation_scores",
     "sliding_window_maps",
     "to_tensors",
+    "vertical_cut_depth",
 ]
