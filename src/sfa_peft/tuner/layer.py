@@ -236,3 +236,15 @@ class SFALayer(Switching):
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
+    """Return the layers that an adapter changes, in model order."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer))
+    return [layer for layer in layers if layer.has_adapter(adapter_name)]
+
+
+def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
+    """Return the pool of an adapter in a model, None where it has none."""
+    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
+    return next((pool for pool in pools if pool is not None), None)

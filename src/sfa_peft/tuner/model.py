@@ -18,13 +18,14 @@ from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
 from .frozen import attach_chain, check_same_chain, put_on_chain
-from .layer import SFALayer
+from .layer import SFALayer, adapter_layers, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .pool import Pool
 from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
+from .weighted import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -161,17 +162,28 @@ class SFAModel(SwitchingModel):
         # PEFT would wrap what `target_parameters` names once more; their layers are wrapped.
         return [f"{t.name}.{p}" for t in self._plan.targets.values() for p in t.parameters]
 
-    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not supported: external adapters are not linear, so a weighted sum has no meaning.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = LINEAR,
+    ) -> None:
+        """Add an adapter whose sparse change is the weighted sum of those of others.
+
+        Its selection is the union of theirs. A module that one of them saves whole is copied.
+
+        Args:
+            adapters: Names of adapters of this model, without external adapters (`rho=0`).
+            weights: The factor of each.
+            adapter_name: Name of the new adapter, which is not made active.
+            combination_type: "linear", as PEFT calls the weighted sum.
 
         Raises:
-            SFAError: Always.
+            SFAError: If the arguments are wrong, or the adapters cannot be summed: external
+                adapters, a module that several save whole, a change on top of an earlier adapter.
         """
-        raise SFAError(
-            "add_weighted_adapter: SFA adapters cannot be mixed by weights, because their external "
-            "part is not linear. Several adapters may be active together: "
-            'model.base_model.set_adapter(["a", "b"]).'
-        )
+        add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
@@ -229,18 +241,6 @@ class SFAModel(SwitchingModel):
         # DDP would send every buffer from rank 0 before each forward; positions change only in a
         # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
-    """Return the layers that an adapter changes, in model order."""
-    layers = (m for m in model.modules() if isinstance(m, SFALayer))
-    return [layer for layer in layers if layer.has_adapter(adapter_name)]
-
-
-def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
-    """Return the pool of an adapter in a model, None where it has none."""
-    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
-    return next((pool for pool in pools if pool is not None), None)
 
 
 def _check_order(pool: Pool | None, plan: Plan) -> None:
