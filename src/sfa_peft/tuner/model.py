@@ -18,6 +18,7 @@ from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
 from .frozen import attach_chain, check_same_chain, put_on_chain
+from .heads import check_heads, settle_heads
 from .layer import SFALayer, adapter_layers, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
@@ -54,10 +55,12 @@ class SFAModel(SwitchingModel):
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
+        settle_heads(model, peft_config)
         strict, folder = peft_config.check_base, peft_config.folder
         self._chain = read_chain(model, peft_config, folder, strict=strict)
         check_same_chain(self._reused, self._chain, peft_config)
         self._plan = put_on_chain(make_plan(model, peft_config, reused), self._chain, peft_config)
+        check_heads(model, peft_config, self._plan.targets)
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 

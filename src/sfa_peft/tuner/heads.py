@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modules that are trained and saved whole: what PEFT's comparison by the end of names reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from ..config import SFAConfig
+from ..errors import TargetError
+
+#: Containers that PEFT cannot save whole, because they have no forward.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def settle_heads(model: nn.Module, config: SFAConfig) -> None:
+    """Rewrite `modules_to_save` where PEFT would wrap a module and again one inside it.
+
+    PEFT compares ends of names, so "head" also means the `head.head` of DPT; the adapter that it
+    then saves cannot be loaded. The parts of the outer module are named instead: the same tensors.
+
+    Raises:
+        TargetError: If that cannot be done.
+    """
+    modules = _visible(model)
+    matched = _matched(modules, config.modules_to_save or ())
+    if not any(_inside(name, matched) for name in matched):
+        return
+    outer = [name for name in matched if not _inside(name, matched)]
+    parts = [part for name in outer for part in _parts(name, modules, matched)]
+    if set(_matched(modules, parts)) != set(parts):
+        raise TargetError(
+            f"modules_to_save={config.modules_to_save}: PEFT compares ends of names, so this means "
+            f"{matched}, of which some lie inside others. Give full paths that do not."
+        )
+    config.modules_to_save = parts
+
+
+def check_heads(model: nn.Module, config: SFAConfig, targets: Mapping[str, object]) -> None:
+    """Refuse `modules_to_save` that reaches, by the end of its name, a layer that is adapted.
+
+    Raises:
+        TargetError: Naming both.
+    """
+    for name in _matched(_visible(model), config.modules_to_save or ()):
+        adapted = next((t for t in targets if f"{t}.".startswith(f"{name}.")), None)
+        if adapted is not None:
+            raise TargetError(
+                f"modules_to_save={config.modules_to_save}: PEFT compares ends of names, so this "
+                f"also saves `{name}` whole, in which `{adapted}` is adapted. Give the module's "
+                "full path, or leave that layer out with exclude_modules."
+            )
+
+
+def _visible(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules without what wrappers hold inside."""
+    found: dict[str, nn.Module] = {}
+    hidden: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name and not name.startswith(hidden):
+            found[name] = module
+            if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+                hidden = (*hidden, f"{name}.")
+    return found
+
+
+def _matched(modules: Mapping[str, nn.Module], ends: Collection[str]) -> list[str]:
+    return [name for name in modules if name.endswith(tuple(ends))]
+
+
+def _inside(name: str, others: Collection[str]) -> bool:
+    return any(name.startswith(f"{other}.") for other in others)
+
+
+def _parts(name: str, modules: Mapping[str, nn.Module], matched: Collection[str]) -> Iterator[str]:
+    """Yield the largest modules in one that hold no other match, and together all its tensors."""
+    module = modules[name]
+    inner = [other for other in matched if other.startswith(f"{name}.")]
+    if not inner and not isinstance(module, _CONTAINERS):
+        yield name
+        return
+    if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
+        raise TargetError(
+            f"modules_to_save: PEFT compares ends of names and would save `{name}` and "
+            f"`{inner[0]}` inside it, an adapter that cannot be loaded. Its own tensors cannot be "
+            "named apart: rename the inner module, or train only what is inside."
+        )
+    for child, part in module.named_children():
+        if next(part.parameters(), None) is not None or next(part.buffers(), None) is not None:
+            yield from _parts(f"{name}.{child}", modules, matched)
