@@ -94,7 +94,7 @@ def quantised(quantise):
 
 
 def same(one, other, quantise) -> bool:
-    """Compare outputs to the bit; bitsandbytes takes other 4-bit kernels where no gradient flows."""
+    """Compare outputs to the bit; bitsandbytes has other 4-bit kernels without gradients."""
     return torch.allclose(one, other, atol=1e-3 if quantise is bnb_4bit else 0, rtol=0)
 
 

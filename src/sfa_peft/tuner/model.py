@@ -17,6 +17,7 @@ from ..errors import SFAError, SFAWarning, TargetError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
+from .facts import card_facts
 from .frozen import attach_chain, check_same_chain, put_on_chain
 from .heads import check_heads, settle_heads
 from .layer import SFALayer, adapter_layers, find_pool
@@ -223,7 +224,7 @@ class SFAModel(SwitchingModel):
         resolved = adapter_layers(model, adapter_name)[0].resolved[adapter_name]
         if pool is not None:
             resolved = pack_state(pool, config, resolved, state)
-        config.remember(resolved.to_dict())
+        config.remember(resolved.to_dict(), card_facts(model, config, adapter_name))
         return state
 
     @classmethod
