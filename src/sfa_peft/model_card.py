@@ -133,9 +133,8 @@ def _usage(base: str | None, base_class: str | None) -> Iterator[str]:
     yield from (
         _HEADING,
         "",
-        "`import sfa_peft` must come first: it registers the method with PEFT. Without it loading "
-        "ends in",
-        "`KeyError: 'SFA'`.",
+        "`import sfa_peft` must come first: it registers the method with PEFT. Without it,",
+        "loading ends in `KeyError: 'SFA'`.",
         "",
         "```python",
         "import sfa_peft  # registers SFA with PEFT",

@@ -12,10 +12,10 @@ from torch import nn
 
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..tuner.layer import check_name
 from ..tuner.model import find_pool
 from ..tuner.saved import Selection, fill_pool
 from ..tuner.weighted import METHODS, union_config, unite
-from .loading import check_name
 from .overlaps import CombineReport, count_overlaps
 from .parts import Part, read_parts
 

@@ -20,7 +20,7 @@ from . import compiled
 from .facts import card_facts
 from .frozen import attach_chain, check_same_chain, put_on_chain
 from .heads import check_heads, settle_heads
-from .layer import SFALayer, adapter_layers, find_pool
+from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .pool import Pool
@@ -50,6 +50,7 @@ class SFAModel(SwitchingModel):
         return peft_config  # `_prepare_model` finds the layers: it gets the model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_name(self._name_to_add)
         _maybe_include_all_linear_layers(peft_config, model)
         self._reused: SavedAdapter | None = None
         if peft_config.selection_from is not None and peft_config.resolved is None:
