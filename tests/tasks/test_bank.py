@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -168,6 +170,24 @@ def test_memory_is_what_the_model_holds(bank, folders):
         # Beside the trained head: what the model has outside the backbone and does not save.
         assert size["head"] <= got.head <= 1.2 * size["head"] + 4096
         assert got.total == sum([got.values, got.positions, got.external, got.head, got.switching])
+
+
+def test_what_is_kept_for_switching_is_counted(bank):
+    """Against the garbage collector's list of all tensors that there are."""
+    gc.collect()
+    before = storages()
+    for name in [*NAMES, *NAMES]:
+        output(bank, name)
+    gc.collect()
+    made = {pointer: size for pointer, size in storages().items() if pointer not in before}
+    found = sum(task.switching for task in bank.memory().values())
+    assert 0 < found <= sum(made.values()) <= found + 4096
+
+
+def storages() -> dict[int, int]:
+    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    kinds = [t.untyped_storage() for t in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in kinds if storage.data_ptr()}
 
 
 def test_the_backbone_is_counted_once_and_without_adapters(bank):

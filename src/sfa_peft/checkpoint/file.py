@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from .container import read_info
+from .contents import check_contents
 from .manifest import split_manifest
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -28,21 +29,25 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 def check_complete(folder: str | Path) -> None:
     """Check that the tensors' file of a local adapter folder is whole.
 
-    Read are its header and the packed selection, whose checksum must hold.
+    Checksums, of all tensors and of the packed selection, must hold.
 
     Args:
         folder: The adapter folder; nothing is checked where it has no safetensors file.
 
     Raises:
-        AdapterFileError: If the header is damaged or the file is shorter or longer than it says.
+        AdapterFileError: If the header is damaged, the file is shorter or longer than it says, or
+            its tensors are not those that were written.
     """
     path = Path(folder) / WEIGHTS_NAME
     if not path.is_file():
         return
     try:
         with safe_open(path, framework="pt") as tensors:
-            keys = [key for key in tensors.keys() if key.endswith("sfa_packed")]  # noqa: SIM118
-            packed = {key: tensors.get_tensor(key) for key in keys}
+            keys = list(tensors.keys())
+            packed = {k: tensors.get_tensor(k) for k in keys if k.endswith("sfa_packed")}
+            check_contents(path, tensors.metadata(), keys, tensors.get_tensor)
+    except AdapterFileError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(
             f"{path}: cut short or damaged ({error}; {path.stat().st_size} bytes). Copy or save "

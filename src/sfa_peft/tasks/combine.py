@@ -11,9 +11,10 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import nn
 
 from ..config import SFAConfig
-from ..errors import SFAError
+from ..errors import AdapterFileError, SFAError
 from ..tuner.layer import check_name
 from ..tuner.model import find_pool
+from ..tuner.peft_files import mark_filled
 from ..tuner.saved import Selection, fill_pool
 from ..tuner.weighted import METHODS, union_config, unite
 from .overlaps import CombineReport, count_overlaps
@@ -90,6 +91,7 @@ def combine(
         fill_pool(pool, selection, with_values=True)
     if kept is not None:
         _take_over(peft_model, name, kept, was_plain=peft_model is not model)
+    mark_filled(peft_model, name)
     return peft_model, report
 
 
@@ -97,7 +99,7 @@ def _take_over(model: PeftModel, name: str, kept: Part, *, was_plain: bool) -> N
     """Load the external adapters and the head of one of the adapters; undo all if that fails."""
     try:
         set_peft_model_state_dict(model, dict(kept.others), adapter_name=name)
-    except RuntimeError as error:
+    except AdapterFileError as error:
         if was_plain:
             model.unload()
         else:

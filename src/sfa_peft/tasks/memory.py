@@ -45,19 +45,25 @@ def measure(model: nn.Module, name: str, shared: nn.Module) -> TaskMemory:
         shared: The backbone, with the adapters of all tasks in it.
     """
     pool = find_pool(model, name)
-    values = positions = switching = 0
+    values = positions = 0
+    switching: list[Tensor] = []
     external: list[Tensor] = []
     own_parts: list[Tensor] = []
     if pool is not None:
-        values, positions, switching = pool.values.nbytes, pool.slots.nbytes, pool.cached_bytes
+        values, positions = pool.values.nbytes, pool.slots.nbytes
         own_parts += [pool.values, pool.slots]
     for layer in adapter_layers(model, name):
         if name in layer.sfa_down:
             external += [*layer.sfa_down[name].parameters(), *layer.sfa_up[name].parameters()]
+        for entries in layer.entries.values():
+            switching += entries.kept(name)
     # The adapter may also change layers of the head: count nothing twice.
     counted = {id(t) for t in [*own_parts, *external, *tensors_of(shared)]}
     head = [t for t in tensors_of(model) if id(t) not in counted]
-    return TaskMemory(values, positions, count_bytes(external), count_bytes(head), switching)
+    # Entries of all weights may lie in one piece of memory, of which each has its part.
+    pieces = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in switching)}
+    kept = sum(pieces.values())
+    return TaskMemory(values, positions, count_bytes(external), count_bytes(head), kept)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

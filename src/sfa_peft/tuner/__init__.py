@@ -4,6 +4,8 @@
 from ..config import SFAConfig
 from .layer import SFALayer as SFALayer
 from .model import SFAModel as SFAModel
+from .peft_files import install
 from .registration import register
 
 register(SFAConfig, SFAModel)
+install()

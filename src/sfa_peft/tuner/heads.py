@@ -85,8 +85,8 @@ def _parts(name: str, modules: Mapping[str, nn.Module], matched: Collection[str]
     if any(t is not None for t in (*module._parameters.values(), *module._buffers.values())):
         raise TargetError(
             f"modules_to_save: PEFT compares ends of names and would save `{name}` and "
-            f"`{(inner or [name])[0]}` inside it, an adapter that cannot be loaded. Its own tensors cannot be "
-            "named apart: rename the inner module, or train only what is inside."
+            f"`{(inner or [name])[0]}` inside it, an adapter that cannot be loaded. Its own "
+            "tensors cannot be named apart: rename the inner module, or train only what is inside."
         )
     for child, part in module.named_children():
         if next(part.parameters(), None) is not None or next(part.buffers(), None) is not None:

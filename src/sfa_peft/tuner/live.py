@@ -8,13 +8,13 @@ them only at the entries of the adapters named there, and `undo` can put them ba
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .delta import Observer, Tap
+from .kept import Finished, Support, index_dtype, put
 from .pool import Pool, version
 from .spans import Spans
 from .together import exclusively
@@ -31,28 +31,6 @@ class CompiledPass:
     """One compiled forward of a whole model: what layers prepared holds while it is open."""
 
     is_open = False
-
-
-@dataclass
-class Support:
-    """One adapter's entries in one weight."""
-
-    spans: Spans
-    indices: Tensor  # flat positions, int32 (int64 in a huge weight), in slot order
-    undo: Tensor  # the weight's original entries there, in its dtype
-
-
-@dataclass
-class Finished:
-    """One adapter's entries in one weight as they are written, for switching back and forth.
-
-    In the weight's order, which is several times as fast to write as that of many picks.
-    """
-
-    stamp: tuple[Any, ...]  # what the values were when they were added to the originals
-    indices: Tensor  # as in `Support`, but increasing
-    undo: Tensor
-    adapted: Tensor  # what the weight holds there while this adapter alone is active
 
 
 class LiveEntries:
@@ -189,7 +167,7 @@ class LiveEntries:
             weight.detach().copy_(self._pretrained)
             return
         for indices, undo in self._written:
-            _put(weight, indices, undo)
+            put(weight, indices, undo)
 
     def _support(self, name: str, weight: Tensor) -> Support:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
@@ -199,7 +177,7 @@ class LiveEntries:
         if known is not None and known.spans is spans:
             return known
         index = pool.indices(ordinal).to(weight.device)
-        indices = pool.room(ordinal, _index_dtype(weight), weight.device)
+        indices = pool.room(ordinal, index_dtype(weight), weight.device)
         undo = pool.room(ordinal, weight.dtype, weight.device)
         indices.copy_(index)
         finished = self._finished.get(name)
@@ -231,7 +209,7 @@ class LiveEntries:
         start = support.undo
         if onto_others:
             start = weight.detach().view(-1).index_select(0, support.indices.long())
-        _put(weight, support.indices, self._add_change(name, start, support.spans))
+        put(weight, support.indices, self._add_change(name, start, support.spans))
 
     def _add_change(self, name: str, start: Tensor, spans: Spans) -> Tensor:
         """Return entries plus an adapter's change of them, in slot order."""
@@ -251,7 +229,7 @@ class LiveEntries:
             if not keep:
                 return False
             finished = self._finished[name] = self._finish(name, stamp, weight)
-        _put(weight, finished.indices, finished.adapted)
+        put(weight, finished.indices, finished.adapted)
         self._written.append((finished.indices, finished.undo))
         return True
 
@@ -269,8 +247,16 @@ class LiveEntries:
         undo = weight.detach().view(-1).index_select(0, index)
         adapted = self._add_change(name, undo, spans)
         index, order = index.sort()
-        indices = index.to(_index_dtype(weight))
+        indices = index.to(index_dtype(weight))
         return Finished(stamp, indices, undo[order], adapted[order])
+
+    def kept(self, name: str) -> list[Tensor]:
+        """Return what is kept to write and withdraw an adapter's change, beside its pool."""
+        support, finished = self._supports.get(name), self._finished.get(name)
+        parts = [] if support is None else [support.indices, support.undo]
+        if finished is not None:
+            parts += [finished.indices, finished.undo, finished.adapted]
+        return parts
 
     def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what must not have changed for the weight to be up to date."""
@@ -283,13 +269,3 @@ class LiveEntries:
 
 def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:
     return id(weight), weight.dtype, weight.device, version(weight)
-
-
-def _index_dtype(weight: Tensor) -> torch.dtype:
-    return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
-
-
-def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Overwrite entries of a weight at flat positions."""
-    if indices.numel():  # scatter_ is faster than index_copy_
-        weight.detach().view(-1).scatter_(0, indices.long(), entries)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
-from ..selection.pick import pick, row_sizes
-from ..selection.topk import RandomSource, Source, TensorSource
 from . import compiled
+from .data_free import select_without_data
 from .facts import card_facts
 from .frozen import attach_chain, check_same_chain, put_on_chain
 from .heads import check_heads, settle_heads
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
+from .peft_files import check_fits
 from .plan import Plan, make_plan
 from .pool import Pool
 from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
@@ -43,6 +43,13 @@ class SFAModel(SwitchingModel):
     tuner_layer_cls = SFALayer
     # Empty: layers are found by role, see `plan`. Declared as PEFT declares it.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    @property
+    def unfilled(self) -> set[str]:
+        """Names of adapters that were made from saved configs and wait for their tensors."""
+        if "_unfilled" not in vars(self):  # PEFT's __init__ injects, so there is no earlier place
+            self._unfilled: set[str] = set()
+        return self._unfilled
 
     # --- injection -----------------------------------------------------------------------------
 
@@ -91,6 +98,8 @@ class SFAModel(SwitchingModel):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
+        if self._plan.loaded:
+            self.unfilled.add(adapter_name)
         attach_chain(model, adapter_name, self._chain)
         self._chain = ()
         compiled.install(model)
@@ -107,11 +116,11 @@ class SFAModel(SwitchingModel):
             if not pool.values.is_meta:
                 fill_pool(pool, selection, with_values=config.selection_values == "trained")
         elif not plan.loaded and not config.selects_while_training:
-            _select_without_data(pool, config)
+            select_without_data(pool, config)
         if not config.init_weights:
             nn.init.normal_(pool.values, std=0.5)
             if pool.is_empty:
-                _select_without_data(pool, SFAConfig(score="random"))
+                select_without_data(pool, SFAConfig(score="random"))
 
     def _create_and_replace(
         self,
@@ -239,7 +248,11 @@ class SFAModel(SwitchingModel):
         state_dict = {
             k: v if v.data_ptr() % _ALIGNMENT == 0 else v.clone() for k, v in state_dict.items()
         }
-        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state_dict = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_fits(model, adapter_name, state_dict)
+        return state_dict
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
@@ -258,28 +271,6 @@ def _check_order(pool: Pool | None, plan: Plan) -> None:
             f"The model's layers come in another order than the adapter's (first: `{first}`). "
             "Load it onto the model it was trained on."
         )
-
-
-def _select_without_data(pool: Pool, config: SFAConfig) -> None:
-    """Make the whole selection at once, by a score that needs no gradients."""
-    weights = [pool.scored_weight(i) for i in range(len(pool.tensors))]
-    if any(weight.is_meta for weight in weights) or pool.values.is_meta:
-        return
-    sources: list[Source] = [TensorSource(w) for w in weights]
-    if config.score == "random":
-        sources = [
-            RandomSource(w.numel(), f"{config.seed}/{i}", w.device) for i, w in enumerate(weights)
-        ]
-    pool.assign(
-        pick(
-            sources,
-            pool.values.numel(),
-            [pool.slots[:0].long()] * len(weights),
-            ranking=config.ranking,
-            granularity=config.granularity,
-            row_sizes=row_sizes(weights),
-        )
-    )
 
 
 def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> None:

@@ -207,11 +207,6 @@ class Pool:
         first = sum(counts[:ordinal])
         return self._buffers[dtype, device][first : first + counts[ordinal]]
 
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of what is kept beside values and slots to write and withdraw the change."""
-        return sum(buffer.nbytes for buffer in self._buffers.values())
-
     def free_room(self) -> None:
         """Let go of that room, where nobody looks into it any more."""
         self._buffers = {}
