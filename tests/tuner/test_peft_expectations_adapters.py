@@ -125,7 +125,7 @@ def test_a_deleted_adapter_leaves_nothing_and_the_rest_as_it_was():
 def test_a_name_that_peft_cannot_keep_is_refused_before_the_model_is_touched(name):
     model = two()
     expected = logits(model)
-    with pytest.raises(SFAError, match="cannot name an adapter"):
+    with pytest.raises(SFAError, match="cannot name a task or an adapter"):
         model.add_adapter(name, config())
     assert sorted(model.peft_config) == ["a", "b"]
     assert torch.equal(logits(model), expected)

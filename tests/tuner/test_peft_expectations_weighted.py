@@ -91,7 +91,7 @@ def test_a_head_that_one_adapter_saves_is_copied():
         ((["a", "b"], [1.0], "s"), "one weight for each"),
         ((["a", "a"], [1.0, 1.0], "s"), "expected different adapters"),
         ((["a", "c"], [1.0, 1.0], "s"), r"the model has \['a', 'b'\]"),
-        ((["a"], [1.0], "items"), "'items' cannot name an adapter"),
+        ((["a"], [1.0], "items"), "'items' cannot name a task or an adapter"),
         (([], [], "s"), "Name adapters"),
         ((["a", "b"], [1.0, 1.0], "b"), "has an adapter `b` already"),
     ],

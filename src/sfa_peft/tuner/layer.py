@@ -260,6 +260,6 @@ def check_name(name: str) -> None:
     taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
     if not name or "." in name or "sfa_" in name or taken:
         raise SFAError(
-            f"{name!r} cannot name an adapter or a task: PEFT uses it itself, or it is empty or "
+            f"{name!r} cannot name a task or an adapter: PEFT uses it itself, or it is empty or "
             "has a dot. Choose another word."
         )
