@@ -13,6 +13,7 @@ from .errors import SelectionError as SelectionError
 from .errors import SFAError as SFAError
 from .errors import SFAWarning as SFAWarning
 from .errors import TargetError as TargetError
+from .model_card import set_card_metrics as set_card_metrics
 from .selection.scores import register_score as register_score
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
@@ -39,4 +40,5 @@ __all__ = [
     "plot_selection",
     "register_score",
     "selection_summary",
+    "set_card_metrics",
 ]

@@ -144,7 +144,7 @@ def role_modules(backbone: Backbone) -> list[RoleModule]:
         # of the others do not depend on it.
         plain = path.replace(".original_module", "")
         match = _ROLE_PATH.fullmatch(plain)
-        if match is None or not isinstance(_innermost(module), nn.Linear):
+        if match is None or not _is_linear(_innermost(module)):
             continue
         block = blocks.setdefault(match["block"], len(blocks))
         if plain == path:
@@ -260,6 +260,12 @@ def _walk(
             yield from _walk(child, _join(path, name), seen)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer; quantised ones need not be an `nn.Linear`."""
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
+
+
 def _innermost(module: nn.Module) -> nn.Module:
     """Unwrap a layer that tuners have wrapped, however often."""
     while isinstance(base := getattr(module, "base_layer", None), nn.Module):
@@ -270,7 +276,7 @@ def _innermost(module: nn.Module) -> nn.Module:
 def _layers(module: nn.Module) -> str:
     """Count the linears and convolutions of a module by class."""
     inner = (_innermost(m) for _, m in _walk(module))
-    counts = Counter(type(m).__name__ for m in inner if isinstance(m, (nn.Linear, nn.Conv2d)))
+    counts = Counter(type(m).__name__ for m in inner if _is_linear(m) or isinstance(m, nn.Conv2d))
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "no Linear or Conv2d"
 
 

@@ -19,11 +19,12 @@ from .config_checks import (
     WEIGHT_DECAYS,
     check_budget,
     check_layers,
+    check_registered,
     check_reuse,
     check_schedule,
     check_score,
 )
-from .model_card import add_usage
+from .model_card import METRICS, CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.schedule import SCHEDULES
@@ -222,6 +223,7 @@ class SFAConfig(PeftConfig):
         for name in ("target_modules", "target_parameters", "exclude_modules", "external_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        check_registered(self)
         check_budget(self)
         check_layers(self)
         check_score(self)
@@ -243,14 +245,15 @@ class SFAConfig(PeftConfig):
         """Where the config was read from (folder or Hub id); None where it was not read."""
         return getattr(self, _FOLDER, None)
 
-    def remember(self, resolved: dict[str, Any], selected: tuple[int, int] | None = None) -> None:
+    def remember(self, resolved: dict[str, Any], facts: CardFacts | None = None) -> None:
         """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
 
         Args:
             resolved: Sizes and layers of the adapter that is about to be saved.
-            selected: Number of weights selected and to select, for its model card.
+            facts: What its model card says.
         """
-        self._resolved, self._selected = resolved, selected
+        self._resolved = resolved
+        self._facts = facts
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold (sets become sorted lists)."""
@@ -262,13 +265,21 @@ class SFAConfig(PeftConfig):
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write `adapter_config.json`, and into the model card beside it how to load."""
+        """Write `adapter_config.json`, and a section of the model card beside it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
             super().save_pretrained(partial, **kwargs)
             (Path(partial) / CONFIG_NAME).replace(folder / CONFIG_NAME)
-        add_usage(folder, getattr(self, "_selected", None))
+        mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
+        known = mapping.get("parent_library", "").startswith("transformers.")
+        write_section(
+            folder,
+            base=self.base_model_name_or_path,
+            base_class=mapping["base_model_class"] if known else None,
+            facts=getattr(self, "_facts", None),
+            metrics=getattr(self, METRICS, None),
+        )
 
     @classmethod
     def from_pretrained(

@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
 from .checkpoint.packing import SAVED_VALUES
-from .errors import ConfigError
+from .errors import ConfigError, SFAError
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.schedule import SCHEDULES
@@ -21,6 +23,21 @@ WEIGHT_DECAYS = ("change", "weight")
 
 #: What the values of a saved selection start from.
 SELECTION_VALUES = ("zero", "trained")
+
+
+def check_registered(config: SFAConfig) -> None:
+    """Check that PEFT still takes the config's type for this method.
+
+    Raises:
+        SFAError: If a package that was imported later has put another method under the name.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.peft_type)  # pyright: ignore
+    if known is not None and not isinstance(config, known):
+        raise SFAError(
+            f"Another package has put its own method ({known.__module__}.{known.__qualname__}) in "
+            "the place of SFA in PEFT's tables, after sfa_peft was imported. Import only one of "
+            "the two in a process."
+        )
 
 
 def check_budget(config: SFAConfig) -> None:

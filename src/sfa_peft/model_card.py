@@ -1,45 +1,198 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the model card of a saved adapter says about loading it, and about a part of a selection."""
+"""What the model card of a saved adapter says: how to load it, its budget, its metrics.
+
+The section stands between two marks; saving again replaces it and leaves the rest of the card.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-_USAGE_HEADING = "## Loading this Selective Feature Adapter"
-_USAGE = f"""{_USAGE_HEADING}
+from .errors import SFAError
 
-`import sfa_peft` must come first: it registers the method with PEFT. Without it loading ends in
-`KeyError: 'SFA'`.
+_START, _END = "<!-- sfa_peft: written anew on every save -->", "<!-- sfa_peft: end -->"
+_HEADING = "## Loading this Selective Feature Adapter"
+# The second form is that of cards without the marks.
+_SECTION = re.compile(
+    rf"{re.escape(_START)}.*?{re.escape(_END)}\n?|{_HEADING}.*?```python.*?```\n?", re.DOTALL
+)
 
-```python
-import sfa_peft  # registers SFA with PEFT
-from peft import PeftModel
-
-model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/folder")
-```
-"""
-#: Begins the line about a selection that is not whole, as after early stopping.
-_PARTLY = "Only a part of the budget was selected when this was saved:"
+#: Attribute of a config under which its metrics are kept; no field, so it is not in its file.
+METRICS = "_card_metrics"
 
 
-def add_usage(folder: Path, selected: tuple[int, int] | None = None) -> None:
-    """Append to the card in a folder (made if there is none) how to load the adapter.
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage of the backbone.
+
+    Attributes:
+        stage: Ordinal from 0, None where the backbone is not known.
+        eligible: Pretrained weights that might be selected.
+        selected: Those that are.
+        widths: Widths of the external adapters.
+    """
+
+    stage: int | None
+    eligible: int
+    selected: int
+    widths: Sequence[int]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says about an adapter.
+
+    Attributes:
+        budget: The paper's beta, as it was asked for.
+        backbone: Parameters of the backbone.
+        external: Parameters of the external adapters.
+        to_select: Weights to select in the end.
+        stages: One entry for each stage with adapted layers.
+    """
+
+    budget: float
+    backbone: int
+    external: int
+    to_select: int
+    stages: Sequence[StageFacts]
+
+    @property
+    def selected(self) -> int:
+        """Selected weights of all stages."""
+        return sum(stage.selected for stage in self.stages)
+
+
+def set_card_metrics(
+    model: Any, metrics: Mapping[str, float | str], adapter_name: str = "default"
+) -> None:
+    """Put results into the model card that `save_pretrained` writes; call it before saving.
+
+    They stay with the adapter in memory until they are replaced; `{}` removes them. They are in no
+    file but the card, so an adapter that is trained further elsewhere does not inherit them.
 
     Args:
-        folder: Of the saved adapter.
-        selected: Number of weights selected and to select; where fewer are, the card says so.
+        model: The model with the adapter.
+        metrics: Value by name, such as `{"mIoU (ADE20K val)": 0.452}`. Numbers, or text.
+        adapter_name: The adapter.
+
+    Raises:
+        SFAError: If there is no such adapter, or a value is neither a number nor text.
+    """
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise SFAError(
+            f"set_card_metrics: the model has no adapter `{adapter_name}`; it has "
+            f"{sorted(configs) or 'none'}."
+        )
+    for name, value in metrics.items():
+        if not isinstance(name, str) or not isinstance(value, (int, float, str)):
+            raise SFAError(
+                f"set_card_metrics: expected numbers (or text) by name, got {name!r}: {value!r}. "
+                "Give a tensor's value with .item()."
+            )
+    setattr(configs[adapter_name], METRICS, dict(metrics))
+
+
+def write_section(
+    folder: Path,
+    *,
+    base: str | None = None,
+    base_class: str | None = None,
+    facts: CardFacts | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+) -> None:
+    """Write the section about an adapter into the card in its folder (made if there is none).
+
+    Args:
+        folder: Where the adapter is saved.
+        base: Hub id or path of the base model, if known.
+        base_class: Its class in transformers, if known.
+        facts: What its budget became; None leaves that out.
+        metrics: Results.
     """
     card = folder / "README.md"
-    before = card.read_text(encoding="utf-8") if card.is_file() else ""
-    text = re.sub(f"\n*{re.escape(_PARTLY)}.*\n?", "\n", before)
-    if _USAGE_HEADING not in text:
-        text = f"{text.rstrip()}\n\n{_USAGE}"
-    if selected is not None and selected[0] < selected[1]:
-        text = f"{text.rstrip()}\n\n{_PARTLY} {selected[0]:,} of {selected[1]:,} weights.\n"
-    if text != before:
-        replace_file(card, text)
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    parts = [_START, *_usage(base, base_class)]
+    if facts is not None:
+        parts += ["", *_facts(facts)]
+    if metrics:
+        rows = [(name, _number(value)) for name, value in metrics.items()]
+        parts += ["", "### Results", "", *_table(("metric", "value"), rows)]
+    section = "\n".join([*parts, "", _END]) + "\n"
+    if _SECTION.search(text):
+        text = _SECTION.sub(lambda _: section, text, count=1)
+    else:
+        text = f"{text.rstrip()}\n\n{section}".lstrip()
+    replace_file(card, text)
+
+
+def _usage(base: str | None, base_class: str | None) -> Iterator[str]:
+    yield from (
+        _HEADING,
+        "",
+        "`import sfa_peft` must come first: it registers the method with PEFT. Without it,",
+        "loading ends in `KeyError: 'SFA'`.",
+        "",
+        "```python",
+        "import sfa_peft  # registers SFA with PEFT",
+        "from peft import PeftModel",
+    )
+    if base and base_class:
+        yield f"from transformers import {base_class}"
+        yield ""
+        yield f'base_model = {base_class}.from_pretrained("{base}")'
+    else:
+        yield ""
+    yield 'model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/folder").eval()'
+    yield "```"
+
+
+def _facts(facts: CardFacts) -> Iterator[str]:
+    trained = facts.external + facts.selected
+    rows = [
+        ("backbone", f"{facts.backbone:,}", ""),
+        ("external adapters", f"{facts.external:,}", _share(facts.external, facts.backbone)),
+        ("selected weights", f"{facts.selected:,}", _share(facts.selected, facts.backbone)),
+        ("trained together", f"{trained:,}", _share(trained, facts.backbone)),
+    ]
+    yield from ("### Budget", "", f"Asked for: {facts.budget:.6g} of the backbone.", "")
+    yield from _table(("", "parameters", "share of the backbone"), rows)
+    if facts.selected < facts.to_select:  # as after early stopping
+        yield ""
+        yield (
+            "Only a part of the budget was selected when this was saved: "
+            f"{facts.selected:,} of {facts.to_select:,} weights."
+        )
+    yield from ("", "### Selected weights by stage", "")
+    rows = [
+        (
+            "unknown" if stage.stage is None else f"{stage.stage + 1}",
+            f"{stage.selected:,} of {stage.eligible:,}",
+            _share(stage.selected, stage.eligible),
+            ", ".join(str(width) for width in sorted(set(stage.widths))) or "none",
+        )
+        for stage in facts.stages
+    ]
+    yield from _table(("stage", "selected", "share", "widths of external adapters"), rows)
+
+
+def _share(count: int, total: int) -> str:
+    return f"{count / total:.2%}" if total else ""
+
+
+def _number(value: float | str) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for row in (heads, ["---"] * len(heads), *rows):
+        cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in row)
+        yield f"| {' | '.join(cells)} |"
 
 
 def replace_file(path: Path, text: str) -> None:

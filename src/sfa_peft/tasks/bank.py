@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import SFAError
-from ..tuner.layer import SFALayer
+from ..tuner.layer import SFALayer, check_name
 from .claims import Claim, Claims
-from .loading import check_name, guard_forward, load_frozen, read_config, remove_adapter
+from .loading import guard_forward, load_frozen, read_config, remove_adapter
 from .memory import TaskMemory, count_bytes, measure, tensors_of
 from .sharing import (
     adapted_layers,

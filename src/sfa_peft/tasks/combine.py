@@ -6,24 +6,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from os import PathLike, fspath
 
-import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.save_and_load import set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import nn
 
-from ..checkpoint.resolved import Resolved, SavedLayer
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
+from ..tuner.layer import check_name
 from ..tuner.model import find_pool
 from ..tuner.peft_files import mark_filled
 from ..tuner.saved import Selection, fill_pool
-from ..tuner.targets import own_modules
-from .loading import check_name
+from ..tuner.weighted import METHODS, union_config, unite
 from .overlaps import CombineReport, count_overlaps
 from .parts import Part, read_parts
 
-#: How the changes of several adapters become one.
-METHODS = ("sum", "larger", "disjoint")
 OVERLAPS = ("error", "first")
 
 
@@ -83,7 +79,7 @@ def combine(
             "or 'larger', or overlaps='first'."
         )
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
-    selection = _united([p.selection for p in parts], factors, method)
+    selection = unite([p.selection for p in parts], factors, method)
     config = _config(model, parts, kept, selection)
     if isinstance(model, PeftModel):
         model.add_adapter(name, config)
@@ -156,65 +152,18 @@ def _check_chains(parts: Sequence[Part]) -> None:
         )
 
 
-def _united(selections: Sequence[Selection], factors: Sequence[float], method: str) -> Selection:
-    """Return the union of selections by tensor; values float32, added in float64."""
-    united = {}
-    for name in dict.fromkeys(n for selection in selections for n in selection):
-        present = [
-            (*selection[name], factor)
-            for selection, factor in zip(selections, factors, strict=True)
-            if name in selection
-        ]
-        indices = torch.cat([i for i, _, _ in present]).unique()
-        values = torch.zeros(indices.numel(), dtype=torch.float64)
-        taken = torch.zeros(indices.numel(), dtype=torch.bool)
-        for own, change, factor in present:
-            places = torch.searchsorted(indices, own)
-            values[places] = _joined(values[places], taken[places], change, factor, method)
-            taken[places] = True
-        united[name] = indices, values.float()
-    return united
-
-
-def _joined(before: Tensor, taken: Tensor, change: Tensor, factor: float, method: str) -> Tensor:
-    change = change.double()
-    if method == "sum":
-        return before + factor * change
-    if method == "larger":
-        return torch.where(change.abs() > before.abs(), change, before)
-    return torch.where(taken, before, change)
-
-
 def _config(
     model: nn.Module, parts: Sequence[Part], kept: Part | None, selection: Selection
 ) -> SFAConfig:
     """Return the config of an adapter that is as large as the union."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     source = kept or parts[0]
-    widths = kept.resolved.widths if kept else {}
-    tensors = {t.name: t for p in parts for t in p.resolved.tensors}
-    found = {n: layer for p in parts for n, layer in p.resolved.layers.items()}
-    layers = {n: found[n] for n in own_modules(inner) if n in found}  # in the model's order
-    count = sum(indices.numel() for indices, _ in selection.values())
-    total = source.resolved.total
-    allowed = min(total, max(count + (kept.external if kept else 0), 1))
-    resolved = Resolved(
-        total=total,
-        allowed=allowed,
-        adapter_dim=source.resolved.adapter_dim if kept else 0,
-        internal=count,
-        layers={
-            n: SavedLayer(widths.get(n, 0), a.role, a.block, a.index) for n, a in layers.items()
-        },
-        tensors=tuple(tensors.values()),
-        backbone=source.resolved.backbone,
-    )
-    return SFAConfig(
-        budget=allowed / total,
-        rho=None if kept else 0,
-        external_bias=source.config.external_bias,
+    return union_config(
+        inner,
+        [source.resolved, *(p.resolved for p in parts)],
+        selection,
+        source.config,
+        widths=kept.resolved.widths if kept else None,
+        external=kept.external if kept else 0,
         modules_to_save=source.config.modules_to_save if kept else None,
-        task_type=source.config.task_type,
-        base_model_name_or_path=source.config.base_model_name_or_path,
-        resolved=resolved.to_dict(),
     )

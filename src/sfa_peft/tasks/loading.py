@@ -19,21 +19,6 @@ from ..tuner.layer import SFALayer
 from .sharing import adapted_layers
 
 
-def check_name(name: str) -> None:
-    """Check that PEFT can use a task's name for its adapter.
-
-    Raises:
-        SFAError: If it cannot: it keeps adapters in module dicts, whose keys may be neither paths
-            nor attributes, and looks for its prefix in names of tensors.
-    """
-    taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
-    if not name or "." in name or "sfa_" in name or taken:
-        raise SFAError(
-            f"{name!r} cannot name a task: PEFT uses it itself, or it is empty or has a dot. "
-            "Choose another word."
-        )
-
-
 def read_config(folder: str | PathLike[str]) -> SFAConfig:
     """Read an adapter's config.
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-import torch
 from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from ..checkpoint.resolved import Resolved
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..tuner.model import adapter_layers, find_pool
-from ..tuner.pool import Pool
 from ..tuner.saved import SavedAdapter, Selection, read_saved
+from ..tuner.weighted import selection_of
 
 _PREFIX = "base_model.model."
 
@@ -76,21 +75,9 @@ def _loaded(model: PeftModel, name: str) -> Part:
         raise SFAError(f"combine: `{name}` is not an SFA adapter. Give SFA adapters.")
     state = cast(dict[str, Tensor], get_peft_model_state_dict(model, adapter_name=name))
     others = {k: t.detach().clone() for k, t in state.items() if not _is_selection(k)}
-    return Part(name, config, layers[0].resolved[name], _selection(find_pool(model, name)), others)
-
-
-def _selection(pool: Pool | None) -> Selection:
-    """Return a pool's entries in the order of their positions."""
-    if pool is None:
-        return {}
-    values = pool.values.detach().float().cpu()
-    found = {}
-    for ordinal, name in enumerate(pool.names):
-        spans = pool.layout()[ordinal]
-        if spans:
-            indices, order = pool.indices(ordinal).cpu().sort()
-            found[name] = indices, torch.cat([values[a:b] for a, b in spans])[order]
-    return found
+    return Part(
+        name, config, layers[0].resolved[name], selection_of(find_pool(model, name)), others
+    )
 
 
 def _saved(saved: SavedAdapter) -> Part:

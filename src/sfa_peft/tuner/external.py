@@ -13,6 +13,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from .packed import is_packed, stored
+
 
 def output_features(layer: nn.Module) -> int:
     """Return D, the number of features (channels) that a linear or convolution puts out."""
@@ -25,17 +27,19 @@ def make_projections(
     """Return the down (D to d) and up (d to D) projection for the output of `layer`.
 
     Args:
-        layer: A linear layer, or a 2-D convolution (which gets 1x1 convolutions).
+        layer: A linear layer, or a 2-D convolution (which gets 1x1 convolutions). Behind packed
+            weights the projections are float32.
         width: d.
         bias: Whether both have biases.
         neutral: Whether the up projection starts at zero; otherwise at random values.
     """
-    size, weight = output_features(layer), layer.weight
-    options = {"bias": bias, "device": weight.device, "dtype": weight.dtype}  # pyright: ignore
+    size, weight = output_features(layer), next(stored(layer))
+    dtype = torch.float32 if is_packed(weight) else weight.dtype
+    options = {"bias": bias, "device": weight.device, "dtype": dtype}
     if isinstance(layer, nn.Conv2d):
-        down, up = nn.Conv2d(size, width, 1, **options), nn.Conv2d(width, size, 1, **options)  # pyright: ignore
+        down, up = nn.Conv2d(size, width, 1, **options), nn.Conv2d(width, size, 1, **options)
     else:
-        down, up = nn.Linear(size, width, **options), nn.Linear(width, size, **options)  # pyright: ignore
+        down, up = nn.Linear(size, width, **options), nn.Linear(width, size, **options)
     if neutral:
         for parameter in up.parameters():
             nn.init.zeros_(parameter)

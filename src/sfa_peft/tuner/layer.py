@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.resolved import Resolved
 from ..config import SFAConfig
-from ..errors import SFAWarning
+from ..errors import SFAError, SFAWarning
 from .delta import LiveWeight, Tap
 from .external import apply_bottleneck, make_projections
 from .live import CompiledPass, LiveEntries, eager
@@ -227,7 +227,7 @@ class SFALayer(Switching):
                 )
 
     def extra_repr(self) -> str:
-        """Name the role, and per adapter how many weights are selected."""
+        """Name the role, and per adapter the selected weights and the external adapter's width."""
         parts = [f"role={self.role}"]
         for parameter, entries in self.entries.items():
             numel = self.parameter(parameter).numel()
@@ -236,3 +236,30 @@ class SFALayer(Switching):
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)
+
+
+def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
+    """Return the layers that an adapter changes, in model order."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer))
+    return [layer for layer in layers if layer.has_adapter(adapter_name)]
+
+
+def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
+    """Return the pool of an adapter in a model, None where it has none."""
+    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
+    return next((pool for pool in pools if pool is not None), None)
+
+
+def check_name(name: str) -> None:
+    """Check that PEFT can use a name for an adapter.
+
+    Raises:
+        SFAError: If it cannot: it keeps adapters in module dicts, whose keys may be neither paths
+            nor attributes, and looks for its prefix in names of tensors.
+    """
+    taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
+    if not name or "." in name or "sfa_" in name or taken:
+        raise SFAError(
+            f"{name!r} cannot name a task or an adapter: PEFT uses it itself, or it is empty or "
+            "has a dot. Choose another word."
+        )

@@ -16,8 +16,10 @@ from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
 from . import compiled
 from .data_free import select_without_data
+from .facts import card_facts
 from .frozen import attach_chain, check_same_chain, put_on_chain
-from .layer import SFALayer
+from .heads import check_heads, settle_heads
+from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .peft_files import check_fits
 from .plan import Plan, make_plan
@@ -25,6 +27,7 @@ from .pool import Pool
 from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .saving import check_base, pack_state, settle, unpack_state
 from .targets import is_excluded
+from .weighted import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -54,16 +57,19 @@ class SFAModel(SwitchingModel):
         return peft_config  # `_prepare_model` finds the layers: it gets the model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        check_name(self._name_to_add)
         _maybe_include_all_linear_layers(peft_config, model)
         self._reused: SavedAdapter | None = None
         if peft_config.selection_from is not None and peft_config.resolved is None:
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
+        settle_heads(model, peft_config)
         strict, folder = peft_config.check_base, peft_config.folder
         self._chain = read_chain(model, peft_config, folder, strict=strict)
         check_same_chain(self._reused, self._chain, peft_config)
         self._plan = put_on_chain(make_plan(model, peft_config, reused), self._chain, peft_config)
+        check_heads(model, peft_config, self._plan.targets)
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
@@ -176,17 +182,28 @@ class SFAModel(SwitchingModel):
         # PEFT would wrap what `target_parameters` names once more; their layers are wrapped.
         return [f"{t.name}.{p}" for t in self._plan.targets.values() for p in t.parameters]
 
-    def add_weighted_adapter(self, *_args: Any, **_kwargs: Any) -> None:
-        """Not supported: external adapters are not linear, so a weighted sum has no meaning.
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = LINEAR,
+    ) -> None:
+        """Add an adapter whose sparse change is the weighted sum of those of others.
+
+        Its selection is the union of theirs. A module that one of them saves whole is copied.
+
+        Args:
+            adapters: Names of adapters of this model, without external adapters (`rho=0`).
+            weights: The factor of each.
+            adapter_name: Name of the new adapter, which is not made active.
+            combination_type: "linear", as PEFT calls the weighted sum.
 
         Raises:
-            SFAError: Always.
+            SFAError: If the arguments are wrong, or the adapters cannot be summed: external
+                adapters, a module that several save whole, a change on top of an earlier adapter.
         """
-        raise SFAError(
-            "add_weighted_adapter: SFA adapters cannot be mixed by weights, because their external "
-            "part is not linear. Several adapters may be active together: "
-            'model.base_model.set_adapter(["a", "b"]).'
-        )
+        add_weighted(self, adapters, weights, adapter_name, combination_type)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
@@ -223,8 +240,7 @@ class SFAModel(SwitchingModel):
         resolved = adapter_layers(model, adapter_name)[0].resolved[adapter_name]
         if pool is not None:
             resolved = pack_state(pool, config, resolved, state)
-        selected = None if pool is None else (pool.num_assigned, pool.size)
-        config.remember(resolved.to_dict(), selected)
+        config.remember(resolved.to_dict(), card_facts(model, config, adapter_name))
         return state
 
     @classmethod
@@ -249,18 +265,6 @@ class SFAModel(SwitchingModel):
         # DDP would send every buffer from rank 0 before each forward; positions change only in a
         # pick, which all ranks make alike. Names are those inside the PeftModel around this tuner.
         return [f"base_model.{n}" for n, _ in self.named_buffers() if ".sfa_slots." in n]
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
-    """Return the layers that an adapter changes, in model order."""
-    layers = (m for m in model.modules() if isinstance(m, SFALayer))
-    return [layer for layer in layers if layer.has_adapter(adapter_name)]
-
-
-def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
-    """Return the pool of an adapter in a model, None where it has none."""
-    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
-    return next((pool for pool in pools if pool is not None), None)
 
 
 def _check_order(pool: Pool | None, plan: Plan) -> None:

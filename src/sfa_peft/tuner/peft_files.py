@@ -26,8 +26,8 @@ from ..checkpoint.contents import write_tensors
 from ..checkpoint.file import check_complete
 from ..config import SFAConfig
 from ..errors import AdapterFileError
-from .heads import heads_as_here
 from .registration import NAME
+from .renamed_heads import heads_as_here
 
 _MARK = "_sfa_peft"
 _PREFIX = "base_model.model."

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
@@ -20,6 +20,7 @@ from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning, TargetError
 from .external import output_features
+from .packed import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
 
 
@@ -122,13 +123,15 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None)
         parameters, whole = reused.parameters, outputs
     if not parameters and not outputs:
         raise TargetError(nothing_found(model, config))
+    if config.rho == 1:  # no weight is selected, so it may be quantised, shared or computed
+        parameters, whole = {}, outputs
     layers = {
         n: wrappable(n, m, parameters.get(n, ()), whole=n in whole)
         for n, m in modules.items()
         if n in parameters or n in outputs
     }
     eligible = {f"{n}.{p}": getattr(layers[n], p) for n, own in parameters.items() for p in own}
-    refuse_shared(model, eligible | {f"{n}.weight": layers[n].weight for n in outputs})
+    refuse_shared(model, eligible | _own_weights(layers, outputs))
     budget = solve_budget(
         budget=config.budget,
         rho=config.rho,
@@ -201,16 +204,23 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
     saved = [] if backbone else list(config.modules_to_save or [])
     tuned = [n + "." for n, m in root.named_modules() if isinstance(m, BaseTunerLayer)]
     wrapped = [n + "." for n, m in root.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-    total = 0
-    for name, parameter in root.named_parameters():
+    sizes: dict[int, int] = {}  # each once, since some are shared
+    for path, module in root.named_modules():
+        name = f"{path}."
         if any(name.startswith(t) and not name.startswith(t + "base_layer.") for t in tuned):
             continue
         if any(name.startswith(w) and not name.startswith(w + "original_module.") for w in wrapped):
             continue
         if any(f".{s}." in f".{name}" for s in saved):
             continue
-        total += parameter.numel()
-    return total
+        sizes |= {id(holder): size for holder, size in own_sizes(module)}
+    return sum(sizes.values())
+
+
+def _own_weights(layers: Mapping[str, nn.Module], outputs: Collection[str]) -> dict[str, Tensor]:
+    """Return the weights of layers with an external adapter, where they are parameters."""
+    found = {f"{n}.weight": layers[n]._parameters.get("weight") for n in outputs}
+    return {name: weight for name, weight in found.items() if weight is not None}
 
 
 def _loaded_plan(
@@ -230,12 +240,13 @@ def _loaded_plan(
     }
     check_tensors([(n, t.shape) for n, t in zip(names, saved.tensors, strict=True)], shapes)
     widths = {renamed[n]: width for n, width in saved.widths.items()}
-    check_tensors([(f"{n}.weight", shapes.get(f"{n}.weight", ())) for n in widths], shapes)
+    check_tensors([(f"{n}.weight", ()) for n in widths if n not in modules], shapes)
     for name, width in widths.items():
-        if width > output_features(modules[name]):
+        sizes = feature_sizes(modules[name])
+        if sizes is not None and width > sizes[1]:
             raise AdapterFileError(
                 f"adapter_config.json: an external adapter of width {width} on `{name}`, which has "
-                f"{output_features(modules[name])} features; damaged. Save the adapter again."
+                f"{sizes[1]} features; damaged. Save the adapter again."
             )
     parameters: dict[str, list[str]] = {renamed[n]: [] for n in saved.layers}
     for name in names:

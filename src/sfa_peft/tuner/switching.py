@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .external import AdaptedLayer
+from .packed import stored
 from .together import now_or_together
 
 if TYPE_CHECKING:
@@ -40,9 +41,8 @@ class Switching(nn.Module, BaseTunerLayer):
 
     @property
     def base_weight(self) -> Tensor:
-        """The base layer's weight (its first parameter where it has none of that name)."""
-        weight = getattr(self.get_base_layer(), "weight", None)
-        return next(self.get_base_layer().parameters()) if weight is None else weight
+        """The base layer's weight as it is stored (its first tensor where it has none)."""
+        return next(stored(self.get_base_layer()))
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether an adapter changes this layer's parameters or output."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone, RoleModule, describe_model, role_of, suggest_targets
 from ..config import SFAConfig
 from ..errors import TargetError
+from .packed import feature_sizes, holds_codes, is_packed
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")
@@ -203,7 +204,7 @@ def wrappable(name: str, layer: nn.Module, parameters: Sequence[str], *, whole: 
     Raises:
         TargetError: Naming the layer and what is in the way.
     """
-    for parameter in parameters or ("weight",):
+    for parameter in parameters:
         if isinstance(getattr(layer, parameter, None), Tensor):
             _check_parameter(name, layer, parameter)
     kind = type(layer).__name__
@@ -213,7 +214,9 @@ def wrappable(name: str, layer: nn.Module, parameters: Sequence[str], *, whole: 
             "calling it, so it cannot be adapted. Leave it out of target_modules; linear layers "
             "outside the attention can be named."
         )
-    if whole and not isinstance(layer, (nn.Linear, nn.Conv2d)):
+    if whole and parameters and holds_codes(layer):
+        raise _packed(name, layer, "weight")
+    if whole and feature_sizes(layer) is None:
         raise TargetError(
             f"`{name}` is a {kind}; only torch.nn.Linear and torch.nn.Conv2d layers can be "
             "adapted. Leave it out of target_modules (or name the linear layers inside it; single "
@@ -235,16 +238,22 @@ def _check_parameter(name: str, layer: nn.Module, parameter: str) -> None:
             "entries of it cannot be changed. Remove the parametrization first, or leave the layer "
             "out."
         )
-    if not tensor.is_floating_point():
-        raise TargetError(
-            f"`{name}` holds packed {tensor.dtype} weights; single weights inside them cannot be "
-            "changed. Load the model unquantised, or leave the layer out."
-        )
+    if is_packed(tensor):
+        raise _packed(name, layer, parameter)
     if not tensor.is_contiguous():
         raise TargetError(
             f"`{name}`: its {parameter} is not contiguous, so positions in it are not defined. "
             "Call model.to(memory_format=torch.contiguous_format) first."
         )
+
+
+def _packed(name: str, layer: nn.Module, parameter: str) -> TargetError:
+    """Return the error for a selection among quantised weights."""
+    return TargetError(
+        f"`{name}` ({type(layer).__name__}) holds a packed (quantised) {parameter}; single weights "
+        "inside it cannot be changed. Use external adapters only (rho=1), which work on quantised "
+        "layers; or load the model unquantised; or leave the layer out."
+    )
 
 
 def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised layers: what their weights hold, and the sizes that they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+#: Bytes of the smallest type in which a change of a single weight means something (16 bits).
+_SMALLEST = 2
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor stores codes (int8, packed 4-bit, 8-bit floats) instead of weights.
+
+    Some quantisers hide the codes in a tensor that calls itself float32; its parts tell.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        names = tensor.__tensor_flatten__()[0]
+        parts = [getattr(tensor, name, None) for name in names]
+        return any(is_packed(part) for part in parts if isinstance(part, Tensor))
+    return not tensor.is_floating_point() or tensor.element_size() < _SMALLEST
+
+
+def stored(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a layer, its weight first."""
+    own = layer._parameters | layer._buffers
+    weight = own.pop("weight", None)
+    found = chain([weight], own.values(), layer.parameters(), layer.buffers())
+    return (tensor for tensor in found if tensor is not None)
+
+
+def feature_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (inputs, outputs) of a linear layer or 2-D convolution; None for other modules.
+
+    Quantised linear layers need not be `nn.Linear`; that they say their sizes is enough.
+    """
+    kind = "channels" if isinstance(layer, nn.Conv2d) else "features"
+    sizes = getattr(layer, f"in_{kind}", None), getattr(layer, f"out_{kind}", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # pyright: ignore
+
+
+def holds_codes(layer: nn.Module) -> bool:
+    """Whether a linear layer has a packed weight, or none of that name."""
+    if feature_sizes(layer) is None or isinstance(layer, nn.Conv2d):
+        return False
+    weight = getattr(layer, "weight", None)
+    return not isinstance(weight, Tensor) or is_packed(weight)
+
+
+def own_sizes(layer: nn.Module) -> Iterator[tuple[Tensor | nn.Module, int]]:
+    """Yield what of a layer counts as parameters, and how many weights each stands for.
+
+    A packed weight counts with its logical size, not with that of its codes; the layer stands for
+    it, since it may be kept in several tensors.
+    """
+    sizes = feature_sizes(layer)
+    if sizes is not None and holds_codes(layer):
+        yield layer, sizes[0] * sizes[1]
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, Tensor):
+            yield bias, bias.numel()
+        return
+    for tensor in layer._parameters.values():
+        if tensor is not None:
+            yield tensor, tensor.numel()

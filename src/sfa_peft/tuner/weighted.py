@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse changes of several adapters as one: the arithmetic, and PEFT's `add_weighted_adapter`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..checkpoint.resolved import Resolved, SavedLayer
+from ..config import SFAConfig
+from ..errors import SFAError
+from .layer import SFALayer, adapter_layers, find_pool
+from .pool import Pool
+from .saved import Selection, fill_pool
+from .targets import own_modules
+
+#: How the changes of several adapters become one.
+METHODS = ("sum", "larger", "disjoint")
+#: The one of PEFT's names for a combination that means something here.
+LINEAR = "linear"
+
+
+def selection_of(pool: Pool | None) -> Selection:
+    """Return a pool's entries in the order of their positions; values float32, on the CPU."""
+    if pool is None:
+        return {}
+    values = pool.values.detach().float().cpu()
+    found = {}
+    for ordinal, name in enumerate(pool.names):
+        spans = pool.layout()[ordinal]
+        if spans:
+            indices, order = pool.indices(ordinal).cpu().sort()
+            found[name] = indices, torch.cat([values[a:b] for a, b in spans])[order]
+    return found
+
+
+def unite(selections: Sequence[Selection], factors: Sequence[float], method: str) -> Selection:
+    """Return the union of selections by tensor; values float32, added in float64.
+
+    Args:
+        selections: By tensor flat positions (int64, strictly increasing) and changes.
+        factors: One for each selection, for "sum".
+        method: "sum", "larger" or "disjoint" (the first that has an entry gives its change).
+    """
+    united = {}
+    for name in dict.fromkeys(n for selection in selections for n in selection):
+        present = [
+            (*selection[name], factor)
+            for selection, factor in zip(selections, factors, strict=True)
+            if name in selection
+        ]
+        indices = torch.cat([i for i, _, _ in present]).unique()
+        values = torch.zeros(indices.numel(), dtype=torch.float64)
+        taken = torch.zeros(indices.numel(), dtype=torch.bool)
+        for own, change, factor in present:
+            places = torch.searchsorted(indices, own)
+            values[places] = _joined(values[places], taken[places], change, factor, method)
+            taken[places] = True
+        united[name] = indices, values.float()
+    return united
+
+
+def _joined(before: Tensor, taken: Tensor, change: Tensor, factor: float, method: str) -> Tensor:
+    change = change.double()
+    if method == "sum":
+        return before + factor * change
+    if method == "larger":
+        return torch.where(change.abs() > before.abs(), change, before)
+    return torch.where(taken, before, change)
+
+
+def union_config(
+    model: nn.Module,
+    parts: Sequence[Resolved],
+    selection: Selection,
+    like: SFAConfig,
+    *,
+    widths: Mapping[str, int] | None = None,
+    external: int = 0,
+    modules_to_save: list[str] | None = None,
+) -> SFAConfig:
+    """Return the config of an adapter that is as large as the union of several.
+
+    Args:
+        model: The model inside the tuner.
+        parts: Layers and tensors of each, by the names of the model; sizes are those of the first.
+        selection: The united entries.
+        like: Config whose task type, base and biases it takes.
+        widths: Widths of its external adapters by layer.
+        external: Number of their parameters.
+        modules_to_save: Modules that it saves whole.
+    """
+    widths = widths or {}
+    tensors = {t.name: t for part in parts for t in part.tensors}
+    found = {n: layer for part in parts for n, layer in part.layers.items()}
+    layers = {n: found[n] for n in own_modules(model) if n in found}  # in the model's order
+    count = sum(indices.numel() for indices, _ in selection.values())
+    total = parts[0].total
+    allowed = min(total, max(count + external, 1))
+    resolved = Resolved(
+        total=total,
+        allowed=allowed,
+        adapter_dim=parts[0].adapter_dim if widths else 0,
+        internal=count,
+        layers={
+            n: SavedLayer(widths.get(n, 0), a.role, a.block, a.index) for n, a in layers.items()
+        },
+        tensors=tuple(tensors.values()),
+        backbone=parts[0].backbone,
+    )
+    return SFAConfig(
+        budget=allowed / total,
+        rho=None if widths else 0,
+        external_bias=like.external_bias,
+        modules_to_save=modules_to_save,
+        task_type=like.task_type,
+        base_model_name_or_path=like.base_model_name_or_path,
+        resolved=resolved.to_dict(),
+    )
+
+
+def add_weighted(
+    tuner: Any,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    """Add an adapter that is the weighted sum of others; see `SFAModel.add_weighted_adapter`."""
+    _check_arguments(tuner.peft_config, adapters, weights, adapter_name, combination_type)
+    model = tuner.model
+    parts = [_resolved(name, adapter_layers(model, name)) for name in adapters]
+    heads = _find_heads(model, adapters)
+    selections = [selection_of(find_pool(model, name)) for name in adapters]
+    selection = unite(selections, [float(w) for w in weights], "sum")
+    tuner.peft_config[adapter_name] = union_config(
+        model,
+        parts,
+        selection,
+        tuner.peft_config[adapters[0]],
+        modules_to_save=list(heads) or None,
+    )
+    try:
+        tuner.inject_adapter(model, adapter_name)
+    except Exception:
+        del tuner.peft_config[adapter_name]
+        raise
+    pool = find_pool(model, adapter_name)
+    if pool is not None:
+        fill_pool(pool, selection, with_values=True)
+    for name, owner in heads.items():
+        saved: Any = model.get_submodule(name).modules_to_save
+        saved[adapter_name].load_state_dict(saved[owner].state_dict())
+    tuner.unfilled.discard(adapter_name)  # complete: a failed load under its name leaves it alone
+
+
+def _check_arguments(
+    known: Mapping[str, object],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+    combination_type: str,
+) -> None:
+    start = "add_weighted_adapter: "
+    missing = [name for name in adapters if name not in known]
+    if not adapters or missing:
+        raise SFAError(
+            f"{start}adapters={list(adapters)}, but the model has {sorted(known)}. Name adapters "
+            "that it has."
+        )
+    if len(set(adapters)) < len(adapters) or len(weights) != len(adapters):
+        raise SFAError(
+            f"{start}expected different adapters and one weight for each, got {list(adapters)} and "
+            f"weights={list(weights)}."
+        )
+    if adapter_name in known:
+        raise SFAError(
+            f"{start}the model has an adapter `{adapter_name}` already. Give another name, or "
+            "delete it first."
+        )
+    if combination_type != LINEAR:
+        raise SFAError(
+            f"{start}combination_type={combination_type!r} is made for low-rank matrices; sparse "
+            f"changes know {LINEAR!r} only (the exact weighted sum). Other ways to join them: "
+            "sfa_peft.tasks.combine(model, adapters, method='larger' or 'disjoint')."
+        )
+
+
+def _resolved(adapter_name: str, layers: Sequence[SFALayer]) -> Resolved:
+    """Return what an adapter was solved to, if its effect is a change of pretrained weights."""
+    if not layers:
+        raise SFAError(
+            f"add_weighted_adapter: `{adapter_name}` is not an SFA adapter. Give SFA adapters."
+        )
+    resolved = layers[0].resolved[adapter_name]
+    if any(adapter_name in layer.sfa_down for layer in layers):
+        raise SFAError(
+            f"add_weighted_adapter: `{adapter_name}` has external adapters, which are not linear, "
+            "so a weighted sum of them has no meaning. Only adapters with rho=0 can be summed; "
+            "sfa_peft.tasks.combine(model, adapters, keep=...) sums the sparse changes and takes "
+            "the external adapters of one of them."
+        )
+    if resolved.chain:
+        raise SFAError(
+            f"add_weighted_adapter: `{adapter_name}` continues `{resolved.chain[-1].source}`, so "
+            "its change is not one of the pretrained weights. Combine adapters of the plain "
+            "backbone."
+        )
+    return resolved
+
+
+def _find_heads(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:
+    """Return by path the adapter of whose module saved whole the new one takes a copy."""
+    owners = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper):
+            continue
+        found = [adapter for adapter in adapters if adapter in module.modules_to_save]
+        if len(found) > 1:
+            raise SFAError(
+                f"add_weighted_adapter: {', '.join(f'`{a}`' for a in found)} each save `{name}` "
+                "whole (modules_to_save), and whole modules cannot be summed. Take one head: "
+                f"sfa_peft.tasks.combine(model, adapters, weights=..., keep={found[0]!r})."
+            )
+        if found:
+            owners[name] = found[0]
+    return owners
