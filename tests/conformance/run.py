@@ -36,8 +36,10 @@ def run_suite(suite: str, method: str, tests: Path, keyword: str | None) -> Outc
     if keyword:
         command += ["-k", keyword]
     with report.with_suffix(".log").open("w") as log:
+        # The report tells what failed; a run without a report is a failure, too.
+        env = environment(method, tests)
         subprocess.run(
-            command, cwd=tests, env=environment(method, tests), stdout=log, stderr=subprocess.STDOUT
+            command, cwd=tests, env=env, stdout=log, stderr=subprocess.STDOUT, check=False
         )
     return read_report(report)
 

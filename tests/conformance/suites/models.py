@@ -44,9 +44,7 @@ DECODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
         hf.OPTConfig(**_TEXT, ffn_dim=64, word_embed_proj_dim=32)
     ),
     "tiny-random-GPTJForCausalLM": lambda: hf.GPTJForCausalLM(
-        hf.GPTJConfig(
-            vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
-        )
+        hf.GPTJConfig(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
     ),
     "tiny-random-LlamaForCausalLM": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_GROUPED)),
     "tiny-dummy-qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**_GROUPED)),

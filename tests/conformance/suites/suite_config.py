@@ -19,7 +19,9 @@ upstream.PEFT_MODELS_TO_TEST[:] = [(str(LOCAL), "main")]
 TestPeftConfig = upstream.TestPeftConfig
 ROWS = [(METHOD.config, {})]
 PAIR = "config_class, mandatory_kwargs"
-INDEXED = {"layers_to_transform", "layers_pattern"} <= set(inspect.signature(METHOD.config).parameters)
+INDEXED = {"layers_to_transform", "layers_pattern"} <= set(
+    inspect.signature(METHOD.config).parameters
+)
 for argument in (PAIR, PAIR.replace(" ", "")):
     replace_marks(TestPeftConfig, argument, lambda rows: rows is upstream.ALL_CONFIG_CLASSES, ROWS)
     replace_marks(
@@ -28,6 +30,4 @@ for argument in (PAIR, PAIR.replace(" ", "")):
         lambda rows: rows is upstream.LAYER_INDEXING_CONFIG_CLASSES,
         ROWS if INDEXED else [],
     )
-replace_marks(
-    TestPeftConfig, "config_class", lambda rows: isinstance(rows, list), [METHOD.config]
-)
+replace_marks(TestPeftConfig, "config_class", lambda rows: isinstance(rows, list), [METHOD.config])
