@@ -54,6 +54,7 @@ CUSTOM = [
         "MLP 7 SFA both": {**ALSO_OUT, **BOTH, "target_modules": ["lin0", "lin1"]},
         "MLP 8 SFA both": {**ALSO_OUT, **HEAD, **BOTH},
         "Conv2d 1 SFA internal": {**CONV, **INTERNAL},
+        "Conv2dGroups 1 SFA internal": {**CONV, **INTERNAL},
         "Conv2d 2 SFA both": {**CONV, "external_modules": ["conv2d"], **BOTH},
     }.items()
 ]
