@@ -65,7 +65,7 @@ EMBEDDINGS_TUPLE = Expected(
 _HEADS = ("segformer_seg", "upernet_swinv2", "dpt_swinv2_depth")
 COMPOSITE_HEAD = tuple(
     Expected(
-        f"{test}*{model}*{check}*",
+        f"{test}*{check}*{model}*",
         "PEFT: unload wants .weight of a composite head, "
         "https://github.com/huggingface/peft/issues/3114",
         unload_wants_a_weight_where_the_head_has_several,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Read pytest's JUnit reports and print them side by side."""
 
+import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -41,9 +42,9 @@ class Outcomes:
 
 
 def first_line(message: str | None) -> str:
-    """The first line, without addresses that differ from run to run."""
-    lines = (message or "no message").strip().splitlines()
-    return lines[0][:200] if lines else "no message"
+    """The first line, without the folder of the local models: it differs from run to run."""
+    lines = (message or "").strip().splitlines() or ["no message"]
+    return re.sub(r"/\S*/conformance-models-[^/\s]*/", "", lines[0])[:200]
 
 
 def read_report(path: Path) -> Outcomes:

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.conformance import upstream
-from tests.conformance.outcomes import Outcomes, read_report, reasons, side_by_side, table
+from tests.conformance.outcomes import (
+    Outcomes,
+    first_line,
+    read_report,
+    reasons,
+    side_by_side,
+    table,
+)
 from tests.conformance.run import names, show
 from tests.versions import pins, verdict
 
@@ -75,6 +82,12 @@ def test_the_table_has_both_methods_and_a_dash_where_one_did_not_run(report):
 def test_every_skip_has_its_reason_in_the_report(report):
     text = reasons({"custom": {"sfa": read_report(report)}}, "sfa")
     assert text.splitlines() == ["custom: 2 skipped: no bias", "custom: 1 xfailed: a bug"]
+
+
+def test_a_reason_names_the_model_and_not_its_folder():
+    message = "Model /tmp/conformance-models-x3_/vit_cls has none\nmore"
+    assert first_line(message) == "Model vit_cls has none"
+    assert first_line(None) == first_line(" \n") == "no message"
 
 
 def test_columns_line_up():
