@@ -12,10 +12,10 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test e2e lint types imports docs format check clean
+.PHONY: help .venv demo test e2e lint types imports docs conformance conformance-quick versions format check clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z0-9.]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv: $(STAMP)  ## create the virtual environment and install everything into it
 
@@ -57,11 +57,22 @@ docs: $(STAMP)  ## build the site into docs/_build/html; a warning is an error
 	@echo "== sphinx"
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
 
+conformance: $(STAMP)  ## PEFT's own tests on SFA, and on SHiRA beside it; see docs/conformance.md
+	@echo "== conformance"
+	@$(BIN)/python -m tests.conformance.run
+
+conformance-quick: $(STAMP)  ## the two quick suites of it, on SFA
+	@echo "== conformance, custom and config"
+	@$(BIN)/python -m tests.conformance.run --suites custom,config --methods sfa
+
+versions: $(STAMP)  ## the tests on the oldest and newest PEFT and transformers, in .venvs
+	@$(BIN)/python -m tests.versions
+
 format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-check: lint types imports docs test  ## all of the above: what CI runs
+check: lint types imports docs test conformance-quick  ## all of the above: what CI runs
 
 clean:  ## remove build results and caches; the virtual environment stays
 	@rm -rf out/demo dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
