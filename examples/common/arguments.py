@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that all scripts share, read from a recipe file and the command line."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from sfa_peft.errors import SFAError
+
+METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
+DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
+
+
+@dataclass
+class SharedArguments:
+    """What to run; every field is a command line option."""
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "yaml or json file of options; the command line overrides them."},
+    )
+    output_dir: str = field(
+        default="out/example",
+        metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
+    )
+    # --- method
+    method: Literal["frozen", "sfa", "internal", "external", "lora", "adaptformer", "full"] = field(
+        default="sfa",
+        metadata={
+            "help": "What is trained beside the head: nothing, SFA, only one of its two parts, "
+            "LoRA, AdaptFormer, or all of the backbone."
+        },
+    )
+    budget: float = field(
+        default=0.05, metadata={"help": "Share of the backbone that may be trained, (0, 1]."}
+    )
+    rho: float = field(
+        default=0.5,
+        metadata={
+            "help": "Of SFA: share of the budget for external adapters; selected weights get the "
+            "rest."
+        },
+    )
+    score: str = field(
+        default="accumulated_gradient", metadata={"help": "Of SFA: how weights are ranked."}
+    )
+    selection_steps: int | None = field(
+        default=None, metadata={"help": "Of SFA: update steps in a round; as SFAConfig if not set."}
+    )
+    selection_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of SFA: saved adapter whose selection is trained anew, instead of selecting."
+        },
+    )
+    # --- backbone
+    backbone: str = field(
+        default=str(DEFAULT_BACKBONE),
+        metadata={"help": "SwinV2 checkpoint: a folder or a Hub name."},
+    )
+    window_size: int | None = field(
+        default=None, metadata={"help": "Attention window; the checkpoint's own if not given."}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth; the checkpoint's own if not given."}
+    )
+    # --- data
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of the data. Rendered scenes if not given."},
+    )
+    split: Literal["validation", "test"] = field(
+        default="validation", metadata={"help": "Split to report on."}
+    )
+    image_size: list[int] = field(
+        default_factory=lambda: [64, 64],
+        metadata={"help": "Height and width of training images; one number for a square."},
+    )
+    eval_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Height and width to evaluate at; as image_size if not given."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Items to report on at most; of rendered scenes 200 if not given."},
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
+    # --- training
+    max_steps: int = field(default=200, metadata={"help": "Update steps, 2 or more."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Images per step and device."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches that make up one update step."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate of what is trained in the backbone; if not given, one per method that "
+            "suits the rendered scenes."
+        },
+    )
+    head_learning_rate: float = field(
+        default=6e-3, metadata={"help": "Rate of the head, which starts at random values."}
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Course of the rates: cosine, linear, polynomial, ..."}
+    )
+    lr_scheduler_kwargs: str | None = field(
+        default=None, metadata={"help": 'Of the course, as json: {"power": 0.9}.'}
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps of rising rates; a twentieth if not given."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 (autocast)."})
+    seed: int = field(default=0, metadata={"help": "Seed of head, data order and augmentation."})
+    # --- checkpoints and Hub
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; none are kept if not given."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder to go on from, or `last` for that in output_dir."},
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the adapter, results and pictures to the Hub."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Name on the Hub; that of output_dir if not given."}
+    )
+
+    def check(self) -> None:
+        """Put sizes into one form and refuse what cannot work whatever the data.
+
+        Raises:
+            SFAError: If a value is out of range.
+        """
+        if Path(self.output_dir).is_file():
+            raise SFAError(f"--output_dir: {self.output_dir} is a file")
+        self.image_size = as_size(self.image_size, "image_size")
+        self.eval_size = as_size(self.eval_size or self.image_size, "eval_size")
+        square = all(height == width for height, width in (self.image_size, self.eval_size))
+        if self.dataset_name is None and not square:
+            raise SFAError("--image_size, --eval_size: rendered scenes are square")
+        if not 0 < self.budget <= 1:
+            raise SFAError(
+                f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
+            )
+        if self.max_steps < 2:
+            raise SFAError("--max_steps: SFA selects between steps, so there must be 2 or more")
+        if self.per_device_train_batch_size < 1 or self.gradient_accumulation_steps < 1:
+            raise SFAError(
+                "--per_device_train_batch_size, --gradient_accumulation_steps: expected 1 or more"
+            )
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise SFAError("--max_eval_samples: expected 1 or more")
+        if self.selection_from is not None and self.method != "sfa":
+            raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
+        if self.lr_scheduler_kwargs is not None:
+            _as_json(self.lr_scheduler_kwargs)
+
+    @property
+    def num_train_images(self) -> int:
+        """Images that a run sees on one device: so many scenes are rendered, each seen once."""
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.max_steps * per_step
+
+    def schedule_options(self) -> dict[str, Any]:
+        """Return `lr_scheduler_kwargs` as a dict."""
+        return _as_json(self.lr_scheduler_kwargs or "{}")
+
+
+Arguments = TypeVar("Arguments", bound=SharedArguments)
+
+
+def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -> Arguments:
+    """Return the checked arguments of a command line and of the recipe that it names.
+
+    A recipe is a command line in a file: its options are read first, then those of `argv`, and of
+    two equal ones the last holds. Ends the process with a message if an option cannot be used.
+
+    Args:
+        kind: The script's arguments.
+        argv: Options; None for those of the process.
+        description: First line of the help.
+    """
+    parser = HfArgumentParser(kind, description=description)
+    given = list(sys.argv[1:] if argv is None else argv)
+    (first, *_) = parser.parse_args_into_dataclasses(given)
+    try:
+        options = [] if first.recipe is None else read_recipe(first.recipe, set(vars(first)))
+        (args,) = parser.parse_args_into_dataclasses([*options, *given])
+        args.check()
+    except SFAError as error:
+        parser.error(str(error))
+    return args
+
+
+def read_recipe(path: str | Path, known: set[str]) -> list[str]:
+    """Return the options of a recipe file as a command line.
+
+    Args:
+        path: A yaml or json file that maps names of options to values; null leaves the default.
+        known: Names of options.
+
+    Raises:
+        SFAError: If the file cannot be read, holds something else, or names an unknown option.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # json is yaml
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SFAError(f"--recipe {path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise SFAError(f"--recipe {path}: expected `option: value` lines, got {content!r:.60}")
+    if unknown := {str(name) for name in content} - known:
+        raise SFAError(
+            f"--recipe {path}: unknown options {sorted(unknown)}; known are {sorted(known)}"
+        )
+    options: list[str] = []
+    for name, value in content.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            texts = [json.dumps(v) if isinstance(v, dict) else str(v) for v in values]
+            options += [f"--{name}", *texts]
+    return options
+
+
+def as_size(numbers: Sequence[int], name: str) -> list[int]:
+    """Return height and width of one or two positive numbers."""
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise SFAError(f"--{name}: expected one number or height and width, got {list(numbers)}")
+    return (list(numbers) * 2)[:2]
+
+
+def _as_json(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise SFAError(f"--lr_scheduler_kwargs: not json: {text}") from error
+    if not isinstance(content, dict):
+        raise SFAError(f"--lr_scheduler_kwargs: expected a json object, got {text}")
+    return content

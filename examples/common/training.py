@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to train for all scripts: AdamW with a rate for the head, and transformers' Trainer."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from common.arguments import SharedArguments
+from common.methods import Prepared
+from sfa_peft.errors import SFAError
+
+
+def make_trainer(
+    ready: Prepared,
+    args: SharedArguments,
+    *,
+    rate: float,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any],
+    compute_metrics: Callable[..., dict[str, float]],
+    preprocess: Callable[..., Any] | None = None,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    label_names: tuple[str, ...] = ("labels",),
+) -> Trainer:
+    """Return a Trainer for a prepared model.
+
+    Args:
+        ready: The model and what of it is trained.
+        args: The run's arguments.
+        rate: Learning rate of what is trained in the backbone.
+        train_data: Items to train on.
+        eval_data: Items to evaluate on.
+        compute_metrics: Called for each batch of predictions, as `batch_eval_metrics` wants it.
+        preprocess: Trainer's `preprocess_logits_for_metrics`.
+        collator: Makes a batch of items; by default tensors are stacked.
+        label_names: Keys of a batch that are labels.
+    """
+    # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
+    ready.model.accepts_loss_kwargs = ready.base.accepts_loss_kwargs = False
+    twentieth = max(1, args.max_steps // 20)
+    settings = TrainingArguments(
+        output_dir=args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_kwargs=args.schedule_options(),
+        warmup_steps=twentieth if args.warmup_steps is None else args.warmup_steps,
+        max_grad_norm=args.max_grad_norm,
+        logging_steps=twentieth,
+        save_strategy="no" if args.save_steps is None else "steps",
+        save_steps=args.save_steps or 500,
+        save_total_limit=2,
+        batch_eval_metrics=True,
+        label_names=list(label_names),
+        remove_unused_columns=False,
+        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=args.bf16,
+        report_to=[],
+        seed=args.seed,
+    )
+    return Trainer(
+        model=ready.model,
+        args=settings,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess,
+        callbacks=ready.callbacks,
+        optimizers=(make_optimizer(ready, rate, args), None),
+    )
+
+
+def make_optimizer(ready: Prepared, rate: float, args: SharedArguments) -> torch.optim.AdamW:
+    """Return AdamW with one rate for the head and one for what is trained in the backbone."""
+    groups = [
+        {"params": ready.head, "lr": args.head_learning_rate},
+        {"params": ready.adapted, "lr": rate},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=args.weight_decay)
+
+
+def train(trainer: Trainer, args: SharedArguments) -> None:
+    """Train, from the checkpoint that `--resume_from_checkpoint` names if there is one.
+
+    Raises:
+        SFAError: If there is no such checkpoint.
+    """
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "last":
+        folder = Path(args.output_dir)
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is None:
+            raise SFAError(f"--resume_from_checkpoint last: no checkpoint in {folder}")
+    elif checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
+        raise SFAError(f"--resume_from_checkpoint {checkpoint}: no checkpoint of a Trainer there")
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script; an error of the data or options ends it with one line, not a traceback."""
+    try:
+        main()
+    except SFAError as error:
+        # A data loader's process hands its error over as text, the traceback before the message.
+        message = str(error).strip()
+        if "Traceback" in message:
+            message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}") from error
