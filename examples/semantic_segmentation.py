@@ -38,7 +38,7 @@ from common.items import picture
 from common.mask2former import Mask2FormerForSemanticSegmentation, mask2former_config
 from common.methods import check_loaded_again, prepare_method, save_method
 from common.reporting import Result, make_result, report, shown_indices
-from common.training import make_trainer, run_script, train
+from common.training import make_trainer, run_script
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> Result:
         compute_metrics=SegmentationMetrics(len(data.class_names), class_names=data.class_names),
         preprocess=argmax_logits,
     )
-    train(trainer, args)
+    trainer.train(resume_from_checkpoint=ready.checkpoint)
 
     # 5. Evaluate
     scores = trainer.evaluate()

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
 
 from sfa_peft.errors import SFAError
 
@@ -176,6 +177,25 @@ class SharedArguments:
     def schedule_options(self) -> dict[str, Any]:
         """Return `lr_scheduler_kwargs` as a dict."""
         return _as_json(self.lr_scheduler_kwargs or "{}")
+
+
+def find_checkpoint(args: SharedArguments) -> str | None:
+    """Return the folder that `resume_from_checkpoint` means, if it is given.
+
+    Raises:
+        SFAError: If there is no such checkpoint.
+    """
+    wanted, out = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted is None:
+        return None
+    if wanted == "last":
+        found = get_last_checkpoint(str(out)) if out.is_dir() else None
+        if found is None:
+            raise SFAError(f"--resume_from_checkpoint last: no checkpoint in {out}")
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise SFAError(f"--resume_from_checkpoint {wanted}: no checkpoint of a Trainer there")
+    return wanted
 
 
 Arguments = TypeVar("Arguments", bound=SharedArguments)

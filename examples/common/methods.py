@@ -7,7 +7,7 @@ The head is always trained and saved whole; it is everything that lies beside th
 import json
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 import sfa_peft
 from common.adaptformer import add_adapters, mlp_widths
-from common.arguments import SharedArguments
+from common.arguments import SharedArguments, find_checkpoint
 from sfa_peft.backbones import Backbone, find_backbone, role_modules
 from sfa_peft.budget import external_parameters
 from sfa_peft.errors import BudgetError, SFAError, TargetError
@@ -41,6 +41,7 @@ class Prepared:
         share: Trained share of the backbone.
         backbone_size: Parameters of the backbone.
         callbacks: What Trainer needs besides.
+        checkpoint: Folder to resume from, if any.
     """
 
     model: nn.Module
@@ -50,14 +51,17 @@ class Prepared:
     share: float
     backbone_size: int
     callbacks: list[TrainerCallback]
+    checkpoint: str | None = None
 
 
 def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
     """Freeze, wrap or extend a task model as `args.method` wants it.
 
     Raises:
-        SFAError: If the budget is too small for the method.
+        SFAError: If the budget is too small for the method, or a checkpoint to resume from is
+            missing.
     """
+    checkpoint = find_checkpoint(args)
     backbone = _backbone(base)
     size = sum(p.numel() for p in backbone.module.parameters())
     head, model, callbacks = head_modules(base, backbone), base, []
@@ -71,17 +75,14 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
             modules_to_save=head,
         )
         model = get_peft_model(base, config)  # SFA
-        folder = args.resume_from_checkpoint
-        callbacks = [
-            sfa_peft.SFACallback(resume_from_checkpoint=None if folder == "last" else folder)
-        ]
+        callbacks = [sfa_peft.SFACallback(resume_from_checkpoint=checkpoint)]  # SFA
     elif args.method == "lora":
         model = get_peft_model(base, lora_config(backbone, args.budget, head))
     elif args.method == "adaptformer":
         add_adapters(backbone, adaptformer_width(backbone, args.budget))
     else:
         backbone.module.requires_grad_(args.method == "full")
-    return _sorted(model, base, size, callbacks)
+    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
 
 
 def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfig:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from common.arguments import SharedArguments
 from common.methods import Prepared
@@ -88,23 +87,6 @@ def make_optimizer(ready: Prepared, rate: float, args: SharedArguments) -> torch
         {"params": ready.adapted, "lr": rate},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=args.weight_decay)
-
-
-def train(trainer: Trainer, args: SharedArguments) -> None:
-    """Train, from the checkpoint that `--resume_from_checkpoint` names if there is one.
-
-    Raises:
-        SFAError: If there is no such checkpoint.
-    """
-    checkpoint = args.resume_from_checkpoint
-    if checkpoint == "last":
-        folder = Path(args.output_dir)
-        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if checkpoint is None:
-            raise SFAError(f"--resume_from_checkpoint last: no checkpoint in {folder}")
-    elif checkpoint is not None and not (Path(checkpoint) / "trainer_state.json").is_file():
-        raise SFAError(f"--resume_from_checkpoint {checkpoint}: no checkpoint of a Trainer there")
-    trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def run_script(main: Callable[[], Any]) -> None:
