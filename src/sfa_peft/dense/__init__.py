@@ -3,8 +3,27 @@
 
 from __future__ import annotations
 
+from sfa_peft.dense.data.collate import (
+    collate_detection,
+    collate_instances,
+    collate_semantic_masks,
+)
 from sfa_peft.dense.data.datasets import SegmentationData, load_segmentation, read_classes
-from sfa_peft.dense.data.splits import SegmentationSplit, TransformedSplit
+from sfa_peft.dense.data.depth import (
+    depth_to_tensors,
+    kitti_benchmark_crop,
+    nyu_border_crop,
+    vertical_cut_depth,
+)
+from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
+from sfa_peft.dense.data.object_transforms import (
+    ObjectResize,
+    ObjectScaleCrop,
+    ObjectShortestEdge,
+    objects_to_tensors,
+)
+from sfa_peft.dense.data.objects import Objects
+from sfa_peft.dense.data.splits import SegmentationSplit, Split, TransformedSplit
 from sfa_peft.dense.data.transforms import (
     IGNORE_INDEX,
     EvalTransform,
@@ -20,27 +39,45 @@ from sfa_peft.dense.metrics.segmentation import (
 )
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
 from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, render_scene
+from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
 
 __all__ = [
     "CLASS_NAMES",
     "IGNORE_INDEX",
+    "THING_NAMES",
+    "DepthEvalTransform",
+    "DepthTrainTransform",
     "EvalTransform",
+    "ObjectResize",
+    "ObjectScaleCrop",
+    "ObjectShortestEdge",
+    "Objects",
     "Scene",
     "SceneDataset",
+    "SceneSplit",
     "SegmentationData",
     "SegmentationMetrics",
     "SegmentationSplit",
+    "Split",
     "TrainTransform",
     "TransformedSplit",
     "argmax_logits",
     "class_palette",
+    "collate_detection",
+    "collate_instances",
+    "collate_semantic_masks",
     "colour_jitter",
     "confusion_matrix",
     "contact_sheet",
     "curve_plot",
+    "depth_to_tensors",
+    "kitti_benchmark_crop",
     "load_segmentation",
+    "nyu_border_crop",
+    "objects_to_tensors",
     "read_classes",
     "render_scene",
     "segmentation_scores",
     "to_tensors",
+    "vertical_cut_depth",
 ]

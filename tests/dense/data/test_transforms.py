@@ -207,3 +207,24 @@ def test_settings_out_of_range_are_refused() -> None:
         TrainTransform(32, scale=(2.0, 1.0))
     with pytest.raises(SFAError, match="flip"):
         TrainTransform(32, flip=1.5)
+
+
+def test_a_crop_holds_a_labelled_pixel_if_the_mask_has_one() -> None:
+    image, _ = _blocks(100, 100)
+    mask = np.full((100, 100), IGNORE_INDEX, np.uint8)
+    mask[93, 5] = 3
+
+    for seed in range(30):
+        transform = TrainTransform(20, scale=(5.0, 5.0), jitter=0.0)  # the image's own pixels
+        labels = transform(image, mask, np.random.default_rng(seed))["labels"]
+        assert (labels == 3).sum() == 1
+
+
+def test_a_mask_without_any_label_is_refused_unless_asked_for() -> None:
+    image, mask = _blocks()
+    mask = np.full_like(mask, 11)
+
+    with pytest.raises(SFAError, match="no labelled pixel in the whole image"):
+        TrainTransform(20, ignore_index=11)(image, mask, np.random.default_rng(0))
+    kept = TrainTransform(20, ignore_index=11, keep_unlabelled=True)
+    assert (kept(image, mask, np.random.default_rng(0))["labels"] == IGNORE_INDEX).all()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splits of segmentation data: sequences of image and mask, decoded on access.
+"""Splits of data: sequences of image and target, decoded on access.
 
 A file that cannot be decoded is named in the error.
 """
@@ -7,32 +7,40 @@ A file that cannot be decoded is named in the error.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from sfa_peft.dense.data.transforms import Transform
 from sfa_peft.errors import SFAError
 
+TargetT = TypeVar("TargetT")
+TargetT_co = TypeVar("TargetT_co", covariant=True)
 
-class SegmentationSplit(Protocol):
-    """One split: a sequence of ``(image, mask)`` pairs of PIL images."""
+
+class Split(Protocol[TargetT_co]):
+    """One split: a sequence of pairs of a PIL image and what is to be learned of it.
+
+    The target is a mask, a PIL image whose stored numbers are class ids; or depth, floating-point
+    metres ``(H, W)`` with 0 where not measured; or :class:`~sfa_peft.dense.data.objects.Objects`.
+    """
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         ...
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Return pair ``index``: the image, and the mask whose stored numbers are class ids."""
+    def __getitem__(self, index: int) -> tuple[Image.Image, TargetT_co]:
+        """Return pair ``index``: the image and its target."""
         ...
 
 
-class TransformedSplit(Dataset[dict[str, torch.Tensor]]):
+SegmentationSplit = Split[Image.Image]
+
+
+class TransformedSplit(Dataset[dict[str, Any]]):
     """A split with a transform over it, ready for a DataLoader or Trainer.
 
     The randomness of item ``i`` depends on the seed, the epoch and ``i`` only. Trainer announces
@@ -40,12 +48,18 @@ class TransformedSplit(Dataset[dict[str, torch.Tensor]]):
     augmented alike.
 
     Args:
-        split: Pairs of image and mask.
-        transform: Called with image, mask and a generator.
+        split: Pairs of image and target.
+        transform: Called with image, target and a generator.
         seed: Seed of the augmentation, 0 or more.
     """
 
-    def __init__(self, split: SegmentationSplit, transform: Transform, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split[TargetT],
+        transform: Callable[[Image.Image, TargetT, np.random.Generator], dict[str, Any]],
+        *,
+        seed: int = 0,
+    ) -> None:
         self.split = split
         self.transform = transform
         self.seed = seed
@@ -59,7 +73,7 @@ class TransformedSplit(Dataset[dict[str, torch.Tensor]]):
         """Return the number of items."""
         return len(self.split)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return what the transform makes of pair ``index``.
 
         Args:
@@ -69,12 +83,12 @@ class TransformedSplit(Dataset[dict[str, torch.Tensor]]):
             ``pixel_values`` and ``labels``.
 
         Raises:
-            SFAError: If a file is corrupt, or image and mask do not fit together.
+            SFAError: If a file is corrupt, or image and target do not fit together.
         """
-        image, mask = self.split[index]
+        image, target = self.split[index]
         rng = np.random.default_rng((self.seed, self.epoch, index))
         try:
-            return self.transform(image, mask, rng)
+            return self.transform(image, target, rng)
         except SFAError as error:
             raise SFAError(f"pair {index}: {error}") from error
 
@@ -129,7 +143,7 @@ class LibrarySplit:
         return _decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), name)
 
 
-class SubSplit:
+class SubSplit(Generic[TargetT]):
     """Some pairs of another split.
 
     Args:
@@ -137,14 +151,14 @@ class SubSplit:
         indices: Which of its pairs, in this order.
     """
 
-    def __init__(self, split: SegmentationSplit, indices: Sequence[int]) -> None:
+    def __init__(self, split: Split[TargetT], indices: Sequence[int]) -> None:
         self.split, self.indices = split, indices
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode the pair at ``indices[index]``."""
         return self.split[self.indices[index]]
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from sfa_peft.dense.data.geometry import as_size, random_window
 from sfa_peft.errors import SFAError
 
 IGNORE_INDEX = 255  # What transformers' segmentation losses and mmseg leave out.
@@ -27,7 +28,7 @@ Transform = Callable[[ImageLike, ImageLike, np.random.Generator], dict[str, torc
 _MEAN = np.array(IMAGENET_MEAN, np.float32)
 _STD = np.array(IMAGENET_STD, np.float32)
 # What a hole left by a crop is filled with: the mean colour, 0 after normalisation.
-_FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
+FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
 
 def as_image(image: ImageLike) -> Image.Image:
@@ -96,12 +97,17 @@ def to_tensors(image: ImageLike, mask: ImageLike) -> dict[str, torch.Tensor]:
         SFAError: If the sizes differ or one of the two cannot be used.
     """
     picture, ids = _matched(image, mask)
-    pixels = np.asarray(picture, np.float32) / np.float32(255)
-    pixels = (pixels - _MEAN) / _STD
     return {
-        "pixel_values": torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))),
+        "pixel_values": normalise(picture),
         "labels": torch.from_numpy(np.asarray(ids).astype(np.int64)),
     }
+
+
+def normalise(image: Image.Image) -> torch.Tensor:
+    """Return an RGB image as float32 ``(3, H, W)``, less ImageNet's mean, by its deviation."""
+    pixels = np.asarray(image, np.float32) / np.float32(255)
+    pixels = (pixels - _MEAN) / _STD
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def colour_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
@@ -127,7 +133,7 @@ class TrainTransform:
     """Random scale, crop, horizontal flip and colour jitter, then normalisation.
 
     At scale 1 the crop just fits into the resized image; below, the hole is filled with the mean
-    colour and with ``IGNORE_INDEX``.
+    colour and with ``IGNORE_INDEX``. A crop without a labelled pixel is drawn again around one.
 
     Args:
         size: Side of the square crop, or its height and width, in pixels.
@@ -135,6 +141,7 @@ class TrainTransform:
         flip: Probability of a horizontal flip, in ``[0, 1]``.
         jitter: Strength of :func:`colour_jitter`, in ``[0, 1]``; 0 for none.
         ignore_index: Id in the masks that means "not labelled"; becomes ``IGNORE_INDEX``.
+        keep_unlabelled: Let an image through in which no pixel is labelled, instead of an error.
 
     Raises:
         SFAError: If a number is out of its range.
@@ -148,8 +155,9 @@ class TrainTransform:
         flip: float = 0.5,
         jitter: float = 0.3,
         ignore_index: int = IGNORE_INDEX,
+        keep_unlabelled: bool = False,
     ) -> None:
-        self.size = _as_size(size)
+        self.size = as_size(size)
         if not 0 < scale[0] <= scale[1]:
             raise SFAError(f"scale must be two positive numbers in order, got {scale}")
         if not (0 <= flip <= 1 and 0 <= jitter <= 1):
@@ -158,6 +166,7 @@ class TrainTransform:
         self.flip = flip
         self.jitter = jitter
         self.ignore_index = ignore_index
+        self.keep_unlabelled = keep_unlabelled
 
     def __call__(
         self, image: ImageLike, mask: ImageLike, rng: np.random.Generator
@@ -173,7 +182,7 @@ class TrainTransform:
             As :func:`to_tensors`, of the crop's size.
 
         Raises:
-            SFAError: If the sizes differ or one of the two cannot be used.
+            SFAError: If the sizes differ, one of the two cannot be used, or nothing is labelled.
         """
         picture, ids = _matched(image, mask)
         ids = _ignored(ids, self.ignore_index)
@@ -191,14 +200,19 @@ class TrainTransform:
         height, width = self.size
         factor = rng.uniform(*self.scale) * max(height / picture.height, width / picture.width)
         scaled = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-        left = _offset(scaled[0], width, rng)
-        top = _offset(scaled[1], height, rng)
-        window = (left, top, left + width, top + height)
+        ids = ids.resize(scaled, Image.Resampling.NEAREST)
+        labelled = np.asarray(ids) != IGNORE_INDEX
+        if not (labelled.any() or self.keep_unlabelled):
+            raise SFAError(
+                f"no labelled pixel in the whole image, resized to {scaled[0]}x{scaled[1]}; a "
+                "batch of such has no loss. Leave the image out, or pass keep_unlabelled=True"
+            )
+        left, top = random_window(labelled, self.size, rng)
         # Cropping outside an image fills with 0, which is a class: paste over the fill instead.
-        canvas = Image.new("RGB", (width, height), _FILL)
+        canvas = Image.new("RGB", (width, height), FILL)
         canvas_ids = Image.new("L", (width, height), IGNORE_INDEX)
-        canvas.paste(picture.resize(scaled, Image.Resampling.BILINEAR), (-window[0], -window[1]))
-        canvas_ids.paste(ids.resize(scaled, Image.Resampling.NEAREST), (-window[0], -window[1]))
+        canvas.paste(picture.resize(scaled, Image.Resampling.BILINEAR), (-left, -top))
+        canvas_ids.paste(ids, (-left, -top))
         return canvas, canvas_ids
 
 
@@ -214,7 +228,7 @@ class EvalTransform:
     """
 
     def __init__(self, size: int | tuple[int, int], *, ignore_index: int = IGNORE_INDEX) -> None:
-        self.size = _as_size(size)
+        self.size = as_size(size)
         self.ignore_index = ignore_index
 
     def __call__(
@@ -240,13 +254,6 @@ class EvalTransform:
         return to_tensors(picture, ids)
 
 
-def _as_size(size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (size, size) if isinstance(size, int) else size
-    if height < 1 or width < 1:
-        raise SFAError(f"size must be positive, got {size}")
-    return height, width
-
-
 def _matched(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.Image]:
     picture, ids = as_image(image), as_mask(mask)
     if picture.size != ids.size:
@@ -262,9 +269,3 @@ def _ignored(ids: Image.Image, ignore_index: int) -> Image.Image:
         return ids
     array = np.asarray(ids)
     return Image.fromarray(np.where(array == ignore_index, np.uint8(IGNORE_INDEX), array))
-
-
-def _offset(scaled: int, crop: int, rng: np.random.Generator) -> int:
-    # Negative where the image is smaller than the crop: it then lies somewhere inside the crop.
-    low, high = sorted((0, scaled - crop))
-    return int(rng.integers(low, high + 1))

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from sfa_peft.dense.data.transforms import Transform, to_tensors
+from sfa_peft.dense.scenes.layout import FOCAL, Thing, place_things
 from sfa_peft.dense.scenes.shapes import KINDS, Kind
 from sfa_peft.dense.scenes.textures import (
     Floats,
@@ -32,8 +33,6 @@ MIN_SIZE = 16
 MAX_DEPTH = 40.0  # Metres; the ground is cut here, just below the horizon.
 
 _CAMERA_HEIGHT = 1.5  # Metres above the ground.
-_FOCAL = 0.9  # In image sides: a field of view of 58 degrees.
-_OBJECTS = ("crate", "ball", "bush", "cone", "pine")
 _SCENES_PER_SEED = 2**32
 
 
@@ -71,17 +70,8 @@ class _Canvas:
         return self.image.shape[0]
 
 
-@dataclass(frozen=True)
-class _Thing:
-    name: str
-    x: float  # Metres to the right of the camera axis.
-    z: float  # Metres in front of the camera.
-    w: float
-    h: float
-
-
-def render_scene(seed: int, size: int = 64) -> Scene:
-    """Render one square scene: sky, a ground plane in perspective, and 3 to 7 things on it.
+def render_scene(seed: int, size: int = 64, *, crowded: bool = False) -> Scene:
+    """Render one square scene: sky, a ground plane in perspective, and things that stand on it.
 
     Colours are random everywhere. Crates, balls and cones share their textures, so do bushes and
     pines; each of those is shaped like one of the other group.
@@ -89,6 +79,8 @@ def render_scene(seed: int, size: int = 64) -> Scene:
     Args:
         seed: Seed of the scene, 0 or more.
         size: Side in pixels, ``MIN_SIZE`` or more.
+        crowded: By default no class but the wall comes twice and things stand apart, 3 to 7 of
+            them; else 5 to 11 of any class stand wherever they fall, near and far.
 
     Returns:
         The scene; the same for the same arguments.
@@ -107,41 +99,17 @@ def render_scene(seed: int, size: int = 64) -> Scene:
         depth=np.zeros((size, size), np.float32),
         instances=np.zeros((size, size), np.uint16),
         horizon=size * rng.uniform(0.28, 0.45),
-        focal=size * _FOCAL,
+        focal=size * FOCAL,
         light=rng.uniform(-1, 1),
     )
     _paint_sky(canvas, rng)
     _paint_ground(canvas, rng)
-    things = _place_things(rng)
+    things = place_things(rng, crowded=crowded)
     for thing in things:
         _paint_shadow(canvas, thing)
     for number, thing in enumerate(sorted(things, key=lambda thing: -thing.z), start=1):
         _paint_thing(canvas, thing, number, rng)
     return Scene(_expose(canvas, rng), canvas.classes, canvas.depth, canvas.instances)
-
-
-def _place_things(rng: np.random.Generator) -> list[_Thing]:
-    walls = int(rng.choice((0, 1, 2), p=(0.3, 0.5, 0.2)))
-    things = [
-        _place(rng, "wall", z=rng.uniform(9, 14), across=rng.uniform(-0.5, 0.5))
-        for _ in range(walls)
-    ]
-    count = int(rng.integers(3, len(_OBJECTS) + 1))
-    # No class comes twice, and side slots keep things from piling up.
-    names = rng.permutation(_OBJECTS)[:count]
-    slots = (rng.permutation(count) + rng.uniform(0.1, 0.9, count)) / count - 0.5
-    # One thing near the camera: a patch of 4 pixels sees nothing of small things.
-    near = rng.uniform(2.4, 3.4)
-    for rank, name in enumerate(names):
-        z = near if rank == 0 else rng.uniform(2.8, 5.5)
-        things.append(_place(rng, str(name), z=z, across=float(slots[rank])))
-    return things
-
-
-def _place(rng: np.random.Generator, name: str, *, z: float, across: float) -> _Thing:
-    kind = KINDS[name]
-    width = rng.uniform(*kind.widths)
-    return _Thing(name, across * z / _FOCAL, z, width, width * rng.uniform(*kind.aspect))
 
 
 def _paint_sky(canvas: _Canvas, rng: np.random.Generator) -> None:
@@ -168,7 +136,7 @@ def _paint_ground(canvas: _Canvas, rng: np.random.Generator) -> None:
     canvas.depth[first_row:] = z
 
 
-def _paint_shadow(canvas: _Canvas, thing: _Thing) -> None:
+def _paint_shadow(canvas: _Canvas, thing: Thing) -> None:
     # An ellipse on the ground at the foot, drawn out away from the light.
     scale = canvas.focal / thing.z
     row = canvas.horizon + scale * _CAMERA_HEIGHT
@@ -180,7 +148,7 @@ def _paint_shadow(canvas: _Canvas, thing: _Thing) -> None:
     canvas.image[shadow] *= 0.5
 
 
-def _paint_thing(canvas: _Canvas, thing: _Thing, number: int, rng: np.random.Generator) -> None:
+def _paint_thing(canvas: _Canvas, thing: Thing, number: int, rng: np.random.Generator) -> None:
     kind: Kind = KINDS[thing.name]
     scale = canvas.focal / thing.z
     foot = canvas.horizon + scale * _CAMERA_HEIGHT
@@ -281,9 +249,13 @@ class SceneDataset(Dataset[dict[str, torch.Tensor]]):
         Raises:
             IndexError: If the index is out of range.
         """
+        return render_scene(self.scene_seed(index), self.size)
+
+    def scene_seed(self, index: int) -> int:
+        """Return the seed that :func:`render_scene` makes scene ``index`` of; raises IndexError."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of a dataset of {self.length}")
-        return render_scene(self.seed * _SCENES_PER_SEED + index, self.size)
+        return self.seed * _SCENES_PER_SEED + index
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return scene ``index`` as tensors; see the class for keys, shapes and dtypes."""
