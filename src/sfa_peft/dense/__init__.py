@@ -31,6 +31,11 @@ from sfa_peft.dense.data.transforms import (
     colour_jitter,
     to_tensors,
 )
+from sfa_peft.dense.inference import DenseMaps, predict_maps, sliding_window_maps
+from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
+from sfa_peft.dense.metrics.coco import CocoMetrics
+from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
+from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
     argmax_logits,
@@ -47,6 +52,9 @@ __all__ = [
     "THING_NAMES",
     "DepthEvalTransform",
     "DepthTrainTransform",
+    "CocoMetrics",
+    "DenseMaps",
+    "DepthMetrics",
     "EvalTransform",
     "ObjectResize",
     "ObjectScaleCrop",
@@ -75,9 +83,17 @@ __all__ = [
     "load_segmentation",
     "nyu_border_crop",
     "objects_to_tensors",
+    "depth_at_labels",
+    "instances_from_segmentation",
+    "kb_crop",
+    "load_segmentation",
+    "multi_scale_probabilities",
+    "predict_depth",
+    "predict_maps",
     "read_classes",
     "render_scene",
     "segmentation_scores",
+    "sliding_window_maps",
     "to_tensors",
     "vertical_cut_depth",
 ]
