@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets of predictions and plots of curves, written atomically to image files.
+"""Contact sheets of class maps and plots of curves, written atomically to image files.
 
 matplotlib is imported inside the functions and used without pyplot, so nothing global is changed.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sfa_peft.dense.pictures.figures import (
+    add_legend,
+    check_rows,
+    grid_width,
+    is_rgb,
+    legend_lines,
+    picture_grid,
+    write_figure,
+)
 from sfa_peft.errors import SFAError
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.axes import Axes
 
 _VOID = (255, 255, 255)  # White: the colour of ids without a class, such as the ignore index.
 # Told apart by the colour-blind too: Okabe and Ito's colours and Tol's, sky and ground first.
@@ -85,45 +92,20 @@ def contact_sheet(
     Raises:
         SFAError: If there are no rows, or a row has another length than the titles.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    if not rows or any(len(row) != len(titles) for row in rows):
-        lengths = sorted({len(row) for row in rows})
-        raise SFAError(f"each row needs {len(titles)} pictures, one per title; rows have {lengths}")
+    check_rows(rows, titles)
     colours = class_palette(len(class_names)) if palette is None else palette
-    # In inches: letters of the legend are about 0.08 wide, its patches and gaps 0.6.
-    width = max(1.7 * len(titles), 2.5)
-    legend_columns = max(1, int(width / (0.08 * max(map(len, class_names), default=1) + 0.6)))
-    legend_lines = -(-(len(class_names) + 1) // legend_columns)
-    shape = rows[0][0].shape
-    row_height = width / len(titles) * shape[0] / shape[1]
-    height = (row_height + 0.05) * len(rows) + 0.3 + 0.18 * legend_lines
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    for row, axes_row in zip(rows, axes, strict=True):
-        for picture, axis in zip(row, axes_row, strict=True):
-            axis.imshow(_coloured(picture, colours), interpolation="nearest")
-            axis.set_axis_off()
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
+    columns, lines = legend_lines(class_names, grid_width(titles))
+
+    def draw(axis: Axes, picture: NDArray[Any]) -> None:
+        axis.imshow(_coloured(picture, colours), interpolation="nearest")
+
+    figure, _ = picture_grid(rows, titles, draw, shape=rows[0][0].shape, extra_height=0.18 * lines)
     present = {int(i) for row in rows for p in row if p.ndim == 2 for i in np.unique(p)}
-    patches = [
-        Patch(facecolor=colours[i] / 255.0, edgecolor="0.4", label=name)
-        for i, name in enumerate(class_names)
-        if i in present
-    ]
+    legend = {n: colours[i] / 255.0 for i, n in enumerate(class_names) if i in present}
     if present - set(range(len(class_names))):
-        patches.append(Patch(facecolor="white", edgecolor="0.4", label="not labelled"))
-    if patches:
-        figure.legend(
-            handles=patches,
-            loc="outside lower center",
-            ncols=legend_columns,
-            fontsize=7,
-            frameon=False,
-        )
-    return _write(figure, Path(path))
+        legend["not labelled"] = "white"
+    add_legend(figure, legend, columns)
+    return write_figure(figure, Path(path))
 
 
 def curve_plot(
@@ -167,7 +149,7 @@ def curve_plot(
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8)
-    return _write(figure, Path(path))
+    return write_figure(figure, Path(path))
 
 
 def _markers(count: int) -> list[str]:
@@ -175,7 +157,7 @@ def _markers(count: int) -> list[str]:
 
 
 def _coloured(picture: NDArray[Any], colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    if picture.ndim == 3 and picture.shape[2] == 3 and picture.dtype == np.uint8:
+    if is_rgb(picture):
         return picture
     if picture.ndim == 2 and picture.dtype.kind in "biu":
         return colours[np.clip(picture, 0, 255).astype(np.uint8)]
@@ -183,18 +165,3 @@ def _coloured(picture: NDArray[Any], colours: NDArray[np.uint8]) -> NDArray[np.u
         "a picture is uint8 (H, W, 3) or integer class ids (H, W), "
         f"got {picture.dtype} {picture.shape}"
     )
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    # Rename at the end: a reader, or an interrupted run, never meets half a file.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        figure.savefig(temporary, dpi=150)
-        temporary.chmod(0o644)  # mkstemp makes files that only their owner may read.
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Task heads of the paper that transformers lacks."""
