@@ -117,6 +117,8 @@ class Arguments(SharedArguments):
             raise SFAError(
                 "--per_device_train_batch_size: UperNet's batch norm needs 2 or more images"
             )
+        if self.head == "mask2former" and self.hidden_size % 32:
+            raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {self.hidden_size}")
         if len(self.train_scale) != 2:
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
 

@@ -212,9 +212,11 @@ def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -
         argv: Options; None for those of the process.
         description: First line of the help.
     """
-    parser = HfArgumentParser(kind, description=description)
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
     given = list(sys.argv[1:] if argv is None else argv)
-    (first, *_) = parser.parse_args_into_dataclasses(given)
+    first, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)}")
     try:
         options = [] if first.recipe is None else read_recipe(first.recipe, set(vars(first)))
         (args,) = parser.parse_args_into_dataclasses([*options, *given])

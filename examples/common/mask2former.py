@@ -29,7 +29,7 @@ def mask2former_config(
     Args:
         backbone: Configuration of the backbone, all stages put out.
         image_size: Height and width of training images. Small ones have fewer points for the loss.
-        hidden_size: Channels of pixel decoder, mask features and decoder; a multiple of 8.
+        hidden_size: Channels of pixel decoder, mask features and decoder; a multiple of 32.
         encoder_layers: Blocks of the pixel decoder.
         decoder_layers: Layers of the decoder, the prediction from the queries alone included.
         num_queries: Masks predicted per image.

@@ -113,13 +113,19 @@ def adaptformer_width(backbone: Backbone, budget: float) -> int:
 
 
 def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
-    """Return the paths of the largest parts with parameters that lie beside the backbone."""
+    """Return the paths of the largest parts with parameters that lie beside the backbone.
+
+    PEFT takes each as a suffix, and a part inside a part is one too many: where `head` has a
+    `head` in it, the parts of the outer one are named instead.
+    """
+    names = [name for name, _ in model.named_modules()]
     found: list[str] = []
 
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             full = f"{path}.{name}" if path else name
-            if backbone.name.startswith(f"{full}."):
+            nested = any(n.startswith(f"{full}.") and n.endswith(full) for n in names)
+            if backbone.name.startswith(f"{full}.") or nested:
                 visit(full, child)
             elif full != backbone.name and any(True for _ in child.parameters()):
                 found.append(full)

@@ -27,6 +27,7 @@ def make_trainer(
     preprocess: Callable[..., Any] | None = None,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     label_names: tuple[str, ...] = ("labels",),
+    compute_loss: Callable[..., torch.Tensor] | None = None,
 ) -> Trainer:
     """Return a Trainer for a prepared model.
 
@@ -40,6 +41,7 @@ def make_trainer(
         preprocess: Trainer's `preprocess_logits_for_metrics`.
         collator: Makes a batch of items; by default tensors are stacked.
         label_names: Keys of a batch that are labels.
+        compute_loss: Trainer's `compute_loss_func`, for models without a loss of their own.
     """
     # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
     ready.model.accepts_loss_kwargs = ready.base.accepts_loss_kwargs = False
@@ -73,6 +75,7 @@ def make_trainer(
         train_dataset=train_data,
         eval_dataset=eval_data,
         data_collator=collator,
+        compute_loss_func=compute_loss,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess,
         callbacks=ready.callbacks,

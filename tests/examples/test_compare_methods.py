@@ -62,7 +62,7 @@ def test_every_run_gets_a_row_a_curve_and_a_column(
         (["--method=sfa"], "--method: say it in --runs"),
         (["--runs", "frozen", "sfa@lots"], "--budget: invalid float value: 'lots'"),
         (["--runs", "frozen", "lora@0.001"], "LoRA of rank 1 already has"),
-        (["--steps", "3"], "--steps"),
+        (["--steps", "3"], "unknown options: --steps 3"),
         (["--task", "sorting"], "invalid choice: 'sorting'"),
     ],
 )

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_it_says(
 
 
 def test_mask2former_takes_and_gives_class_maps(example: ModuleType, backbone: Path) -> None:
-    options = {"backbone": str(backbone), "head": "mask2former", "hidden_size": 16}
+    options = {"backbone": str(backbone), "head": "mask2former", "hidden_size": 32}
     model = example.build_model(example.Arguments(image_size=[32, 32], **options), 3)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.full((2, 32, 32), 255)

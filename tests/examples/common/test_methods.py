@@ -141,7 +141,7 @@ def test_adaptformer_adds_a_scaled_branch_beside_the_mlp() -> None:
 
 def test_the_head_is_all_that_lies_beside_the_backbone(methods: ModuleType) -> None:
     example = importlib.import_module("semantic_segmentation")
-    args = example.Arguments(head="mask2former", hidden_size=16)
+    args = example.Arguments(head="mask2former", hidden_size=32)
     model = example.build_model(args, 3)
     backbone = find_backbone(model)
     assert backbone is not None
