@@ -74,10 +74,10 @@ def test_a_file_that_is_no_image_is_named(folder: PairFolder) -> None:
         TransformedSplit(folder, EvalTransform(16))[2]
 
 
-def test_a_mask_of_another_size_is_reported_with_the_pair(folder: PairFolder) -> None:
+def test_a_mask_of_another_size_is_reported_with_both_files(folder: PairFolder) -> None:
     Image.new("L", (30, 19)).save(folder.pairs[3][1])
 
-    with pytest.raises(SFAError, match="pair 3: image and mask must have one size"):
+    with pytest.raises(SFAError, match=r"3\.png` is 30x19, but its image `.*3\.(png|jpg)` 30x20"):
         TransformedSplit(folder, EvalTransform(16))[3]
 
 

@@ -7,31 +7,27 @@ Nothing is decoded here but the class names; pairs are decoded on access, one at
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfa_peft.dense.data.splits import LibrarySplit, PairFolder, SegmentationSplit, SubSplit
+from sfa_peft.dense.data.files import IMAGE_SUFFIXES
+from sfa_peft.dense.data.library import library_rows, pick_column, split_of, undecoded
+from sfa_peft.dense.data.splits import (
+    LibrarySplit,
+    PairFolder,
+    SegmentationSplit,
+    Split,
+    SubSplit,
+    TargetT,
+)
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
 from sfa_peft.errors import SFAError
 
 IMAGE_COLUMNS = ("image", "pixel_values", "img")
 LABEL_COLUMNS = ("label", "annotation", "labels", "mask", "segmentation_mask", "semantic_mask")
 CLASS_FILES = ("meta.json", "classes.json", "id2label.json")
-
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ def load_segmentation(
     if "train" not in splits:
         raise SFAError(f"`{name_or_dir}`: no training split; found {sorted(splits) or 'nothing'}")
     if "validation" not in splits:
-        splits |= _hold_out(splits["train"], holdout, name_or_dir)
+        splits |= hold_out(splits["train"], holdout, name_or_dir)
     chosen = next(i for i in (ignore_index, stated_ignore, IGNORE_INDEX) if i is not None)
     return SegmentationData(
         splits["train"], splits["validation"], splits.get("test"), names, chosen
@@ -141,6 +137,11 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], int | None]:
     return tuple(content), ignore
 
 
+def class_list(classes: str | Path | Sequence[str] | None, folder: Path) -> tuple[str, ...]:
+    """Return class names as given, of a json file, or of one in the folder; raises SFAError."""
+    return _classes(classes, folder)[0]
+
+
 def _in_id_order(names: Mapping[str, Any], path: str | Path) -> list[Any]:
     try:
         by_id = {int(key): name for key, name in names.items()}
@@ -170,27 +171,21 @@ def _pair_splits(folder: Path) -> dict[str, SegmentationSplit]:
     splits: dict[str, SegmentationSplit] = {}
     for masks in sorted(folder.glob("*annot")):
         images = folder / masks.name.removesuffix("annot")
-        split = _split_of(images.name)
+        split = split_of(images.name)
         if split is not None and images.is_dir():
             splits[split] = PairFolder(_pairs(images, masks))
     return splits
 
 
 def _pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
-    found = sorted(p for p in images.iterdir() if p.suffix.lower() in _IMAGE_SUFFIXES)
+    found = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
     if not found:
-        raise SFAError(f"`{images}`: no {' or '.join(_IMAGE_SUFFIXES)} files")
+        raise SFAError(f"`{images}`: no {' or '.join(IMAGE_SUFFIXES)} files")
     pairs = [(image, masks / f"{image.stem}.png") for image in found]
     missing = [mask.name for _, mask in pairs if not mask.is_file()]
     if missing:
         raise SFAError(f"`{masks}`: {len(missing)} images have no mask, first `{missing[0]}`")
     return pairs
-
-
-def _split_of(name: str) -> str | None:
-    # "train-00000-of-00002", "train_1", "val" and "validation" all begin with the word looked for.
-    word = re.match(r"[a-z]*", name.lower())
-    return _SPLIT_WORDS.get(word.group()) if word else None
 
 
 def _library_splits(
@@ -200,55 +195,16 @@ def _library_splits(
     image_column: str | None,
     label_column: str | None,
 ) -> dict[str, SegmentationSplit]:
-    from datasets import Image as ImageFeature
-    from datasets import load_dataset
-
-    folder, cache = Path(name_or_dir), None if cache_dir is None else str(cache_dir)
-    if not folder.is_dir():
-        loaded = load_dataset(str(name_or_dir), config_name, cache_dir=cache)
-    elif any(folder.rglob("*.parquet")):
-        loaded = load_dataset("parquet", data_files=_parquet_files(folder), cache_dir=cache)
-    elif any(folder.rglob("metadata.*")):
-        loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=cache)
-    else:
-        raise SFAError(
-            f"`{folder}`: no known layout; expected <split>/ beside <split>annot/, parquet files, "
-            "or <split>/metadata.jsonl"
-        )
     splits: dict[str, SegmentationSplit] = {}
-    for name, rows in loaded.items():
-        image = _column(rows.column_names, image_column, IMAGE_COLUMNS, "image_column")
-        label = _column(rows.column_names, label_column, LABEL_COLUMNS, "label_column")
-        # Decoding is ours: the library's errors do not name the file.
-        undecoded = rows.cast_column(image, ImageFeature(decode=False))
-        undecoded = undecoded.cast_column(label, ImageFeature(decode=False))
-        splits[_split_of(str(name)) or str(name)] = LibrarySplit(undecoded, image, label)
+    for split, rows in library_rows(name_or_dir, config_name, cache_dir).items():
+        image = pick_column(rows.column_names, image_column, IMAGE_COLUMNS, "image_column")
+        label = pick_column(rows.column_names, label_column, LABEL_COLUMNS, "label_column")
+        splits[split] = LibrarySplit(undecoded(rows, image, label), image, label)
     return splits
 
 
-def _parquet_files(folder: Path) -> dict[str, list[str]]:
-    files: dict[str, list[str]] = {}
-    for path in sorted(folder.rglob("*.parquet")):
-        # The folder's own name says nothing: only what lies in it.
-        within = path.relative_to(folder)
-        split = next(filter(None, (_split_of(part) for part in reversed(within.parts))), None)
-        if split is None:
-            raise SFAError(f"`{path}`: neither the file nor its folder is named after a split")
-        files.setdefault(split, []).append(str(path))
-    return files
-
-
-def _column(there: Sequence[str], wanted: str | None, usual: Sequence[str], what: str) -> str:
-    for name in usual if wanted is None else (wanted,):
-        if name in there:
-            return name
-    looked_for = usual if wanted is None else wanted
-    raise SFAError(f"no column {looked_for} among {sorted(there)}; pass {what}=")
-
-
-def _hold_out(
-    train: SegmentationSplit, holdout: float, name: str | Path
-) -> dict[str, SegmentationSplit]:
+def hold_out(train: Split[TargetT], holdout: float, name: str | Path) -> dict[str, Split[TargetT]]:
+    """Return ``train`` without every ``round(1/holdout)``-th pair, and these as ``validation``."""
     if not 0 < holdout < 1:
         raise SFAError(f"`{name}`: no validation split; pass holdout=0.1 to take a tenth of train")
     every = max(2, round(1 / holdout))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from sfa_peft.dense.data.files import decode, read_image, read_mask
 from sfa_peft.errors import SFAError
 
 TargetT = TypeVar("TargetT")
@@ -38,6 +40,23 @@ class Split(Protocol[TargetT_co]):
 
 
 SegmentationSplit = Split[Image.Image]
+
+
+@dataclass
+class Found(Generic[TargetT]):
+    """What the reader of one layout found.
+
+    Attributes:
+        splits: By name, ``train``, ``validation`` or ``test``.
+        class_names: Name of class id 0, 1, ...; none for depth.
+        missing: What is not there or not usable though it should be, one line each.
+        notes: What the data set itself leaves out, one line each.
+    """
+
+    splits: dict[str, Split[TargetT]]
+    class_names: tuple[str, ...] = ()
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 class TransformedSplit(Dataset[dict[str, Any]]):
@@ -93,54 +112,83 @@ class TransformedSplit(Dataset[dict[str, Any]]):
             raise SFAError(f"pair {index}: {error}") from error
 
 
-class PairFolder:
-    """Pairs of image and mask files.
+class PairFolder(Generic[TargetT]):
+    """Pairs of an image file and a file of its target.
 
     Args:
-        pairs: Path of the image and of the mask.
+        pairs: Path of the image and of the target.
+        read_target: Reads the target; by default a mask, ids as they are stored.
     """
 
-    def __init__(self, pairs: Sequence[tuple[Path, Path]]) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Path, Path]],
+        read_target: Callable[[Path], TargetT] = read_mask,
+    ) -> None:
         self.pairs = tuple(pairs)
+        self.read_target = read_target
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
-        """Decode pair ``index``; raises SFAError naming a file that is corrupt."""
-        image, mask = self.pairs[index]
-        return ImageOps.exif_transpose(_decode(image, str(image))), _decode(mask, str(mask))
+    def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
+        """Decode pair ``index``; raises SFAError naming a file that is corrupt or does not fit."""
+        image_file, target_file = self.pairs[index]
+        image, target = read_image(image_file), self.read_target(target_file)
+        size = target.size if isinstance(target, Image.Image) else np.asarray(target).shape[::-1]
+        if size != image.size:
+            raise SFAError(
+                f"`{target_file}` is {size[0]}x{size[1]}, but its image `{image_file}` "
+                f"{image.width}x{image.height} (width x height); they must have one size"
+            )
+        return image, target
 
 
-class LibrarySplit:
+def as_stored(image: Image.Image, name: str) -> Image.Image:
+    """Return a decoded mask as it is: what :class:`LibrarySplit` does with it by default."""
+    return image
+
+
+class LibrarySplit(Generic[TargetT]):
     """A split of the ``datasets`` library.
 
     Args:
         rows: Dataset whose two columns are undecoded images.
         image_column: Column of the images.
-        label_column: Column of the masks.
+        label_column: Column of the masks or of the depth.
+        as_target: Makes the target of what is stored there, given what to call it in an error.
     """
 
-    def __init__(self, rows: Any, image_column: str, label_column: str) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        image_column: str,
+        label_column: str,
+        as_target: Callable[[Image.Image, str], TargetT] = as_stored,
+    ) -> None:
         self.rows = rows
         self.columns = (image_column, label_column)
+        self.as_target = as_target
 
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
+    def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode pair ``index``; raises SFAError naming a file that is corrupt."""
         row = self.rows[index]
-        image, mask = (self._decode(row[column], column, index) for column in self.columns)
-        return ImageOps.exif_transpose(image), mask
+        image, stored = (decode_cell(row[column], column, index) for column in self.columns)
+        target = self.as_target(stored, f"row {index}, column `{self.columns[1]}`")
+        return ImageOps.exif_transpose(image), target
 
-    def _decode(self, cell: Mapping[str, Any] | None, column: str, index: int) -> Image.Image:
-        if cell is None:
-            raise SFAError(f"row {index} has no `{column}`")
-        name = f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
-        return _decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), name)
+
+def decode_cell(cell: Mapping[str, Any] | None, column: str, index: int) -> Image.Image:
+    """Decode an undecoded image of the ``datasets`` library; raises SFAError naming it."""
+    if cell is None:
+        raise SFAError(f"row {index} has no `{column}`")
+    name = f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
+    return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), name)
 
 
 class SubSplit(Generic[TargetT]):
@@ -161,13 +209,3 @@ class SubSplit(Generic[TargetT]):
     def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode the pair at ``indices[index]``."""
         return self.split[self.indices[index]]
-
-
-def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError) as error:
-        # PIL reports broken files by any of these, and not always with the file's name.
-        raise SFAError(f"`{name}`: cannot read this image: {error}") from error
