@@ -9,7 +9,7 @@ minute on two cores, to a depth error (RMSE) of about 2 m in scenes of up to 40 
 Your own data (a Hub name or a folder with image and depth columns) and backbone::
 
     python examples/depth_estimation.py --dataset_name path/to/data --max_depth 10 \
-        --depth_divisor 1000 --backbone microsoft/swinv2-base-patch4-window12-192-22k \
+        --depth_scale 1000 --backbone microsoft/swinv2-base-patch4-window12-192-22k \
         --image_size 480 480 --window_size 30 --max_steps 25000 --learning_rate 1e-4
 
 What the paper trained: `--recipe examples/recipes/nyuv2_depth_swinv2_b_sfa_b.yaml`. Several methods
@@ -20,7 +20,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -29,22 +29,21 @@ import numpy as np
 import torch
 from common.arguments import SharedArguments, parse
 from common.backbones import STAGES, load_backbone
+from common.data import Data, load_pairs
 from common.items import picture
 from common.methods import check_loaded_again, prepare_method, save_method
 from common.reporting import Result, make_result, report, shown_indices
-from common.training import make_trainer, run_script
-from torch.utils.data import Dataset
+from common.training import make_trainer, pick_rates, run_script
 from transformers import DPTConfig, DPTForDepthEstimation, PreTrainedModel, set_seed
 
 from sfa_peft.dense.data.depth import kitti_benchmark_crop, nyu_border_crop
 from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
-from sfa_peft.dense.data.splits import SubSplit, TransformedSplit
+from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
 from sfa_peft.dense.losses import SILogLoss
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels
 from sfa_peft.dense.pictures.depth import depth_sheet
 from sfa_peft.dense.scenes.render import MAX_DEPTH
-from sfa_peft.dense.scenes.splits import SceneSplit
 from sfa_peft.errors import SFAError
 
 # Found on the validation scenes; a run on other data wants its own (see --learning_rate).
@@ -57,6 +56,7 @@ LEARNING_RATES = {
     "adaptformer": 3e-3,
     "full": 2e-3,
 }
+HEAD_LEARNING_RATES = {"deconv": 6e-3, "dpt": 1e-3}
 HEADERS = {"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"}
 CROPS = {"none": None, "nyu": nyu_border_crop, "kitti": kitti_benchmark_crop}
 PROTOCOLS = {"nyu": DepthMetrics.nyu, "kitti": DepthMetrics.kitti}
@@ -85,20 +85,14 @@ class Arguments(SharedArguments):
     )
     train_scale: list[float] = field(
         default_factory=lambda: [1.0, 1.0],
-        metadata={"help": "Range of the random scale of training images; 1 is their own size."},
+        metadata={"help": "Range of the random scale of your images; 1 is their own size."},
     )
     cut_depth: float = field(
         default=0.0, metadata={"help": "Share of training images with vertical CutDepth."}
     )
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the images; usual names are found."}
-    )
-    depth_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the depth maps; usual names are found."}
-    )
-    depth_divisor: float | None = field(
-        default=None,
-        metadata={"help": "Stored numbers per metre: 1000 for NYUv2, 256 for KITTI."},
+    depth_scale: float = field(
+        default=1000.0,
+        metadata={"help": "Of integer depth in an imagefolder: stored units per metre."},
     )
 
     def check(self) -> None:
@@ -114,36 +108,27 @@ class Arguments(SharedArguments):
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
 
 
-class Data(NamedTuple):
-    """What is trained and evaluated on."""
-
-    train: Dataset[dict[str, torch.Tensor]]
-    evaluation: Dataset[dict[str, torch.Tensor]]
-
-
 def load_data(args: Arguments) -> Data:
-    """Return rendered scenes, or the user's data, cropped and augmented."""
-    if args.dataset_name is None:
-        pairs = SceneSplit(args.num_train_images, "depth", size=args.image_size[0], seed=0)
-        seed = {"validation": 1, "test": 2}[args.split]
-        chosen = SceneSplit(args.max_eval_samples or 200, "depth", size=args.eval_size[0], seed=seed)
-    else:
-        pairs, chosen = load_pairs(args)
+    """Return rendered scenes, or the user's data cropped and augmented."""
+    pairs = load_pairs("depth", args, depth_scale=args.depth_scale)
     crop = CROPS[args.protocol]
+    scenes = args.dataset_name is None  # are all different: nothing to augment but left and right
     augment = DepthTrainTransform(
         tuple(args.image_size),
         max_depth=args.max_depth,
-        scale=tuple(args.train_scale),
-        fit=args.dataset_name is None,
-        jitter=0.0 if args.dataset_name is None else 0.1,
-        cut_depth=args.cut_depth,
+        scale=(1.0, 1.0) if scenes else tuple(args.train_scale),
+        fit=False,
+        jitter=0.0 if scenes else 0.1,
+        cut_depth=0.0 if scenes else args.cut_depth,
         crop=crop,
     )
     # Benchmarks score at full size.
-    size = None if args.protocol != "none" else tuple(args.eval_size)
+    size = tuple(args.eval_size) if args.protocol == "none" else None
     plain = DepthEvalTransform(size, crop=crop if args.protocol == "kitti" else None)
     return Data(
-        TransformedSplit(pairs, augment, seed=args.seed), TransformedSplit(chosen, plain)
+        TransformedSplit(pairs.train, augment, seed=args.seed),
+        TransformedSplit(pairs.evaluation, plain),
+        [],
     )
 
 
@@ -199,12 +184,12 @@ def main(argv: list[str] | None = None) -> Result:
     ready = prepare_method(model, args)
 
     # 4. Train
-    rate = LEARNING_RATES[args.method] if args.learning_rate is None else args.learning_rate
+    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATES[args.head])
     metric = PROTOCOLS.get(args.protocol, partial(DepthMetrics, args.max_depth))()
     trainer = make_trainer(
         ready,
         args,
-        rate=rate,
+        rates=rates,
         train_data=data.train,
         eval_data=data.evaluation,
         compute_metrics=metric,
@@ -230,7 +215,7 @@ def main(argv: list[str] | None = None) -> Result:
         ready,
         args,
         trainer,
-        rate=rate,
+        rates=rates,
         size=size,
         scores=scores,
         headers=HEADERS,

@@ -25,7 +25,7 @@ import os
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -34,20 +34,18 @@ import numpy as np
 import torch
 from common.arguments import SharedArguments, parse
 from common.backbones import load_backbone
+from common.data import Data, load_pairs
 from common.items import picture
 from common.mask2former import Mask2FormerForSemanticSegmentation, mask2former_config
 from common.methods import check_loaded_again, prepare_method, save_method
 from common.reporting import Result, make_result, report, shown_indices
-from common.training import make_trainer, run_script
-from torch.utils.data import Dataset
+from common.training import make_trainer, pick_rates, run_script
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
-from sfa_peft.dense.data.datasets import load_segmentation
-from sfa_peft.dense.data.splits import SubSplit, TransformedSplit
-from sfa_peft.dense.data.transforms import IGNORE_INDEX, EvalTransform, TrainTransform
+from sfa_peft.dense.data.splits import TransformedSplit
+from sfa_peft.dense.data.transforms import EvalTransform, TrainTransform
 from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
 from sfa_peft.dense.pictures.sheets import contact_sheet
-from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
 from sfa_peft.errors import SFAError
 
 # Found on the validation scenes; a run on other data wants its own (see --learning_rate).
@@ -60,6 +58,7 @@ LEARNING_RATES = {
     "adaptformer": 3e-3,
     "full": 2e-3,
 }
+HEAD_LEARNING_RATES = {"upernet": 6e-3, "mask2former": 1e-3}
 HEADERS = {"mIoU": "mean_iou", "pixel acc.": "pixel_accuracy"}
 
 
@@ -82,28 +81,10 @@ class Arguments(SharedArguments):
     )
     decoder_layers: int = field(
         default=4,
-        metadata={"help": "Predictions of Mask2Former's decoder, from the bare queries on; paper 10."},
+        metadata={"help": "Mask2Former's predictions, the first from bare queries; paper 10."},
     )
     num_queries: int = field(
         default=20, metadata={"help": "Masks that Mask2Former predicts; 100 in its paper."}
-    )
-    classes: str | None = field(
-        default=None,
-        metadata={
-            "help": 'json file with the class names: a list, {"id2label": {"0": name, ...}} or '
-            '{"classes": [name, ...], "ignore_index": id}. If not given, meta.json, classes.json '
-            "or id2label.json in the dataset's folder."
-        },
-    )
-    image_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the images; usual names are found."}
-    )
-    label_column_name: str | None = field(
-        default=None, metadata={"help": "Column of the masks; usual names are found."}
-    )
-    ignore_index: int | None = field(
-        default=None,
-        metadata={"help": "Id of unlabelled pixels; if not given, what the json file says or 255."},
     )
     train_scale: list[float] = field(
         default_factory=lambda: [1.0, 2.0],
@@ -123,68 +104,21 @@ class Arguments(SharedArguments):
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
 
 
-class Data(NamedTuple):
-    """What is trained and evaluated on."""
-
-    train: Dataset[dict[str, torch.Tensor]]
-    evaluation: Dataset[dict[str, torch.Tensor]]
-    class_names: list[str]
-
-
 def load_data(args: Arguments) -> Data:
     """Return rendered scenes, or the user's data cropped and augmented."""
-    if args.dataset_name is None:
-        train = SceneDataset(args.num_train_images, size=args.image_size[0], seed=0)
-        seed = {"validation": 1, "test": 2}[args.split]
-        count = args.max_eval_samples or 200
-        scenes = SceneDataset(count, size=args.eval_size[0], seed=seed)
-        return Data(train, scenes, list(CLASS_NAMES))
-    if args.classes is None and not Path(args.dataset_name).is_dir():
-        raise SFAError(
-            f"--dataset_name {args.dataset_name}: no such folder; for a dataset of the Hub give "
-            "the class names with --classes."
-        )
-    try:
-        data = load_segmentation(
-            args.dataset_name,
-            classes=args.classes,
-            image_column=args.image_column_name,
-            label_column=args.label_column_name,
-            ignore_index=args.ignore_index,
-            holdout=0.2,
-        )
-    except OSError as error:
-        raise SFAError(f"--dataset_name {args.dataset_name}: {error}") from error
-    chosen = getattr(data, args.split)
-    if chosen is None:
-        raise SFAError(f"--split {args.split}: the dataset has no such split.")
-    pairs, batch = data.train, args.per_device_train_batch_size
-    if len(pairs) < 2:
-        raise SFAError(f"--dataset_name {args.dataset_name}: 2 training images are needed.")
-    if len(pairs) % batch == 1:  # a last batch of one image would fail in the head's batch norm
-        pairs = SubSplit(pairs, range(len(pairs) - 1))
-    if args.max_eval_samples is not None:
-        chosen = SubSplit(chosen, range(min(len(chosen), args.max_eval_samples)))
-    ignore, names = data.ignore_index, list(data.class_names)
-    augment = TrainTransform(
-        tuple(args.image_size), scale=tuple(args.train_scale), ignore_index=ignore
+    pairs = load_pairs("segmentation", args)
+    plain = EvalTransform(tuple(args.eval_size))
+    # Rendered scenes are all different: nothing to augment.
+    augment = (
+        plain
+        if args.dataset_name is None
+        else TrainTransform(tuple(args.image_size), scale=tuple(args.train_scale))
     )
-    plain = EvalTransform(tuple(args.eval_size), ignore_index=ignore)
-    train = TransformedSplit(pairs, partial(checked, augment, len(names)), seed=args.seed)
-    return Data(train, TransformedSplit(chosen, partial(checked, plain, len(names))), names)
-
-
-def checked(transform, num_classes: int, image, mask, rng):
-    """Transform a pair; refuse class ids without a name, on which the loss fails unclearly."""
-    item = transform(image, mask, rng)
-    wrong = (item["labels"] >= num_classes) & (item["labels"] != IGNORE_INDEX)
-    if wrong.any():
-        raise SFAError(
-            f"the mask holds class id {int(item['labels'][wrong].max())}, but there are "
-            f"{num_classes} class names (ids 0 to {num_classes - 1}); name every class in "
-            "--classes, or give the id of unlabelled pixels as --ignore_index."
-        )
-    return item
+    return Data(
+        TransformedSplit(pairs.train, augment, seed=args.seed),
+        TransformedSplit(pairs.evaluation, plain),
+        pairs.class_names,
+    )
 
 
 def make_model(args: Arguments, data: Data) -> PreTrainedModel:
@@ -250,11 +184,11 @@ def main(argv: list[str] | None = None) -> Result:
     ready = prepare_method(model, args)
 
     # 4. Train
-    rate = LEARNING_RATES[args.method] if args.learning_rate is None else args.learning_rate
+    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATES[args.head])
     trainer = make_trainer(
         ready,
         args,
-        rate=rate,
+        rates=rates,
         train_data=data.train,
         eval_data=data.evaluation,
         compute_metrics=SegmentationMetrics(len(data.class_names), class_names=data.class_names),
@@ -280,7 +214,7 @@ def main(argv: list[str] | None = None) -> Result:
         ready,
         args,
         trainer,
-        rate=rate,
+        rates=rates,
         size=size,
         scores=scores,
         headers=HEADERS,

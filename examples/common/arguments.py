@@ -76,6 +76,35 @@ class SharedArguments:
         default=None,
         metadata={"help": "Folder or Hub name of the data. Rendered scenes if not given."},
     )
+    dataset_format: Literal["imagefolder", "ade20k", "cityscapes", "coco", "kitti", "nyuv2"] = (
+        field(
+            default="imagefolder",
+            metadata={"help": "Layout of the folder; imagefolder is also parquet and the Hub."},
+        )
+    )
+    on_error: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "Stop at images that cannot be used, or look for them first and skip."},
+    )
+    classes: str | None = field(
+        default=None,
+        metadata={
+            "help": 'json file with the class names: a list, {"id2label": {"0": name, ...}} or '
+            '{"classes": [name, ...], "ignore_index": id}. If not given, meta.json, classes.json '
+            "or id2label.json in the dataset's folder."
+        },
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images; usual names are found."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={"help": "Column of masks, depth or objects; usual names are found."},
+    )
+    ignore_index: int | None = field(
+        default=None,
+        metadata={"help": "Id of unlabelled pixels; if not given, what the json file says or 255."},
+    )
     split: Literal["validation", "test"] = field(
         default="validation", metadata={"help": "Split to report on."}
     )
@@ -107,8 +136,9 @@ class SharedArguments:
             "suits the rendered scenes."
         },
     )
-    head_learning_rate: float = field(
-        default=6e-3, metadata={"help": "Rate of the head, which starts at random values."}
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Rate of the head; if not given, one that suits the rendered scenes."},
     )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})

@@ -115,20 +115,26 @@ def adaptformer_width(backbone: Backbone, budget: float) -> int:
 def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
     """Return the paths of the largest parts with parameters that lie beside the backbone.
 
-    PEFT takes each as a suffix, and a part inside a part is one too many: where `head` has a
-    `head` in it, the parts of the outer one are named instead.
+    PEFT takes each as the end of a path: RT-DETR's `model.encoder` would mean the backbone's
+    `model.backbone.model.encoder` too. Where that is so, the parts of the part are named instead.
+    Parts that only share the parameters of others, as some detection heads have, are left out.
     """
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     found: list[str] = []
+    seen: set[int] = set()
 
     def visit(path: str, module: nn.Module) -> None:
         for name, child in module.named_children():
             full = f"{path}.{name}" if path else name
-            nested = any(n.startswith(f"{full}.") and n.endswith(full) for n in names)
-            if backbone.name.startswith(f"{full}.") or nested:
+            own = {id(p) for p in child.parameters()} - seen
+            if full == backbone.name or not own:
+                continue
+            ambiguous = any(n != full and n.endswith(full) for n in names)
+            if backbone.name.startswith(f"{full}.") or (ambiguous and list(child.children())):
                 visit(full, child)
-            elif full != backbone.name and any(True for _ in child.parameters()):
+            else:
                 found.append(full)
+                seen.update(own)
 
     visit("", model)
     return found

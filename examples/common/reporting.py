@@ -17,6 +17,7 @@ from transformers import Trainer
 import sfa_peft
 from common.arguments import SharedArguments
 from common.methods import Prepared
+from common.training import Rates
 from sfa_peft.dense.pictures.sheets import curve_plot
 
 RESULTS_NAME, SHEET_NAME, CURVE_NAME = "results.json", "predictions.png", "training.png"
@@ -70,7 +71,7 @@ def make_result(
     args: SharedArguments,
     trainer: Trainer,
     *,
-    rate: float,
+    rates: Rates,
     size: int,
     scores: Mapping[str, float],
     headers: dict[str, str],
@@ -83,7 +84,7 @@ def make_result(
         ready: The trained model.
         args: The run's arguments.
         trainer: It trained.
-        rate: Learning rate of what was trained in the backbone.
+        rates: Learning rates.
         size: Bytes of the saved task.
         scores: What `trainer.evaluate` returned.
         headers: Columns of the table: header to key of `scores`.
@@ -103,7 +104,8 @@ def make_result(
         "trainable_backbone": round(ready.share * ready.backbone_size),
         "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
         "bytes": size,
-        "learning_rate": rate,
+        "learning_rate": rates.backbone,
+        "head_learning_rate": rates.head,
         "train_seconds": round(_seconds(trainer), 1),
     }
     curve = ([e["step"] for e in log], [e["loss"] for e in log])

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -16,14 +16,30 @@ from common.methods import Prepared
 from sfa_peft.errors import SFAError
 
 
+class Rates(NamedTuple):
+    """Learning rates of what is trained in the backbone, and of the head."""
+
+    backbone: float
+    head: float
+
+
+def pick_rates(args: SharedArguments, by_method: dict[str, float], head: float) -> Rates:
+    """Return the rates that the user gave, else those of the script."""
+    given = args.learning_rate, args.head_learning_rate
+    return Rates(
+        by_method[args.method] if given[0] is None else given[0],
+        head if given[1] is None else given[1],
+    )
+
+
 def make_trainer(
     ready: Prepared,
     args: SharedArguments,
     *,
-    rate: float,
+    rates: Rates,
     train_data: Dataset[Any],
-    eval_data: Dataset[Any],
-    compute_metrics: Callable[..., dict[str, float]],
+    eval_data: Dataset[Any] | None = None,
+    compute_metrics: Callable[..., dict[str, float]] | None = None,
     preprocess: Callable[..., Any] | None = None,
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     label_names: tuple[str, ...] = ("labels",),
@@ -34,9 +50,9 @@ def make_trainer(
     Args:
         ready: The model and what of it is trained.
         args: The run's arguments.
-        rate: Learning rate of what is trained in the backbone.
+        rates: Learning rates.
         train_data: Items to train on.
-        eval_data: Items to evaluate on.
+        eval_data: Items that `trainer.evaluate` is for, if it is used.
         compute_metrics: Called for each batch of predictions, as `batch_eval_metrics` wants it.
         preprocess: Trainer's `preprocess_logits_for_metrics`.
         collator: Makes a batch of items; by default tensors are stacked.
@@ -79,15 +95,15 @@ def make_trainer(
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess,
         callbacks=ready.callbacks,
-        optimizers=(make_optimizer(ready, rate, args), None),
+        optimizers=(make_optimizer(ready, rates, args), None),
     )
 
 
-def make_optimizer(ready: Prepared, rate: float, args: SharedArguments) -> torch.optim.AdamW:
+def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
     """Return AdamW with one rate for the head and one for what is trained in the backbone."""
     groups = [
-        {"params": ready.head, "lr": args.head_learning_rate},
-        {"params": ready.adapted, "lr": rate},
+        {"params": ready.head, "lr": rates.head},
+        {"params": ready.adapted, "lr": rates.backbone},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=args.weight_decay)
 
