@@ -12,7 +12,7 @@ Your own data (a Hub name or a folder with image and depth columns) and backbone
         --depth_scale 1000 --backbone microsoft/swinv2-base-patch4-window12-192-22k \
         --image_size 480 480 --window_size 30 --max_steps 25000 --learning_rate 1e-4
 
-What the paper trained: `--recipe examples/recipes/nyuv2_depth_swinv2_b_sfa_b.yaml`. Several methods
+What the paper trained: `--recipe examples/recipes/nyuv2_depth.yaml`. Several methods
 side by side: `compare_methods.py`.
 """
 

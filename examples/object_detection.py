@@ -13,7 +13,7 @@ Your own data in COCO's layout (or a Hub name, or an imagefolder with an objects
         --hidden_size 256 --num_queries 300 --max_steps 90000 --learning_rate 1e-4
 
 What the paper trained, as far as transformers has it:
-`--recipe examples/recipes/coco_detection_swinv2_b_sfa_b.yaml`. Several methods side by side:
+`--recipe examples/recipes/coco_detection.yaml`. Several methods side by side:
 `compare_methods.py`. Scores need faster-coco-eval: `pip install '.[examples,detection]'`.
 """
 

@@ -16,7 +16,7 @@ Your own data (a Hub name, or a folder: imagefolder with image and label columns
 What the paper trained (see the file)::
 
     python examples/semantic_segmentation.py --dataset_name path/to/ade20k \
-        --recipe examples/recipes/ade20k_mask2former_swinv2_b_sfa_b.yaml
+        --recipe examples/recipes/ade20k_mask2former.yaml
 
 Several methods side by side: `compare_methods.py`.
 """

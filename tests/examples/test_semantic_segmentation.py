@@ -237,10 +237,10 @@ def change_ids(mask: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda mask: mask, [], "holds class id 9, but there are 3 class names (ids 0 to 2)"),
-        (change_ids, ["--ignore_index", UNLABELLED], "holds class id 7"),
-        (lambda mask: mask.resize((20, 16)), ["--ignore_index", UNLABELLED], "must have one size"),
-        (lambda mask: mask, ["--split", "test"], "the dataset has no such split"),
+        (lambda mask: mask, [], "holds ids [9], which are no classes"),
+        (change_ids, ["--ignore_index", UNLABELLED], "holds ids [7], which are no classes"),
+        (lambda mask: mask.resize((20, 16), 0), ["--ignore_index", UNLABELLED], "must have one size"),
+        (lambda mask: mask, ["--split", "test"], "split `test`: there is none"),
         (lambda mask: mask, ["--label_column_name", "depth"], "no column depth among"),
     ],
 )
