@@ -178,6 +178,8 @@ class SharedArguments:
             raise SFAError(f"--output_dir: {self.output_dir} is a file")
         self.image_size = as_size(self.image_size, "image_size")
         self.eval_size = as_size(self.eval_size or self.image_size, "eval_size")
+        if self.dataset_name is None and self.dataset_format != "imagefolder":
+            raise SFAError(f"--dataset_name: needed for --dataset_format {self.dataset_format}")
         square = all(height == width for height, width in (self.image_size, self.eval_size))
         if self.dataset_name is None and not square:
             raise SFAError("--image_size, --eval_size: rendered scenes are square")

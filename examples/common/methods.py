@@ -116,7 +116,7 @@ def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
     """Return the paths of the largest parts with parameters that lie beside the backbone.
 
     PEFT takes each as the end of a path: RT-DETR's `model.encoder` would mean the backbone's
-    `model.backbone.model.encoder` too. There, and of lists, the parts of the part are named instead.
+    `model.backbone.model.encoder` too. There, and of lists, their parts are named instead.
     Parts that only share the parameters of others, as some detection heads have, are left out.
     """
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
@@ -131,7 +131,11 @@ def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
                 continue
             ambiguous = any(n != full and n.endswith(full) for n in names)
             divided = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # PEFT refuses them
-            if backbone.name.startswith(f"{full}.") or divided or (ambiguous and [*child.children()]):
+            if (
+                backbone.name.startswith(f"{full}.")
+                or divided
+                or (ambiguous and [*child.children()])
+            ):
                 visit(full, child)
             else:
                 found.append(full)

@@ -239,7 +239,11 @@ def change_ids(mask: Image.Image) -> Image.Image:
     [
         (lambda mask: mask, [], "holds ids [9], which are no classes"),
         (change_ids, ["--ignore_index", UNLABELLED], "holds ids [7], which are no classes"),
-        (lambda mask: mask.resize((20, 16), 0), ["--ignore_index", UNLABELLED], "must have one size"),
+        (
+            lambda mask: mask.resize((20, 16), 0),
+            ["--ignore_index", UNLABELLED],
+            "must have one size",
+        ),
         (lambda mask: mask, ["--split", "test"], "split `test`: there is none"),
         (lambda mask: mask, ["--label_column_name", "depth"], "no column depth among"),
     ],
