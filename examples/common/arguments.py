@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from common.recipes import read_recipe
 from sfa_peft.errors import SFAError
 
 METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
