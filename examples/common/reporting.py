@@ -122,7 +122,7 @@ def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
     curve_plot(
         {result.name: result.curve}, out / CURVE_NAME, xlabel="update step", ylabel="training loss"
     )
-    if args.method in ("sfa", "internal"):
+    if args.method in ("sfa", "internal") and sfa_peft.budget_report(ready.model).internal:
         sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / "selection.png")
     print(f"\n{table([result])}\n\nAdapter, pictures and {RESULTS_NAME} are in {out}/")
     if args.push_to_hub:

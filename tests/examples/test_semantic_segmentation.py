@@ -273,3 +273,28 @@ def test_data_that_does_not_fit_is_named_and_leaves_no_result(
     assert message in str(stopped.value.code)
     written = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not written
+
+
+def test_a_selection_is_trained_anew_on_other_data(
+    example: ModuleType, backbone: Path, tmp_path: Path
+) -> None:
+    same = ["--backbone", str(backbone), "--budget", "0.2", *SHORT]
+    first, second = tmp_path / "first", tmp_path / "second"
+    example.main([*same, "--output_dir", str(first)])
+    data = make_imagefolder(tmp_path / "data")
+    (data / "classes.json").write_text(json.dumps({"classes": NAMES, "ignore_index": UNLABELLED}))
+
+    options = ["--selection_from", str(first), "--dataset_name", str(data), "--image_size", "32"]
+    row = example.main([*same, *options, "--output_dir", str(second)]).row
+
+    assert 0.19 < row["trainable_share"] <= 0.2
+    assert (second / "selection.png").is_file()
+
+
+def test_external_adapters_alone_have_no_picture_of_a_selection(
+    example: ModuleType, backbone: Path, tmp_path: Path
+) -> None:
+    options = ["--backbone", str(backbone), "--budget", "0.2", "--rho", "1", *SHORT]
+    example.main([*options, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "predictions.png").is_file()
+    assert not (tmp_path / "selection.png").exists()
