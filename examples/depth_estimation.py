@@ -2,7 +2,7 @@
 """Depth estimation: a SwinV2 with the paper's depth head or DPT, adapted within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, about a
-minute on two cores, to a depth error (RMSE) of about 2 m in scenes of up to 40 m::
+minute on two cores, to a depth error (RMSE) of about 3.2 m in scenes of up to 40 m::
 
     python examples/depth_estimation.py
 

@@ -2,7 +2,7 @@
 """Instance segmentation: a SwinV2 with a Mask2Former head, adapted within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, a few
-minutes on two cores::
+minutes on two cores, to a mask AP of about 0.04 (AP50 0.12)::
 
     python examples/instance_segmentation.py
 
