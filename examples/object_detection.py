@@ -2,7 +2,7 @@
 """Object detection: a SwinV2 with an RT-DETR head, adapted within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, a few
-minutes on two cores::
+minutes on two cores, to a box AP of about 0.03 (AP50 0.11)::
 
     python examples/object_detection.py
 
