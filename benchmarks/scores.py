@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import numpy as np
 import torch
 from peft import get_peft_model
-from segmentation_setup import Arguments, make_model
+from semantic_segmentation import Arguments, build_model
 from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
@@ -57,7 +57,7 @@ def train(args: argparse.Namespace, options: dict[str, Any], data_seed: int) -> 
         data_seed: Seed of the scenes.
     """
     # 1. Model and adapter
-    base = make_model(Arguments(seed=args.seed), len(CLASS_NAMES))
+    base = build_model(Arguments(seed=args.seed), len(CLASS_NAMES))
     config = SFAConfig(
         budget=args.budget,
         rho=args.rho,

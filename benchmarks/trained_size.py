@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import torch
 from peft import PeftModel, get_peft_model
-from segmentation_setup import Arguments, make_model
+from semantic_segmentation import Arguments, build_model
 from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
 
 def train(share: float, args: argparse.Namespace) -> PeftModel:
     """Return a model with this share of the eligible weights selected and trained."""
-    base = make_model(Arguments(seed=0), len(CLASS_NAMES))
+    base = build_model(Arguments(seed=0), len(CLASS_NAMES))
     config = SFAConfig(budget=share, rho=0, modules_to_save=["decode_head"])
     model = get_peft_model(base, config).train()
     selector = SFASelector(model, total_steps=args.steps)

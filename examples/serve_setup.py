@@ -13,7 +13,7 @@ import torch
 from peft import get_peft_model
 from PIL import Image, ImageOps, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
-from segmentation_setup import Arguments, make_model
+from semantic_segmentation import Arguments, build_model
 from torch.nn.functional import cross_entropy
 
 import sfa_peft
@@ -46,7 +46,7 @@ def build(backbone: str, image_size: int, folder: str | Path):
         raise SFAError(f"{path}: cannot be read as an adapter ({error})") from error
     if shape is None:
         raise SFAError(f"{path}: holds no UperNet head (modules_to_save=['decode_head'])")
-    return make_model(_options(backbone, image_size, hidden_size=shape[1]), shape[0])
+    return build_model(_options(backbone, image_size, hidden_size=shape[1]), shape[0])
 
 
 def _options(backbone: str, image_size: int, **more: int) -> Arguments:
@@ -74,7 +74,7 @@ def train_both(
     folders = (out / "segmentation", out / "depth")
     jobs = ((num_classes, segmentation_loss), (1, depth_loss))
     for folder, (channels, loss) in zip(folders, jobs, strict=True):
-        model = make_model(_options(backbone, image_size), channels)
+        model = build_model(_options(backbone, image_size), channels)
         train(model, scenes, loss, folder, steps)
     return folders
 

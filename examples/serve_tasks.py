@@ -30,11 +30,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve s
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import uvicorn
+from common.arguments import DEFAULT_BACKBONE
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse
 from PIL import Image
-from segmentation_setup import HERE
 from serve_setup import (
     BadPictureError,
     build,
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--depth", metavar="DIR", help="Adapter folder of the depth.")
     parser.add_argument(
         "--backbone",
-        default=str(HERE / "backbones" / "swinv2-nano"),
+        default=str(DEFAULT_BACKBONE),
         help="SwinV2 checkpoint that both were trained on: a folder or a Hub name.",
     )
     parser.add_argument(
@@ -140,7 +140,7 @@ def make_app(bank: TaskBank, names: list[str], *, image_size: int, max_bytes: in
 
     @app.get("/")
     def page() -> FileResponse:
-        return FileResponse(HERE / "serve_tasks.html")
+        return FileResponse(Path(__file__).parent / "serve_tasks.html")
 
     @app.get("/tasks")
     def tasks() -> dict:

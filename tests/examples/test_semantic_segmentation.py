@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import runpy
 import sys
@@ -24,31 +24,12 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "semantic_segmentation.py"
 NAMES = ["sky", "road", "car"]
 UNLABELLED = 9
 COUNTS = {"train": 5, "validation": 3}  # 5: batches of two would leave one image alone
-SHORT = ["--max_steps", "4", "--per_device_train_batch_size", "2"]
+SHORT = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--max_eval_samples", "6"]
 
 
 @pytest.fixture
-def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("semantic_segmentation_example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # the argument parser looks it up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(autouse=True)
-def _as_if_started_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as `python examples/...` does
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
-
-
-@pytest.fixture
-def backbone(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    Swinv2ForImageClassification(swinv2_config()).save_pretrained(tmp_path / "backbone")
-    return tmp_path / "backbone"
+def example() -> ModuleType:
+    return importlib.import_module("semantic_segmentation")
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *options: Any) -> None:
@@ -90,47 +71,56 @@ def make_parquet(root: Path) -> Path:
     return root
 
 
-def table(printed: str) -> dict[str, list[str]]:
-    """Return the columns of each row of the printed table by the method's name."""
-    lines = printed[printed.index("\nmethod ") :].strip().splitlines()
-    rows = lines[1 : lines.index("")]
-    return {line[:10].strip(): line[10:].split() for line in rows}
-
-
-def test_the_demo_prints_the_table_and_writes_what_it_says(
-    example: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("head", ["upernet", "mask2former"])
+def test_a_run_leaves_what_it_says(
+    head: str, example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    command(monkeypatch, "--output_dir", out, "--budget", 0.2, *SHORT)
+    options = ["--head", head, "--hidden_size", "32", "--budget", "0.2", "--output_dir", str(out)]
 
-    example.main()
+    result = example.main([*options, *SHORT])
 
     printed = capsys.readouterr().out
-    assert f"loaded again from {out / 'sfa_20'}: same predictions" in printed
-    columns = table(printed)
-    assert list(columns) == ["frozen", "SFA 20%", "full"]
-    assert [row[0] for row in columns.values()] == ["0.0%", "20.0%", "100.0%"]
-
-    results = json.loads((out / "results.json").read_text())
-    assert results["arguments"]["max_steps"] == 4
-    frozen, sfa, full = results["rows"]
-    assert (frozen["trainable_share"], full["trainable_share"]) == (0, 1)
-    assert 0.198 <= sfa["trainable_share"] <= 0.2
-    files = ["frozen/head.pt", "sfa_20/adapter_model.safetensors", "full/model.safetensors"]
-    sizes = [(out / name).stat().st_size for name in files]
-    assert [row["bytes"] for row in results["rows"]] == sizes
-    assert [int(row[-1].replace(",", "")) for row in columns.values()] == sizes
-    assert all(0 < row["mean_iou"] < 1 for row in results["rows"])
-
-    for picture in ("predictions.png", "training.png", "sfa_20_selection.png"):
+    assert f"loaded again from {out}: same outputs" in printed
+    row = json.loads((out / "results.json").read_text())["row"]
+    assert row == result.row
+    assert row["method"] == "SFA 20%"
+    assert 0.198 <= row["trainable_share"] <= 0.2
+    assert row["bytes"] == (out / "adapter_model.safetensors").stat().st_size
+    assert f"{row['bytes']:,}" in printed
+    assert 0 < row["scores"]["mean_iou"] < 1
+    for picture in ("predictions.png", "training.png", "selection.png"):
         with Image.open(out / picture) as image:
             assert min(image.size) > 100
-    adapter = out / "sfa_20"
-    assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "SFA"
-    assert "import sfa_peft" in (adapter / "README.md").read_text()
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "SFA"
+    assert "import sfa_peft" in (out / "README.md").read_text()
+
+
+def test_mask2former_takes_and_gives_class_maps(example: ModuleType, backbone: Path) -> None:
+    options = {"backbone": str(backbone), "head": "mask2former", "hidden_size": 32}
+    model = example.build_model(example.Arguments(image_size=[32, 32], **options), 3)
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((2, 32, 32), 255)
+    labels[0, :16], labels[0, 16:] = 0, 2  # the second image has no label at all
+
+    trained = model.train()(pixel_values=pixels, labels=labels)
+    trained.loss.backward()
+    with torch.no_grad():
+        guessed = model.eval()(pixel_values=pixels)
+        plain = super(type(model), model).forward(pixel_values=pixels)
+
+    assert trained.loss.isfinite()
+    assert guessed.logits.shape == (2, 3, 32, 32)
+    # Pixel by pixel, what the paper calls semantic inference.
+    cover = torch.nn.functional.interpolate(
+        plain.masks_queries_logits, (32, 32), mode="bilinear", align_corners=False
+    )
+    for row, column in ((0, 0), (13, 30)):
+        scores = torch.zeros(3)
+        for query in range(cover.shape[1]):
+            share = plain.class_queries_logits[1, query].softmax(-1)
+            scores += share[:3] * cover[1, query, row, column].sigmoid()
+        assert torch.allclose(guessed.logits[1, :, row, column].exp(), scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize("make_data", [make_imagefolder, make_parquet])
@@ -139,32 +129,28 @@ def test_own_data_and_an_own_backbone_are_trained_on(
     example: ModuleType,
     backbone: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     data, out, classes = make_data(tmp_path / "data"), tmp_path / "out", tmp_path / "names.json"
     classes.write_text(json.dumps({"classes": NAMES, "ignore_index": UNLABELLED}))
     options = ["--dataset_name", data, "--classes", classes, "--backbone", backbone]
-    options += ["--methods", "sfa", "--budget", 0.2, "--image_size", 32, *SHORT]
-    command(monkeypatch, *options, "--output_dir", out)
+    options += ["--budget", 0.2, "--image_size", 32, *SHORT]
 
-    example.main()
+    example.main([*map(str, options), "--output_dir", str(out)])
 
-    printed = capsys.readouterr().out
-    assert "same predictions" in printed
-    assert list(table(printed)) == ["SFA 20%"]
-    (row,) = json.loads((out / "results.json").read_text())["rows"]
+    assert "same outputs" in capsys.readouterr().out
+    row = json.loads((out / "results.json").read_text())["row"]
     assert row["trainable_share"] <= 0.2
-    assert list(row["iou"]) == NAMES
-    assert 0 <= row["mean_iou"] <= 1
-    names = ["frozen", "full", "predictions.png", "sfa_20", "training.png"]
-    assert [(out / name).exists() for name in names] == [False, False, True, True, True]
+    assert [name for name in row["scores"] if name.startswith("iou_")] == [
+        f"iou_{name}" for name in NAMES
+    ]
+    assert 0 <= row["scores"]["mean_iou"] <= 1
 
 
 def test_training_starts_from_the_weights_of_the_backbone(
     example: ModuleType, backbone: Path
 ) -> None:
-    model = example.make_model(example.Arguments(backbone=str(backbone)), len(NAMES))
+    model = example.build_model(example.Arguments(backbone=str(backbone)), len(NAMES))
 
     there = {f"swinv2.{n}": p for n, p in model.backbone.named_parameters()}
     stored = load_file(backbone / "model.safetensors")
@@ -182,7 +168,7 @@ def test_windows_of_pretraining_are_kept_or_worked_out(example: ModuleType, tmp_
         model = Swinv2ForImageClassification(swinv2_config(**changes))
         model.save_pretrained(tmp_path / name)
     unknown, known = (
-        example.make_model(example.Arguments(backbone=str(tmp_path / name)), 3).backbone
+        example.build_model(example.Arguments(backbone=str(tmp_path / name)), 3).backbone
         for name in ("unknown", "stated")
     )
 
@@ -196,7 +182,12 @@ def test_windows_of_pretraining_are_kept_or_worked_out(example: ModuleType, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--methods", "sfa", "lora"], r"--methods: unknown ['lora']; choose from"),
+        (["--method", "linear"], "--method: invalid choice: 'linear'"),
+        (["--recipe", "nothing.yaml"], "--recipe nothing.yaml: cannot be read"),
+        (["--resume_from_checkpoint", "last"], "no checkpoint in out"),
+        (["--resume_from_checkpoint", "."], "no checkpoint of a Trainer there"),
+        (["--method", "lora", "--budget", 0.001], "LoRA of rank 1 already has"),
+        (["--method", "adaptformer", "--budget", 0.001], "AdaptFormer of width 1 already has"),
         (["--split", "dev"], "--split: invalid choice: 'dev'"),
         (["--dataset_name", "no/such"], "--dataset_name no/such: no such folder"),
         (["--dataset_name", "no/such", "--classes", "names.json"], "Couldn't reach 'no/such'"),
@@ -246,10 +237,14 @@ def change_ids(mask: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda mask: mask, [], "holds class id 9, but there are 3 class names (ids 0 to 2)"),
-        (change_ids, ["--ignore_index", UNLABELLED], "holds class id 7"),
-        (lambda mask: mask.resize((20, 16)), ["--ignore_index", UNLABELLED], "must have one size"),
-        (lambda mask: mask, ["--split", "test"], "the dataset has no such split"),
+        (lambda mask: mask, [], "holds ids [9], which are no classes"),
+        (change_ids, ["--ignore_index", UNLABELLED], "holds ids [7], which are no classes"),
+        (
+            lambda mask: mask.resize((20, 16), 0),
+            ["--ignore_index", UNLABELLED],
+            "must have one size",
+        ),
+        (lambda mask: mask, ["--split", "test"], "split `test`: there is none"),
         (lambda mask: mask, ["--label_column_name", "depth"], "no column depth among"),
     ],
 )
@@ -269,7 +264,7 @@ def test_data_that_does_not_fit_is_named_and_leaves_no_result(
         changed.save(path)
     command(
         monkeypatch, "--dataset_name", data, "--backbone", backbone, "--image_size", 32, *SHORT,
-        "--methods", "sfa", "--output_dir", tmp_path / "out", *options,
+        "--output_dir", tmp_path / "out", *options,
     )  # fmt: skip
 
     with pytest.raises(SystemExit) as stopped:
@@ -278,3 +273,28 @@ def test_data_that_does_not_fit_is_named_and_leaves_no_result(
     assert message in str(stopped.value.code)
     written = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert not written
+
+
+def test_a_selection_is_trained_anew_on_other_data(
+    example: ModuleType, backbone: Path, tmp_path: Path
+) -> None:
+    same = ["--backbone", str(backbone), "--budget", "0.2", *SHORT]
+    first, second = tmp_path / "first", tmp_path / "second"
+    example.main([*same, "--output_dir", str(first)])
+    data = make_imagefolder(tmp_path / "data")
+    (data / "classes.json").write_text(json.dumps({"classes": NAMES, "ignore_index": UNLABELLED}))
+
+    options = ["--selection_from", str(first), "--dataset_name", str(data), "--image_size", "32"]
+    row = example.main([*same, *options, "--output_dir", str(second)]).row
+
+    assert 0.19 < row["trainable_share"] <= 0.2
+    assert (second / "selection.png").is_file()
+
+
+def test_external_adapters_alone_have_no_picture_of_a_selection(
+    example: ModuleType, backbone: Path, tmp_path: Path
+) -> None:
+    options = ["--backbone", str(backbone), "--budget", "0.2", "--rho", "1", *SHORT]
+    example.main([*options, "--output_dir", str(tmp_path)])
+    assert (tmp_path / "predictions.png").is_file()
+    assert not (tmp_path / "selection.png").exists()

@@ -36,7 +36,7 @@ def example() -> Iterator[ModuleType]:
     """Import the script as Python does that runs it: with its folder on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        for name in ("segmentation_setup", "serve_setup", "serve_tasks"):
+        for name in ("semantic_segmentation", "serve_setup", "serve_tasks"):
             patch.delitem(sys.modules, name, raising=False)
         yield importlib.import_module("serve_tasks")
 

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that all scripts share, read from a recipe file and the command line."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from common.recipes import read_recipe
+from sfa_peft.errors import SFAError
+
+METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
+DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
+
+
+@dataclass
+class SharedArguments:
+    """What to run; every field is a command line option."""
+
+    recipe: str | None = field(
+        default=None,
+        metadata={"help": "yaml or json file of options; the command line overrides them."},
+    )
+    output_dir: str = field(
+        default="out/example",
+        metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
+    )
+    # --- method
+    method: Literal["frozen", "sfa", "internal", "external", "lora", "adaptformer", "full"] = field(
+        default="sfa",
+        metadata={
+            "help": "What is trained beside the head: nothing, SFA, only one of its two parts, "
+            "LoRA, AdaptFormer, or all of the backbone."
+        },
+    )
+    budget: float = field(
+        default=0.05, metadata={"help": "Share of the backbone that may be trained, (0, 1]."}
+    )
+    rho: float = field(
+        default=0.5,
+        metadata={
+            "help": "Of SFA: share of the budget for external adapters; selected weights get the "
+            "rest."
+        },
+    )
+    score: str = field(
+        default="accumulated_gradient", metadata={"help": "Of SFA: how weights are ranked."}
+    )
+    selection_steps: int | None = field(
+        default=None, metadata={"help": "Of SFA: update steps in a round; as SFAConfig if not set."}
+    )
+    selection_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of SFA: saved adapter whose selection is trained anew, instead of selecting."
+        },
+    )
+    # --- backbone
+    backbone: str = field(
+        default=str(DEFAULT_BACKBONE),
+        metadata={"help": "SwinV2 checkpoint: a folder or a Hub name."},
+    )
+    window_size: int | None = field(
+        default=None, metadata={"help": "Attention window; the checkpoint's own if not given."}
+    )
+    drop_path_rate: float | None = field(
+        default=None, metadata={"help": "Stochastic depth; the checkpoint's own if not given."}
+    )
+    # --- data
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub name of the data. Rendered scenes if not given."},
+    )
+    dataset_format: Literal["imagefolder", "ade20k", "cityscapes", "coco", "kitti", "nyuv2"] = (
+        field(
+            default="imagefolder",
+            metadata={"help": "Layout of the folder; imagefolder is also parquet and the Hub."},
+        )
+    )
+    on_error: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "Stop at images that cannot be used, or look for them first and skip."},
+    )
+    classes: str | None = field(
+        default=None,
+        metadata={
+            "help": 'json file with the class names: a list, {"id2label": {"0": name, ...}} or '
+            '{"classes": [name, ...], "ignore_index": id}. If not given, meta.json, classes.json '
+            "or id2label.json in the dataset's folder."
+        },
+    )
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images; usual names are found."}
+    )
+    label_column_name: str | None = field(
+        default=None,
+        metadata={"help": "Column of masks, depth or objects; usual names are found."},
+    )
+    ignore_index: int | None = field(
+        default=None,
+        metadata={"help": "Id of unlabelled pixels; if not given, what the json file says or 255."},
+    )
+    split: Literal["validation", "test"] = field(
+        default="validation", metadata={"help": "Split to report on."}
+    )
+    image_size: list[int] = field(
+        default_factory=lambda: [64, 64],
+        metadata={"help": "Height and width of training images; one number for a square."},
+    )
+    eval_size: list[int] | None = field(
+        default=None,
+        metadata={"help": "Height and width to evaluate at; as image_size if not given."},
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Items to report on at most; of rendered scenes 200 if not given."},
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
+    # --- training
+    max_steps: int = field(default=200, metadata={"help": "Update steps, 2 or more."})
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Images per step and device."}
+    )
+    gradient_accumulation_steps: int = field(
+        default=1, metadata={"help": "Batches that make up one update step."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate of what is trained in the backbone; if not given, one per method that "
+            "suits the rendered scenes."
+        },
+    )
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Rate of the head; if not given, one that suits the rendered scenes."},
+    )
+    weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Course of the rates: cosine, linear, polynomial, ..."}
+    )
+    lr_scheduler_kwargs: str | None = field(
+        default=None, metadata={"help": 'Of the course, as json: {"power": 0.9}.'}
+    )
+    warmup_steps: int | None = field(
+        default=None, metadata={"help": "Steps of rising rates; a twentieth if not given."}
+    )
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 (autocast)."})
+    seed: int = field(default=0, metadata={"help": "Seed of head, data order and augmentation."})
+    # --- checkpoints and Hub
+    save_steps: int | None = field(
+        default=None, metadata={"help": "Steps between checkpoints; none are kept if not given."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint folder to go on from, or `last` for that in output_dir."},
+    )
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Upload the adapter, results and pictures to the Hub."}
+    )
+    hub_model_id: str | None = field(
+        default=None, metadata={"help": "Name on the Hub; that of output_dir if not given."}
+    )
+
+    def check(self) -> None:
+        """Put sizes into one form and refuse what cannot work whatever the data.
+
+        Raises:
+            SFAError: If a value is out of range.
+        """
+        if Path(self.output_dir).is_file():
+            raise SFAError(f"--output_dir: {self.output_dir} is a file")
+        self.image_size = as_size(self.image_size, "image_size")
+        self.eval_size = as_size(self.eval_size or self.image_size, "eval_size")
+        if self.dataset_name is None and self.dataset_format != "imagefolder":
+            raise SFAError(f"--dataset_name: needed for --dataset_format {self.dataset_format}")
+        square = all(height == width for height, width in (self.image_size, self.eval_size))
+        if self.dataset_name is None and not square:
+            raise SFAError("--image_size, --eval_size: rendered scenes are square")
+        if not 0 < self.budget <= 1:
+            raise SFAError(
+                f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
+            )
+        if self.max_steps < 2:
+            raise SFAError("--max_steps: SFA selects between steps, so there must be 2 or more")
+        if self.per_device_train_batch_size < 1 or self.gradient_accumulation_steps < 1:
+            raise SFAError(
+                "--per_device_train_batch_size, --gradient_accumulation_steps: expected 1 or more"
+            )
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise SFAError("--max_eval_samples: expected 1 or more")
+        if self.selection_from is not None and self.method != "sfa":
+            raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
+        if self.lr_scheduler_kwargs is not None:
+            _as_json(self.lr_scheduler_kwargs)
+
+    @property
+    def num_train_images(self) -> int:
+        """Images that a run sees on one device: so many scenes are rendered, each seen once."""
+        per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return self.max_steps * per_step
+
+    def schedule_options(self) -> dict[str, Any]:
+        """Return `lr_scheduler_kwargs` as a dict."""
+        return _as_json(self.lr_scheduler_kwargs or "{}")
+
+
+def find_checkpoint(args: SharedArguments) -> str | None:
+    """Return the folder that `resume_from_checkpoint` means, if it is given.
+
+    Raises:
+        SFAError: If there is no such checkpoint.
+    """
+    wanted, out = args.resume_from_checkpoint, Path(args.output_dir)
+    if wanted is None:
+        return None
+    if wanted == "last":
+        found = get_last_checkpoint(str(out)) if out.is_dir() else None
+        if found is None:
+            raise SFAError(f"--resume_from_checkpoint last: no checkpoint in {out}")
+        return found
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise SFAError(f"--resume_from_checkpoint {wanted}: no checkpoint of a Trainer there")
+    return wanted
+
+
+Arguments = TypeVar("Arguments", bound=SharedArguments)
+
+
+def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -> Arguments:
+    """Return the checked arguments of a command line and of the recipe that it names.
+
+    A recipe is a command line in a file: its options are read first, then those of `argv`, and of
+    two equal ones the last holds. Ends the process with a message if an option cannot be used.
+
+    Args:
+        kind: The script's arguments.
+        argv: Options; None for those of the process.
+        description: First line of the help.
+    """
+    parser = HfArgumentParser(kind, description=description, allow_abbrev=False)
+    given = list(sys.argv[1:] if argv is None else argv)
+    first, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown options: {' '.join(unknown)}")
+    try:
+        options = [] if first.recipe is None else read_recipe(first.recipe, set(vars(first)))
+        (args,) = parser.parse_args_into_dataclasses([*options, *given])
+        args.check()
+    except SFAError as error:
+        parser.error(str(error))
+    return args
+
+
+def as_size(numbers: Sequence[int], name: str) -> list[int]:
+    """Return height and width of one or two positive numbers."""
+    if len(numbers) not in (1, 2) or min(numbers) < 1:
+        raise SFAError(f"--{name}: expected one number or height and width, got {list(numbers)}")
+    return (list(numbers) * 2)[:2]
+
+
+def _as_json(text: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise SFAError(f"--lr_scheduler_kwargs: not json: {text}") from error
+    if not isinstance(content, dict):
+        raise SFAError(f"--lr_scheduler_kwargs: expected a json object, got {text}")
+    return content

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a model ready for a method, save what the method trained, and load it again.
+
+The head is always trained and saved whole; it is everything that lies beside the backbone.
+"""
+
+import json
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+import sfa_peft
+from common.adaptformer import add_adapters, mlp_widths
+from common.arguments import SharedArguments, find_checkpoint
+from sfa_peft.backbones import Backbone, find_backbone, role_modules
+from sfa_peft.budget import external_parameters
+from sfa_peft.errors import BudgetError, SFAError, TargetError
+
+TRAINED_NAME, METHOD_NAME = "trained.safetensors", "method.json"
+SFA_RHO = {"internal": 0.0, "external": 1.0}  # of `sfa` the user says it
+
+
+@dataclass
+class Prepared:
+    """A model that is ready to be trained by a method.
+
+    Attributes:
+        model: What is trained: the task model, or PEFT's around it.
+        base: The task model.
+        head: Trained parameters beside the backbone.
+        adapted: Trained parameters of the backbone, adapters included.
+        share: Trained share of the backbone.
+        backbone_size: Parameters of the backbone.
+        callbacks: What Trainer needs besides.
+        checkpoint: Folder to resume from, if any.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    head: list[nn.Parameter]
+    adapted: list[nn.Parameter]
+    share: float
+    backbone_size: int
+    callbacks: list[TrainerCallback]
+    checkpoint: str | None = None
+
+
+def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
+    """Freeze, wrap or extend a task model as `args.method` wants it.
+
+    Raises:
+        SFAError: If the budget is too small for the method, or a checkpoint to resume from is
+            missing.
+    """
+    checkpoint = find_checkpoint(args)
+    backbone = _backbone(base)
+    size = sum(p.numel() for p in backbone.module.parameters())
+    head, model, callbacks = head_modules(base, backbone), base, []
+    if args.method in ("sfa", "internal", "external"):
+        config = sfa_peft.SFAConfig(  # SFA: one budget, the head in modules_to_save
+            budget=args.budget,
+            rho=SFA_RHO.get(args.method, args.rho),
+            score=args.score,
+            selection_steps=args.selection_steps,
+            selection_from=args.selection_from,
+            modules_to_save=head,
+        )
+        model = get_peft_model(base, config)  # SFA
+        callbacks = [sfa_peft.SFACallback(resume_from_checkpoint=checkpoint)]  # SFA
+    elif args.method == "lora":
+        model = get_peft_model(base, lora_config(backbone, args.budget, head))
+    elif args.method == "adaptformer":
+        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+    else:
+        backbone.module.requires_grad_(args.method == "full")
+    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
+
+
+def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfig:
+    """Return LoRA on all attention and MLP linears, of the largest rank within the budget."""
+    layers = [
+        backbone.module.get_submodule(_inside(backbone, e.name)) for e in role_modules(backbone)
+    ]
+    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
+    rank = _largest(lambda r: r * per_rank, backbone, budget, "LoRA of rank 1")
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,  # a scale of 1, so that one learning rate serves all ranks
+        target_modules=[entry.name for entry in role_modules(backbone)],
+        modules_to_save=head,
+    )
+
+
+def adaptformer_width(backbone: Backbone, budget: float) -> int:
+    """Return the largest width of AdaptFormer's bottlenecks within the budget."""
+    outputs = mlp_widths(backbone)
+    return _largest(
+        lambda width: external_parameters(outputs, width, bias=True),
+        backbone,
+        budget,
+        "AdaptFormer of width 1",
+        most=max(outputs.values()),
+    )
+
+
+def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
+    """Return the paths of the largest parts with parameters that lie beside the backbone.
+
+    PEFT takes each as the end of a path: RT-DETR's `model.encoder` would mean the backbone's
+    `model.backbone.model.encoder` too. There, and of lists, their parts are named instead.
+    Parts that only share the parameters of others, as some detection heads have, are left out.
+    """
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def visit(path: str, module: nn.Module) -> None:
+        for name, child in module.named_children():
+            full = f"{path}.{name}" if path else name
+            own = {id(p) for p in child.parameters()} - seen
+            if full == backbone.name or not own:
+                continue
+            ambiguous = any(n != full and n.endswith(full) for n in names)
+            divided = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # PEFT refuses them
+            if (
+                backbone.name.startswith(f"{full}.")
+                or divided
+                or (ambiguous and [*child.children()])
+            ):
+                visit(full, child)
+            else:
+                found.append(full)
+                seen.update(own)
+
+    visit("", model)
+    return found
+
+
+def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> int:
+    """Save what a task needs beside the backbone (of full fine-tuning, all); return its bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(ready.model, PeftModel) or args.method == "full":
+        ready.model.save_pretrained(folder)
+    else:
+        trained = {id(p) for p in (*ready.head, *ready.adapted)}
+        frozen = {n for n, p in ready.model.named_parameters() if id(p) not in trained}
+        # Buffers too: a head's batch norm is nothing without its running statistics.
+        state = {
+            name: value.detach().cpu().clone()
+            for name, value in ready.model.state_dict().items()
+            if name not in frozen
+        }
+        partial = folder / f".{TRAINED_NAME}.partial"
+        save_file(state, partial, metadata={"format": "pt"})
+        partial.replace(folder / TRAINED_NAME)
+        (folder / METHOD_NAME).write_text(
+            json.dumps({"method": args.method, "budget": args.budget}, indent=2)
+        )
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Module:
+    """Return a fresh task model as a method trained it.
+
+    Args:
+        base: The task model as before training; changed in place or replaced.
+        args: Those of the training.
+        folder: What `save_method` wrote.
+    """
+    if args.method == "full":
+        # Copied, since tensors mapped from a file lie otherwise in memory and round otherwise.
+        base.load_state_dict(type(base).from_pretrained(folder).state_dict())
+        return base.eval()
+    if args.method not in ("frozen", "adaptformer"):
+        return PeftModel.from_pretrained(base, folder).eval()
+    if args.method == "adaptformer":
+        backbone = _backbone(base)
+        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+    result = base.load_state_dict(load_file(folder / TRAINED_NAME), strict=False)
+    if result.unexpected_keys:
+        raise SFAError(f"{folder}: not of this model: {result.unexpected_keys[:3]}")
+    return base.eval()
+
+
+def check_loaded_again(
+    ready: Prepared, base: nn.Module, args: SharedArguments, folder: Path, pixels: torch.Tensor
+) -> None:
+    """Load what was saved into a fresh model and compare what both make of some images.
+
+    Args:
+        ready: The trained model.
+        base: The task model as before training.
+        args: Those of the training.
+        folder: What `save_method` wrote.
+        pixels: Images, float32 `(B, 3, H, W)`.
+
+    Raises:
+        SFAError: If an output differs; on a CPU by a bit, elsewhere by more than rounding.
+    """
+    device = next(ready.model.parameters()).device
+    loaded = load_method(base, args, folder).to(device)
+    with torch.no_grad():
+        pairs = [
+            _tensors(model.eval()(pixel_values=pixels.to(device)))
+            for model in (ready.model, loaded)
+        ]
+    close: Callable[..., bool] = torch.equal if device.type == "cpu" else torch.allclose
+    if not all(close(a, b) for a, b in zip(*pairs, strict=True)):
+        raise SFAError(f"{folder}: loaded again, the model puts out something else")
+    print(f"loaded again from {folder}: same outputs")
+
+
+def _tensors(outputs: Any) -> list[torch.Tensor]:
+    """Return the tensors of a model's output, in order, however nested."""
+    if isinstance(outputs, torch.Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        outputs = outputs.values()
+    if isinstance(outputs, (list, tuple)) or hasattr(outputs, "__iter__"):
+        return [tensor for part in outputs for tensor in _tensors(part)]
+    return []
+
+
+def _sorted(
+    model: nn.Module, base: nn.Module, size: int, callbacks: list[TrainerCallback]
+) -> Prepared:
+    """Tell the head's trained parameters from the others'."""
+    inside = f"{_backbone(base).name}."
+    head, adapted = [], []
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad:
+            (adapted if name.startswith(inside) else head).append(parameter)
+    count = sum(p.numel() for p in adapted)
+    return Prepared(model, base, head, adapted, count / size, size, callbacks)
+
+
+def _backbone(model: nn.Module) -> Backbone:
+    backbone = find_backbone(model)
+    if backbone is None or not backbone.name:
+        raise TargetError(f"{type(model).__name__}: no known backbone inside a task model")
+    return backbone
+
+
+def _largest(
+    cost: Callable[[int], int], backbone: Backbone, budget: float, smallest: str, most: int = 2**16
+) -> int:
+    """Return the largest number whose cost, which grows with it, stays within the budget."""
+    total = sum(p.numel() for p in backbone.module.parameters())
+    found = bisect_right(range(1, most + 1), Fraction(str(budget)) * total, key=cost)
+    if found == 0:
+        raise BudgetError(
+            f"budget={budget} of {total} parameters: {smallest} already has {cost(1)}. The "
+            f"smallest budget that works is {-(-cost(1) * 10**6 // total) / 10**6}"
+        )
+    return found
+
+
+def _inside(backbone: Backbone, path: str) -> str:
+    return path.removeprefix(f"{backbone.name}.")

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run leaves behind: a row of figures, a training curve and a contact sheet."""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import HfApi
+from transformers import Trainer
+
+import sfa_peft
+from common.arguments import SharedArguments
+from common.methods import Prepared
+from common.training import Rates
+from sfa_peft.dense.pictures.sheets import curve_plot
+
+RESULTS_NAME, SHEET_NAME, CURVE_NAME = "results.json", "predictions.png", "training.png"
+SHOWN = 4  # scenes in a contact sheet
+NAMES = {"sfa": "SFA", "lora": "LoRA", "adaptformer": "AdaptFormer"}
+# Not for the Hub: checkpoints are large and only good for going on with this run.
+LOCAL_FILES = ["checkpoint-*", "sfa_selector*", ".*"]
+
+Columns = Mapping[str, Sequence[Any]]
+
+
+@dataclass
+class Result:
+    """One run: a row of the table, and what its pictures are made of.
+
+    Attributes:
+        name: Method and budget, for tables and pictures.
+        row: Figures that json can hold; `scores` holds those of the task.
+        headers: Columns of the table: header to key of `scores`.
+        curve: Update steps and training losses.
+        columns: Pictures of some scenes by title: input, truth and prediction.
+        draw: Writes such columns as a contact sheet.
+    """
+
+    name: str
+    row: dict[str, Any]
+    headers: dict[str, str]
+    curve: tuple[list[float], list[float]]
+    columns: dict[str, Sequence[Any]]
+    draw: Callable[[Columns, Path], Any] = field(repr=False)
+
+
+def run_name(args: SharedArguments) -> str:
+    """Return method and budget of a run for people: "SFA 5%"."""
+    name = NAMES.get(args.method, args.method)
+    return name if args.method in ("frozen", "full") else f"{name} {100 * args.budget:g}%"
+
+
+def folder_name(name: str) -> str:
+    """Return the name of a run for files: "sfa_5"."""
+    return name.lower().replace(" ", "_").replace("%", "")
+
+
+def shown_indices(count: int) -> range:
+    """Return the items of a dataset of `count` that a contact sheet shows."""
+    return range(0, count, max(1, count // SHOWN))[:SHOWN]
+
+
+def make_result(
+    ready: Prepared,
+    args: SharedArguments,
+    trainer: Trainer,
+    *,
+    rates: Rates,
+    size: int,
+    scores: Mapping[str, float],
+    headers: dict[str, str],
+    columns: Mapping[str, Sequence[Any]],
+    draw: Callable[[Columns, Path], Any],
+) -> Result:
+    """Gather what a finished run reports.
+
+    Args:
+        ready: The trained model.
+        args: The run's arguments.
+        trainer: It trained.
+        rates: Learning rates.
+        size: Bytes of the saved task.
+        scores: What `trainer.evaluate` returned.
+        headers: Columns of the table: header to key of `scores`.
+        columns: Inputs, truths and predictions to show; the last is titled by the run's name.
+        draw: Writes such columns as a contact sheet.
+    """
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    known = {
+        name.removeprefix("eval_"): value
+        for name, value in scores.items()
+        if name not in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+    }
+    name = run_name(args)
+    row = {
+        "method": name,
+        "trainable_share": ready.share,
+        "trainable_backbone": round(ready.share * ready.backbone_size),
+        "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
+        "bytes": size,
+        "learning_rate": rates.backbone,
+        "head_learning_rate": rates.head,
+        "train_seconds": round(_seconds(trainer), 1),
+    }
+    curve = ([e["step"] for e in log], [e["loss"] for e in log])
+    *rest, last = columns
+    titled = {**{title: columns[title] for title in rest}, name: columns[last]}
+    return Result(name, row, headers, curve, titled, draw)
+
+
+def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
+    """Print the row, write results and pictures beside the adapter, and upload if asked to."""
+    out = Path(args.output_dir)
+    write_text(out / RESULTS_NAME, to_json({"arguments": asdict(args), "row": result.row}))
+    result.draw(result.columns, out / SHEET_NAME)
+    curve_plot(
+        {result.name: result.curve}, out / CURVE_NAME, xlabel="update step", ylabel="training loss"
+    )
+    if args.method in ("sfa", "internal") and sfa_peft.budget_report(ready.model).internal:
+        sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / "selection.png")
+    print(f"\n{table([result])}\n\nAdapter, pictures and {RESULTS_NAME} are in {out}/")
+    if args.push_to_hub:
+        push(out, args.hub_model_id or out.resolve().name)
+
+
+def push(folder: Path, name: str) -> None:
+    """Upload a run's folder, checkpoints left out, to a model repository of the Hub."""
+    api = HfApi()
+    repo = api.create_repo(name, exist_ok=True).repo_id
+    api.upload_folder(repo_id=repo, folder_path=folder, ignore_patterns=LOCAL_FILES)
+    print(f"uploaded to https://huggingface.co/{repo}")
+
+
+def table(results: Sequence[Result], separator: str = "  ") -> str:
+    """Return a table, one line per run; with ``" | "`` between columns it is markdown."""
+    headers = results[0].headers
+    lines = [["method", "trainable", *headers, "bytes per task"]]
+    for row in (result.row for result in results):
+        scores = [row["scores"].get(key) for key in headers.values()]
+        shown = ["-" if value is None else f"{value:.3f}" for value in scores]
+        lines.append([row["method"], f"{row['trainable_share']:.1%}", *shown, f"{row['bytes']:,}"])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if separator.strip():
+        lines.insert(1, ["-" * width for width in widths])
+    rows = [
+        separator.join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+        for line in lines
+    ]
+    return "\n".join(f"| {row} |" if separator.strip() else row for row in rows)
+
+
+def to_json(content: Any) -> str:
+    """Return json of plain values; numpy's numbers become Python's."""
+    return json.dumps(content, indent=2, default=np.ndarray.tolist) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", text=True)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+    Path(name).chmod(0o644)  # mkstemp makes files that only their owner may read
+    Path(name).replace(path)
+
+
+def _seconds(trainer: Trainer) -> float:
+    return next(
+        (e["train_runtime"] for e in reversed(trainer.state.log_history) if "train_runtime" in e),
+        math.nan,
+    )

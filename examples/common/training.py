@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One way to train for all scripts: AdamW with a rate for the head, and transformers' Trainer."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from common.arguments import SharedArguments
+from common.methods import Prepared
+from sfa_peft.errors import SFAError
+
+
+class Rates(NamedTuple):
+    """Learning rates of what is trained in the backbone, and of the head."""
+
+    backbone: float
+    head: float
+
+
+def pick_rates(args: SharedArguments, by_method: dict[str, float], head: float) -> Rates:
+    """Return the rates that the user gave, else those of the script."""
+    given = args.learning_rate, args.head_learning_rate
+    return Rates(
+        by_method[args.method] if given[0] is None else given[0],
+        head if given[1] is None else given[1],
+    )
+
+
+def make_trainer(
+    ready: Prepared,
+    args: SharedArguments,
+    *,
+    rates: Rates,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None = None,
+    compute_metrics: Callable[..., dict[str, float]] | None = None,
+    preprocess: Callable[..., Any] | None = None,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+    label_names: tuple[str, ...] = ("labels",),
+    compute_loss: Callable[..., torch.Tensor] | None = None,
+) -> Trainer:
+    """Return a Trainer for a prepared model.
+
+    Args:
+        ready: The model and what of it is trained.
+        args: The run's arguments.
+        rates: Learning rates.
+        train_data: Items to train on.
+        eval_data: Items that `trainer.evaluate` is for, if it is used.
+        compute_metrics: Called for each batch of predictions, as `batch_eval_metrics` wants it.
+        preprocess: Trainer's `preprocess_logits_for_metrics`.
+        collator: Makes a batch of items; by default tensors are stacked.
+        label_names: Keys of a batch that are labels.
+        compute_loss: Trainer's `compute_loss_func`, for models without a loss of their own.
+    """
+    # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
+    ready.model.accepts_loss_kwargs = ready.base.accepts_loss_kwargs = False
+    twentieth = max(1, args.max_steps // 20)
+    settings = TrainingArguments(
+        output_dir=args.output_dir,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.per_device_train_batch_size,
+        per_device_eval_batch_size=8,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        lr_scheduler_type=args.lr_scheduler_type,
+        lr_scheduler_kwargs=args.schedule_options(),
+        warmup_steps=twentieth if args.warmup_steps is None else args.warmup_steps,
+        max_grad_norm=args.max_grad_norm,
+        logging_steps=twentieth,
+        save_strategy="no" if args.save_steps is None else "steps",
+        save_steps=args.save_steps or 500,
+        save_total_limit=2,
+        batch_eval_metrics=True,
+        label_names=list(label_names),
+        remove_unused_columns=False,
+        dataloader_num_workers=args.dataloader_num_workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        bf16=args.bf16,
+        report_to=[],
+        seed=args.seed,
+    )
+    return Trainer(
+        model=ready.model,
+        args=settings,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        compute_loss_func=compute_loss,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess,
+        callbacks=ready.callbacks,
+        optimizers=(make_optimizer(ready, rates, args), None),
+    )
+
+
+def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
+    """Return AdamW with one rate for the head and one for what is trained in the backbone."""
+    groups = [
+        {"params": ready.head, "lr": rates.head},
+        {"params": ready.adapted, "lr": rates.backbone},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=args.weight_decay)
+
+
+def run_script(main: Callable[[], Any]) -> None:
+    """Run a script; an error of the data or options ends it with one line, not a traceback."""
+    try:
+        main()
+    except SFAError as error:
+        # A data loader's process hands its error over as text, the traceback before the message.
+        message = str(error).strip()
+        if "Traceback" in message:
+            message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}") from error

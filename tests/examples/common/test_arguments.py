@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: a command line in a file, which the real command line overrides."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+CONTENT = {
+    "method": "lora",
+    "budget": 0.2,
+    "image_size": [48, 64],
+    "dataset_name": "somewhere",
+    "learning_rate": "1e-4",  # what yaml makes of 1e-4
+    "selection_from": None,
+    "bf16": True,
+    "lr_scheduler_kwargs": {"power": 0.9},
+}
+
+
+@pytest.fixture
+def arguments() -> ModuleType:
+    return importlib.import_module("common.arguments")
+
+
+def parse(arguments: ModuleType, *argv: Any) -> Any:
+    return arguments.parse(arguments.SharedArguments, [*map(str, argv)], "test")
+
+
+@pytest.mark.parametrize("write", [json.dumps, yaml.safe_dump])
+def test_a_recipe_sets_defaults_and_the_command_line_wins(
+    write: Any, arguments: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe"
+    path.write_text(write(CONTENT))
+
+    args = parse(arguments, "--budget", 0.1, "--recipe", path, "--image_size", 32)
+
+    assert (args.method, args.budget, args.image_size) == ("lora", 0.1, [32, 32])
+    assert (args.learning_rate, args.selection_from, args.bf16) == (1e-4, None, True)
+    assert args.schedule_options() == {"power": 0.9}
+    assert args.max_steps == arguments.SharedArguments().max_steps
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b", "expected `option: value` lines"),
+        ("budget: {", "cannot be read"),
+        ("steps: 3\ncolour: red", "unknown options ['colour', 'steps']"),
+        ("max_steps: many", "invalid int value: 'many'"),
+        ("budget: 0", "--budget: expected a share"),
+        ("lr_scheduler_kwargs: high", "--lr_scheduler_kwargs: not json"),
+        ("lr_scheduler_kwargs: '[1]'", "--lr_scheduler_kwargs: expected a json object"),
+        ("selection_from: x\nmethod: lora", "--selection_from: needs --method sfa"),
+    ],
+)
+def test_a_recipe_that_cannot_be_used_is_refused(
+    text: str,
+    message: str,
+    arguments: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+
+    with pytest.raises(SystemExit, match="2"):
+        parse(arguments, "--recipe", tmp_path / "recipe.yaml")
+
+    assert message in capsys.readouterr().err

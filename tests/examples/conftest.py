@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example scripts as a user has them: imported from their folder, with a tiny backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Swinv2ForImageClassification
+
+from tests.tiny import swinv2_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _as_if_started_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as `python examples/...` does
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbone")
+    torch.manual_seed(0)
+    Swinv2ForImageClassification(swinv2_config()).save_pretrained(folder)
+    return folder
