@@ -238,8 +238,6 @@ def test_a_selector_whose_adapter_was_deleted_disturbs_no_other_training():
 def test_what_sfa_cannot_do_is_said():
     model = make(score="random")
     model.add_adapter("other", SFAConfig(**OPTIONS, score="random"))
-    with pytest.raises(SFAError, match="cannot be mixed by weights"):
-        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix")
     with pytest.raises(SFAError, match="one batch cannot mix SFA adapters"):
         model(torch.randn(2, 12), adapter_names=["default", "other"])
 

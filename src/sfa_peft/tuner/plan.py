@@ -293,4 +293,8 @@ def _find_layers(
         return {name: name for name in saved.layers}
     indices = _indices(roles)
     by_role: dict[Any, str] = {(r.role, r.block, indices[n]): n for n, r in roles.items()}
-    return {n: by_role.get((a.role, a.block, a.index), n) for n, a in saved.layers.items()}
+    found = {n: by_role.get((a.role, a.block, a.index), n) for n, a in saved.layers.items()}
+    moved = any(name in modules and path != name for name, path in found.items())
+    if moved or len(set(found.values())) < len(found):
+        return {name: name for name in saved.layers}  # other blocks: not renamed, another model
+    return found
