@@ -157,6 +157,10 @@ class SharedArguments:
     save_steps: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints; none are kept if not given."}
     )
+    eval_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between evaluations, drawn in scores.png; else only one, last."},
+    )
     resume_from_checkpoint: str | None = field(
         default=None,
         metadata={"help": "Checkpoint folder to go on from, or `last` for that in output_dir."},

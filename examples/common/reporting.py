@@ -20,13 +20,15 @@ from common.methods import Prepared
 from common.training import Rates
 from sfa_peft.dense.pictures.sheets import curve_plot
 
-RESULTS_NAME, SHEET_NAME, CURVE_NAME = "results.json", "predictions.png", "training.png"
+RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
+CURVE_NAME, SCORES_NAME = "training.png", "scores.png"
 SHOWN = 4  # scenes in a contact sheet
 NAMES = {"sfa": "SFA", "lora": "LoRA", "adaptformer": "AdaptFormer"}
 # Not for the Hub: checkpoints are large and only good for going on with this run.
 LOCAL_FILES = ["checkpoint-*", "sfa_selector*", ".*"]
 
 Columns = Mapping[str, Sequence[Any]]
+Curve = tuple[list[float], list[float]]
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Result:
         row: Figures that json can hold; `scores` holds those of the task.
         headers: Columns of the table: header to key of `scores`.
         curve: Update steps and training losses.
+        progress: By header of the table, update steps and scores while it trained.
         columns: Pictures of some scenes by title: input, truth and prediction.
         draw: Writes such columns as a contact sheet.
     """
@@ -45,7 +48,8 @@ class Result:
     name: str
     row: dict[str, Any]
     headers: dict[str, str]
-    curve: tuple[list[float], list[float]]
+    curve: Curve
+    progress: dict[str, Curve]
     columns: dict[str, Sequence[Any]]
     draw: Callable[[Columns, Path], Any] = field(repr=False)
 
@@ -109,9 +113,15 @@ def make_result(
         "train_seconds": round(_seconds(trainer), 1),
     }
     curve = ([e["step"] for e in log], [e["loss"] for e in log])
+    evals = [e for e in trainer.state.log_history if f"eval_{next(iter(headers.values()))}" in e]
+    progress = {
+        header: ([e["step"] for e in evals], [e[f"eval_{key}"] for e in evals])
+        for header, key in headers.items()
+    }
+    row["progress"] = {header: list(curve) for header, curve in progress.items()}
     *rest, last = columns
     titled = {**{title: columns[title] for title in rest}, name: columns[last]}
-    return Result(name, row, headers, curve, titled, draw)
+    return Result(name, row, headers, curve, progress, titled, draw)
 
 
 def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
@@ -122,6 +132,8 @@ def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
     curve_plot(
         {result.name: result.curve}, out / CURVE_NAME, xlabel="update step", ylabel="training loss"
     )
+    if args.eval_steps:
+        curve_plot(result.progress, out / SCORES_NAME, xlabel="update step", ylabel="score")
     if args.method in ("sfa", "internal") and sfa_peft.budget_report(ready.model).internal:
         sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / "selection.png")
     print(f"\n{table([result])}\n\nAdapter, pictures and {RESULTS_NAME} are in {out}/")

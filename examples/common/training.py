@@ -61,6 +61,8 @@ def make_trainer(
     """
     # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
     ready.model.accepts_loss_kwargs = ready.base.accepts_loss_kwargs = False
+    if args.eval_steps and eval_data is None:
+        raise SFAError("--eval_steps: this task is evaluated once, after training")
     twentieth = max(1, args.max_steps // 20)
     settings = TrainingArguments(
         output_dir=args.output_dir,
@@ -76,6 +78,8 @@ def make_trainer(
         save_strategy="no" if args.save_steps is None else "steps",
         save_steps=args.save_steps or 500,
         save_total_limit=2,
+        eval_strategy="steps" if args.eval_steps else "no",
+        eval_steps=args.eval_steps,
         batch_eval_metrics=True,
         label_names=list(label_names),
         remove_unused_columns=False,

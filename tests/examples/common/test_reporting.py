@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 
+from sfa_peft.errors import SFAError
+
 SHORT = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--max_eval_samples", "4"]
 
 
@@ -56,7 +58,7 @@ def test_a_run_is_uploaded_without_its_checkpoints(
 def test_tables_are_aligned_and_markdown_where_asked_for(reporting: ModuleType) -> None:
     def result(name: str, share: float, score: float | None, size: int) -> Any:
         row = {"method": name, "trainable_share": share, "scores": {"a": score}, "bytes": size}
-        return reporting.Result(name, row, {"A": "a"}, ([], []), {}, print)
+        return reporting.Result(name, row, {"A": "a"}, ([], []), {}, {}, print)
 
     results = [result("SFA 5%", 0.0496, 0.5, 12345), result("full", 1.0, None, 1)]
     assert reporting.table(results).splitlines() == [
@@ -83,3 +85,24 @@ def test_an_interrupted_write_leaves_the_old_file(
     with pytest.raises(KeyboardInterrupt):
         reporting.write_text(path, "new")
     assert path.read_text() == "old"
+
+
+def test_scores_while_training_are_kept_and_drawn(backbone: Path, tmp_path: Path) -> None:
+    example = importlib.import_module("semantic_segmentation")
+    options = ["--backbone", str(backbone), "--budget", "0.2", "--output_dir", str(tmp_path)]
+
+    result = example.main([*options, *SHORT, "--eval_steps", "2"])
+
+    steps, scores = result.row["progress"]["mIoU"]
+    assert steps[:2] == [2, 4]
+    assert scores[-1] == result.row["scores"]["mean_iou"]
+    assert (tmp_path / "scores.png").is_file()
+
+
+def test_scores_while_training_are_refused_where_a_task_has_none(
+    backbone: Path, tmp_path: Path
+) -> None:
+    example = importlib.import_module("object_detection")
+    options = ["--backbone", str(backbone), "--budget", "0.2", "--output_dir", str(tmp_path)]
+    with pytest.raises(SFAError, match="--eval_steps"):
+        example.main([*options, *SHORT, "--eval_steps", "2"])
