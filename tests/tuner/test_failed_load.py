@@ -77,6 +77,19 @@ def poison(part: str, value: float):
     return change
 
 
+def as_integers(part: str):
+    def change(tensors):
+        key = key_of(tensors, part)
+        tensors[key] = tensors[key].int()
+
+    return change
+
+
+def base_weight(tensors):
+    key = key_of(tensors, "sfa_up")
+    tensors[f"{key.rpartition('.sfa_up')[0]}.base_layer.weight"] = torch.zeros(16, 16)
+
+
 def rename(tensors):
     key = key_of(tensors, "sfa_up")
     tensors[key.replace("layers.0", "layers.7").replace("layers.3", "layers.8")] = tensors.pop(key)
@@ -89,7 +102,9 @@ DAMAGE = {
     "short external tensor": cut("sfa_up"),
     "short head tensor": cut("decode_head.classifier.bias"),
     "NaN in an external adapter": poison("sfa_down", float("nan")),
-    "infinity in the head": poison("decode_head.classifier.weight", float("inf")),
+    "other numbers in the head": as_integers("decode_head.classifier.weight"),
+    "other numbers in an external adapter": as_integers("sfa_up"),
+    "weights of the base": base_weight,
     "tensor of a layer that is not there": rename,
 }
 

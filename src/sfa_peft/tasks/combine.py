@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from os import PathLike, fspath
 
 from peft import PeftModel, get_peft_model
-from peft.utils.save_and_load import set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
 from ..tuner.layer import check_name
 from ..tuner.model import find_pool
-from ..tuner.peft_files import mark_filled
+from ..tuner.peft_files import fill_adapter
 from ..tuner.saved import Selection, fill_pool
+from ..tuner.unchanged import unchanged_on_error
 from ..tuner.weighted import METHODS, union_config, unite
 from .overlaps import CombineReport, count_overlaps
 from .parts import Part, read_parts
@@ -81,33 +81,39 @@ def combine(
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
     selection = unite([p.selection for p in parts], factors, method)
     config = _config(model, parts, kept, selection)
-    if isinstance(model, PeftModel):
-        model.add_adapter(name, config)
-        peft_model = model
-    else:
-        peft_model = get_peft_model(model, config, adapter_name=name)
-    pool = find_pool(peft_model, name)
-    if pool is not None:
-        fill_pool(pool, selection, with_values=True)
-    if kept is not None:
-        _take_over(peft_model, name, kept, was_plain=peft_model is not model)
-    mark_filled(peft_model, name)
+    with unchanged_on_error(model, name):
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+            peft_model = model
+        else:
+            peft_model = get_peft_model(model, config, adapter_name=name)
+        pool = find_pool(peft_model, name)
+        if pool is not None:
+            fill_pool(pool, selection, with_values=True)
+        if kept is not None:
+            _take_over(peft_model, name, kept)
     return peft_model, report
 
 
-def _take_over(model: PeftModel, name: str, kept: Part, *, was_plain: bool) -> None:
-    """Load the external adapters and the head of one of the adapters; undo all if that fails."""
+def _take_over(model: PeftModel, name: str, kept: Part) -> None:
+    """Load the external adapters and the head of one of the adapters."""
     try:
-        set_peft_model_state_dict(model, dict(kept.others), adapter_name=name)
+        fill_adapter(model, name, {**kept.others, **_selection_state(model, name)})
     except AdapterFileError as error:
-        if was_plain:
-            model.unload()
-        else:
-            model.delete_adapter(name)
         raise SFAError(
             f"combine: the head of `{kept.source}` does not fit the model ({error}). Give the task "
             "model that it was trained with."
         ) from error
+
+
+def _selection_state(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """Return the selection that an adapter has, by key as in a file."""
+    pool = find_pool(model, name)
+    if pool is None:
+        return {}
+    start = f"base_model.model.{pool.anchor.name}"
+    values = pool.values.detach()
+    return {f"{start}.sfa_pool": values.clone(), f"{start}.sfa_slots": pool.slots.clone()}
 
 
 def _check(

@@ -17,15 +17,15 @@ from ..errors import SFAError, SFAWarning, TargetError
 from . import compiled
 from .data_free import select_without_data
 from .facts import card_facts
+from .fits import check_fits
 from .frozen import attach_chain, check_same_chain, put_on_chain
 from .heads import check_heads, settle_heads
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
-from .peft_files import check_fits
 from .plan import Plan, make_plan
 from .pool import Pool
 from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
-from .saving import check_base, pack_state, settle, unpack_state
+from .saving import check_base, in_pool_type, pack_state, settle, unpack_state
 from .targets import is_excluded
 from .weighted import LINEAR, add_weighted
 
@@ -43,13 +43,6 @@ class SFAModel(SwitchingModel):
     tuner_layer_cls = SFALayer
     # Empty: layers are found by role, see `plan`. Declared as PEFT declares it.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
-
-    @property
-    def unfilled(self) -> set[str]:
-        """Names of adapters that were made from saved configs and wait for their tensors."""
-        if "_unfilled" not in vars(self):  # PEFT's __init__ injects, so there is no earlier place
-            self._unfilled: set[str] = set()
-        return self._unfilled
 
     # --- injection -----------------------------------------------------------------------------
 
@@ -98,8 +91,6 @@ class SFAModel(SwitchingModel):
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
         )
-        if self._plan.loaded:
-            self.unfilled.add(adapter_name)
         attach_chain(model, adapter_name, self._chain)
         self._chain = ()
         compiled.install(model)
@@ -258,7 +249,7 @@ class SFAModel(SwitchingModel):
             model, config, adapter_name, state_dict
         )
         check_fits(model, adapter_name, state_dict)
-        return state_dict
+        return in_pool_type(find_pool(model, adapter_name), state_dict)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -114,7 +114,6 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, str
             packed = state.pop(key)
             _check_manifest(layers, pool, packed, key, strict=strict)
             slots, values = unpack_selection(pool, packed, key)
-            values = _in_type_of(pool, values)
             state[key.replace("sfa_packed", "sfa_slots")] = slots
             state[key.replace("sfa_packed", "sfa_pool")] = values
         elif key.endswith("sfa_slots") and pool is not None:
@@ -202,18 +201,23 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
     return slots, values
 
 
-def _in_type_of(pool: Pool, values: Tensor) -> Tensor:
-    """Return values in the pool's type; where that would round them, the pool becomes float32.
+def in_pool_type(pool: Pool | None, state: State) -> State:
+    """Return tensors with the values in their pool's type, which becomes float32 if it must.
 
-    Pools are float32 unless `autocast_adapter_dtype=False`, or where a loader leaves it out.
+    Pools are float32 unless `autocast_adapter_dtype=False`, or where a loader leaves it out; 16
+    bits may not hold what was trained in 32.
     """
+    key = next((key for key in state if ".sfa_pool." in key), None)
+    if pool is None or key is None:
+        return state
+    values = state[key]
     kept = values.to(pool.dtype)
-    if torch.equal(kept.float(), values):
-        return kept
+    if torch.equal(kept.float(), values.float()):
+        return {**state, key: kept}
     parameter = pool.anchor.sfa_pool[pool.adapter_name]
     if not parameter.is_meta:
         parameter.data = parameter.data.float()
-    return values
+    return state
 
 
 def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:

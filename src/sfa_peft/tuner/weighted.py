@@ -155,7 +155,6 @@ def add_weighted(
     for name, owner in heads.items():
         saved: Any = model.get_submodule(name).modules_to_save
         saved[adapter_name].load_state_dict(saved[owner].state_dict())
-    tuner.unfilled.discard(adapter_name)  # complete: a failed load under its name leaves it alone
 
 
 def _check_arguments(
