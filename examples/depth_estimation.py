@@ -36,7 +36,7 @@ from common.reporting import Result, make_result, report, shown_indices
 from common.training import make_trainer, pick_rates, run_script
 from transformers import DPTConfig, DPTForDepthEstimation, PreTrainedModel, set_seed
 
-from sfa_peft.dense.data.depth import kitti_benchmark_crop, nyu_border_crop
+from sfa_peft.dense.data.depth import kitti_benchmark_crop
 from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
@@ -58,7 +58,8 @@ LEARNING_RATES = {
 }
 HEAD_LEARNING_RATES = {"deconv": 6e-3, "dpt": 1e-3}
 HEADERS = {"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"}
-CROPS = {"none": None, "nyu": nyu_border_crop, "kitti": kitti_benchmark_crop}
+# NYUv2's white frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
+CROPS = {"none": None, "nyu": None, "kitti": kitti_benchmark_crop}
 PROTOCOLS = {"nyu": DepthMetrics.nyu, "kitti": DepthMetrics.kitti}
 
 
@@ -124,7 +125,7 @@ def load_data(args: Arguments) -> Data:
     )
     # Benchmarks score at full size.
     size = tuple(args.eval_size) if args.protocol == "none" else None
-    plain = DepthEvalTransform(size, crop=crop if args.protocol == "kitti" else None)
+    plain = DepthEvalTransform(size, crop=crop)
     return Data(
         TransformedSplit(pairs.train, augment, seed=args.seed),
         TransformedSplit(pairs.evaluation, plain),

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
-from common.recipes import read_recipe
+from common.recipes import read_recipes
 from sfa_peft.errors import SFAError
 
 METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
@@ -22,9 +22,12 @@ DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
 class SharedArguments:
     """What to run; every field is a command line option."""
 
-    recipe: str | None = field(
+    recipe: list[str] | None = field(
         default=None,
-        metadata={"help": "yaml or json file of options; the command line overrides them."},
+        metadata={
+            "help": "yaml or json files of options; later ones override earlier ones, and the "
+            "command line all of them."
+        },
     )
     output_dir: str = field(
         default="out/example",
@@ -238,10 +241,10 @@ Arguments = TypeVar("Arguments", bound=SharedArguments)
 
 
 def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -> Arguments:
-    """Return the checked arguments of a command line and of the recipe that it names.
+    """Return the checked arguments of a command line and of the recipes that it names.
 
-    A recipe is a command line in a file: its options are read first, then those of `argv`, and of
-    two equal ones the last holds. Ends the process with a message if an option cannot be used.
+    A recipe is a command line in a file: recipes are read first, then `argv`, and of two equal
+    options the last holds. Ends the process with a message if an option cannot be used.
 
     Args:
         kind: The script's arguments.
@@ -254,7 +257,7 @@ def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -
     if unknown:
         parser.error(f"unknown options: {' '.join(unknown)}")
     try:
-        options = [] if first.recipe is None else read_recipe(first.recipe, set(vars(first)))
+        options = read_recipes(first.recipe or [], set(vars(first)))
         (args,) = parser.parse_args_into_dataclasses([*options, *given])
         args.check()
     except SFAError as error:

@@ -2,6 +2,7 @@
 """Recipes: a command line in a file."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -9,11 +10,17 @@ import yaml
 from sfa_peft.errors import SFAError
 
 
+def read_recipes(paths: Iterable[str | Path], known: set[str]) -> list[str]:
+    """Return the options of several files as one command line: of two equal ones the last holds."""
+    return [text for path in paths for text in read_recipe(path, known)]
+
+
 def read_recipe(path: str | Path, known: set[str]) -> list[str]:
     """Return the options of a recipe file as a command line.
 
     Args:
-        path: A yaml or json file that maps names of options to values; null leaves the default.
+        path: A yaml or json file that maps names of options to values; null leaves what
+            holds without it.
         known: Names of options.
 
     Raises:

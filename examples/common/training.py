@@ -109,7 +109,10 @@ def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torc
         {"params": ready.head, "lr": rates.head},
         {"params": ready.adapted, "lr": rates.backbone},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=args.weight_decay)
+    # `lr_end` of the polynomial course is where AdamW's own rate ends; others keep their ratio.
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=max(rates), weight_decay=args.weight_decay
+    )
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -49,6 +49,18 @@ def test_a_recipe_sets_defaults_and_the_command_line_wins(
     assert args.max_steps == arguments.SharedArguments().max_steps
 
 
+def test_of_several_recipes_the_last_holds(arguments: ModuleType, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("budget: 0.2\nmax_steps: 30\nimage_size: [48, 64]\ndataset_name: x\n")
+    second.write_text("budget: 0.3\nimage_size: 32\nmax_steps: null\nseed: 5\n")
+
+    args = parse(arguments, "--seed", 7, "--recipe", first, second)
+
+    assert (args.budget, args.max_steps, args.image_size) == (0.3, 30, [32, 32])
+    assert (args.seed, args.recipe) == (7, [str(first), str(second)])
+    assert parse(arguments, "--recipe", second, first).budget == 0.2
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
