@@ -99,3 +99,17 @@ def test_names_that_do_not_nest_stay_as_they_were_given():
     given = config("head", "absent", rho=0, target_modules=["first"])
     assert wrapped(get_peft_model(MLP(), given)) == ["head"]
     assert given.modules_to_save == ["head", "absent"]
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_config_serves_models_whose_heads_nest_and_others(task, tmp_path):
+    given = config("head", task_type=task)
+    first = get_peft_model(dpt(), given)
+    first.add_adapter("b", given)
+    other = get_peft_model(HEADS["zoedepth"][1](), given)
+    assert given.modules_to_save == ["head"]
+    assert wrapped(first) == ["head.head"]
+    assert any(p.requires_grad for n, p in other.named_parameters() if "modules_to_save" in n)
+    first.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "b"):
+        assert SFAConfig.from_pretrained(folder).modules_to_save == ["head.head"]

@@ -57,7 +57,6 @@ class SFAModel(SwitchingModel):
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
-        settle_heads(model, peft_config)
         strict, folder = peft_config.check_base, peft_config.folder
         self._chain = read_chain(model, peft_config, folder, strict=strict)
         check_same_chain(self._reused, self._chain, peft_config)
@@ -86,7 +85,8 @@ class SFAModel(SwitchingModel):
         Layers come from the config, not from `state_dict`: a layer that only has selected weights
         leaves no key of its own there.
         """
-        config: SFAConfig = self.peft_config[adapter_name]  # pyright: ignore
+        config = settle_heads(model, self.peft_config[adapter_name])  # pyright: ignore
+        self.peft_config[adapter_name] = config
         self._name_to_add = adapter_name
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
@@ -217,7 +217,7 @@ class SFAModel(SwitchingModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         pool = find_pool(model, adapter_name)
-        if pool is not None and pool.is_empty:
+        if pool is not None and pool.is_empty and not pool.values.is_meta:
             warnings.warn(
                 f"Adapter `{adapter_name}` is saved with an empty selection: no pretrained weight "
                 "was selected. Was the model trained with SFACallback or SFASelector?",
