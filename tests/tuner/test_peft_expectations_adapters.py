@@ -121,7 +121,9 @@ def test_a_deleted_adapter_leaves_nothing_and_the_rest_as_it_was():
     assert not any(".a." in f".{n}." for n in model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["items", "x.y", ""])
+@pytest.mark.parametrize(
+    "name", ["items", "x.y", "", "weight", "bias", "encoder", "decode_head", "conv", "0"]
+)
 def test_a_name_that_peft_cannot_keep_is_refused_before_the_model_is_touched(name):
     model = two()
     expected = logits(model)
@@ -129,6 +131,15 @@ def test_a_name_that_peft_cannot_keep_is_refused_before_the_model_is_touched(nam
         model.add_adapter(name, config())
     assert sorted(model.peft_config) == ["a", "b"]
     assert torch.equal(logits(model), expected)
+
+
+def test_a_name_between_the_dots_of_the_models_paths_would_lose_tensors(tmp_path):
+    """Why such names are refused: PEFT would leave out tensors of the other adapters."""
+    lora = LoraConfig(target_modules=["query"])
+    model = get_peft_model(upernet(), lora, adapter_name="a")
+    whole = get_peft_model_state_dict(model, adapter_name="a")
+    model.add_adapter("0", LoraConfig(target_modules=["key"]))
+    assert len(get_peft_model_state_dict(model, adapter_name="a")) < len(whole)
 
 
 def test_copies_of_every_kind_compute_the_same_bits():

@@ -50,7 +50,7 @@ class SFAModel(SwitchingModel):
         return peft_config  # `_prepare_model` finds the layers: it gets the model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        check_name(self._name_to_add)
+        check_name(self._name_to_add, model)
         _maybe_include_all_linear_layers(peft_config, model)
         self._reused: SavedAdapter | None = None
         if peft_config.selection_from is not None and peft_config.resolved is None:
