@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.utils import TaskType
 
-from sfa_peft import SFAConfig, SFAError, SFAModel
+from sfa_peft import ConfigError, SFAConfig, SFAError, SFAModel
 from sfa_peft.tuner.model import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
@@ -247,3 +247,30 @@ def test_task_types_that_fit_a_vision_model(task, saved, tmp_path):
 def test_mixed_models_are_refused_by_name():
     with pytest.raises(ValueError, match="'SFA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(upernet(), config(), mixed=True)
+
+
+@pytest.mark.parametrize("value", [5, 1.5, {}, [1]])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "modules_to_save",
+        "target_modules",
+        "target_parameters",
+        "external_modules",
+        "exclude_modules",
+        "selection_from",
+        "continue_from",
+    ],
+)
+def test_a_field_of_a_wrong_type_is_refused_by_name(field, value):
+    with pytest.raises(
+        ConfigError, match=rf"SFAConfig\.{field}: expected a .*{re.escape(repr(value))}"
+    ):
+        SFAConfig(**{field: value})
+
+
+@pytest.mark.parametrize("given", [["classifier"], ("classifier",)])
+def test_a_list_of_names_given_stays_the_users(given):
+    names = given
+    get_peft_model(FAMILIES["vit"](), config(task_type="SEQ_CLS", modules_to_save=names))
+    assert list(given) == ["classifier"]

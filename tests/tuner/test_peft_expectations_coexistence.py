@@ -99,8 +99,12 @@ print("theirs")
     assert "theirs" in result.stdout, result.stderr
 
 
-def test_a_name_that_is_taken_afterwards_is_reported_when_the_config_is_made():
-    script = f"import sfa_peft\n{START}{AFTERWARDS}"
+@pytest.mark.parametrize(
+    "afterwards",
+    [AFTERWARDS, AFTERWARDS.partition(" = ")[2], 'PEFT_TYPE_TO_CONFIG_MAPPING["SFA"] = Theirs\n'],
+)
+def test_a_name_that_is_taken_afterwards_is_reported_when_the_config_is_made(afterwards):
+    script = f"import sfa_peft\n{START}{afterwards}"
     last = run(script + "sfa_peft.SFAConfig()").stderr.strip().splitlines()[-1]
     assert "SFAError: Another package has put its own method (__main__.Theirs)" in last
 

@@ -286,4 +286,3 @@ def _names_inside(module: nn.Module) -> set[str]:
         return _names_inside(module.original_module)
     names = {*module._parameters, *module._buffers, *module._modules}
     return names.union(*(_names_inside(child) for child in module.children()))
-
