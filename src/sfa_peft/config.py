@@ -227,7 +227,8 @@ class SFAConfig(PeftConfig):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         if self.modules_to_save is not None:  # PEFT appends to the list that it is given
-            self.modules_to_save = list(self.modules_to_save)
+            ordered = sorted if isinstance(self.modules_to_save, (set, frozenset)) else list
+            self.modules_to_save = ordered(self.modules_to_save)
         check_budget(self)
         check_layers(self)
         check_score(self)

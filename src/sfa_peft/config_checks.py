@@ -42,7 +42,8 @@ def check_registered(config: SFAConfig) -> None:
         theirs = tuner
     if theirs is not None:
         raise SFAError(
-            f"Another package has put its own method ({theirs.__module__}.{theirs.__qualname__}) in "
+            "Another package has put its own method "
+            f"({theirs.__module__}.{theirs.__qualname__}) in "
             "the place of SFA in PEFT's tables, after sfa_peft was imported. Import only one of "
             "the two in a process."
         )

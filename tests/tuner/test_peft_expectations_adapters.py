@@ -186,6 +186,13 @@ def test_low_cpu_mem_usage_makes_placeholders_that_loading_fills(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.filterwarnings("error:.*empty selection")
+def test_placeholders_cannot_be_saved_and_nothing_is_said_of_an_empty_selection(tmp_path):
+    empty = get_peft_model(upernet(), SFAConfig(rho=0), low_cpu_mem_usage=True)
+    with pytest.raises(SFAError, match="on the meta device and holds no values"):
+        empty.save_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("head", [{}, {"modules_to_save": None}])
 def test_injected_without_a_peft_model_its_state_dict_moves_it(head):
     torch.manual_seed(0)

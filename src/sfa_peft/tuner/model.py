@@ -179,6 +179,7 @@ class SFAModel(SwitchingModel):
         weights: list[float],
         adapter_name: str,
         combination_type: str = LINEAR,
+        **options: Any,
     ) -> None:
         """Add an adapter whose sparse change is the weighted sum of those of others.
 
@@ -189,12 +190,13 @@ class SFAModel(SwitchingModel):
             weights: The factor of each.
             adapter_name: Name of the new adapter, which is not made active.
             combination_type: "linear", as PEFT calls the weighted sum.
+            options: Those that PEFT has for the other types are refused as these are.
 
         Raises:
             SFAError: If the arguments are wrong, or the adapters cannot be summed: external
                 adapters, a module that several save whole, a change on top of an earlier adapter.
         """
-        add_weighted(self, adapters, weights, adapter_name, combination_type)
+        add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
