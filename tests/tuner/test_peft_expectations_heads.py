@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from sfa_peft import SFAConfig, TargetError
+from sfa_peft import SFAConfig, SFAWarning, TargetError
 from tests.head_zoo import HEADS
 from tests.model_zoo import SIZE
 from tests.tiny import MLP
@@ -113,3 +113,10 @@ def test_a_config_serves_models_whose_heads_nest_and_others(task, tmp_path):
     first.save_pretrained(tmp_path)
     for folder in (tmp_path, tmp_path / "b"):
         assert SFAConfig.from_pretrained(folder).modules_to_save == ["head.head"]
+
+
+def test_a_typing_error_in_modules_to_save_is_named_in_the_warning():
+    with pytest.warns(SFAWarning, match=r"ends in `haed`\.$"):
+        get_peft_model(dpt(), config("haed", "head"))
+    with pytest.warns(SFAWarning, match=r"to train and save it\.$"):
+        get_peft_model(dpt(), config("head"))

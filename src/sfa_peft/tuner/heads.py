@@ -51,7 +51,8 @@ def settle_heads(model: nn.Module, config: SFAConfig) -> SFAConfig:
             f"{matched}, of which some lie inside others. Give full paths that do not."
         )
     settled = config if config.task_type in _HEADS_BY_PEFT else copy.copy(config)
-    settled.modules_to_save = parts
+    absent = [name for name in config.modules_to_save or () if not _matched(modules, [name])]
+    settled.modules_to_save = [*parts, *absent]
     return settled
 
 
@@ -69,6 +70,17 @@ def check_heads(model: nn.Module, config: SFAConfig, targets: Mapping[str, objec
                 f"also saves `{name}` whole, in which `{adapted}` is adapted. Give the module's "
                 "full path, or leave that layer out with exclude_modules."
             )
+
+
+def unmatched_heads(model: nn.Module, config: SFAConfig) -> list[str]:
+    """Return the entries of `modules_to_save` that reach no module, as after a typing error.
+
+    `classifier` and `score`, which PEFT adds itself for some task types, are not among them.
+    """
+    modules = _visible(model)
+    by_peft = ("classifier", "score") if config.task_type in _HEADS_BY_PEFT else ()
+    given = (name for name in config.modules_to_save or () if name not in by_peft)
+    return [f"`{name}`" for name in given if not _matched(modules, [name])]
 
 
 def _visible(model: nn.Module) -> dict[str, nn.Module]:

@@ -19,7 +19,7 @@ from .data_free import select_without_data
 from .facts import card_facts
 from .fits import check_fits
 from .frozen import attach_chain, check_same_chain, put_on_chain
-from .heads import check_heads, settle_heads
+from .heads import check_heads, settle_heads, unmatched_heads
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
@@ -287,10 +287,12 @@ def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> Non
     ]
     if frozen:
         tops = sorted({n.split(".")[0] for n in frozen})
+        absent = unmatched_heads(model, config)
+        typo = f" No module has a name that ends in {', '.join(absent)}." if absent else ""
         warnings.warn(
             f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
             f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task head in "
-            "modules_to_save to train and save it.",
+            f"modules_to_save to train and save it.{typo}",
             SFAWarning,
             stacklevel=3,
         )
