@@ -23,6 +23,7 @@ from .config_checks import (
     check_reuse,
     check_schedule,
     check_score,
+    check_types,
 )
 from .model_card import METRICS, CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
@@ -220,10 +221,14 @@ class SFAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SFA  # pyright: ignore[reportAttributeAccessIssue]
+        check_registered(self)
+        check_types(self)
         for name in ("target_modules", "target_parameters", "exclude_modules", "external_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
-        check_registered(self)
+        if self.modules_to_save is not None:  # PEFT appends to the list that it is given
+            ordered = sorted if isinstance(self.modules_to_save, (set, frozenset)) else list
+            self.modules_to_save = ordered(self.modules_to_save)
         check_budget(self)
         check_layers(self)
         check_score(self)

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .checkpoint.packing import SAVED_VALUES
 from .errors import ConfigError, SFAError
@@ -31,10 +32,18 @@ def check_registered(config: SFAConfig) -> None:
     Raises:
         SFAError: If a package that was imported later has put another method under the name.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.peft_type)  # pyright: ignore
-    if known is not None and not isinstance(config, known):
+    name: Any = config.peft_type
+    of_config: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(name)
+    theirs = None
+    if of_config is not None and not isinstance(config, of_config):
+        theirs = of_config
+    elif tuner is not None and not any(_is_own(cls) for cls in tuner.__mro__):
+        theirs = tuner
+    if theirs is not None:
         raise SFAError(
-            f"Another package has put its own method ({known.__module__}.{known.__qualname__}) in "
+            "Another package has put its own method "
+            f"({theirs.__module__}.{theirs.__qualname__}) in "
             "the place of SFA in PEFT's tables, after sfa_peft was imported. Import only one of "
             "the two in a process."
         )
@@ -66,13 +75,42 @@ def check_budget(config: SFAConfig) -> None:
         )
 
 
+def check_types(config: SFAConfig) -> None:
+    """Check the types of fields that hold names or folders."""
+    for field in ("target_modules", "target_parameters", "external_modules", "exclude_modules"):
+        value = getattr(config, field)
+        if value is not None and not isinstance(value, str) and not _is_names(value):
+            raise ConfigError(
+                f"SFAConfig.{field}: expected a list of names, one regular expression or None, got "
+                f"{value!r}."
+            )
+    if config.modules_to_save is not None and not _is_names(config.modules_to_save):
+        named = config.modules_to_save
+        advice = f" Write [{named!r}]." if isinstance(named, str) else ""
+        raise ConfigError(
+            f"SFAConfig.modules_to_save: expected a list of names or None, got {named!r}.{advice}"
+        )
+    for field in ("selection_from", "continue_from"):
+        value = getattr(config, field)
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise ConfigError(
+                f"SFAConfig.{field}: expected a saved adapter's folder or Hub id, or None, got "
+                f"{value!r}."
+            )
+
+
+def _is_own(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _is_names(value: object) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(
+        isinstance(name, str) for name in value
+    )
+
+
 def check_layers(config: SFAConfig) -> None:
     """Check which layers are named."""
-    if isinstance(config.modules_to_save, str):
-        raise ConfigError(
-            f"SFAConfig.modules_to_save: expected a list of names, got the string "
-            f"{config.modules_to_save!r}. Write [{config.modules_to_save!r}]."
-        )
     if config.layers_pattern and config.layers_to_transform is None:
         raise ConfigError(
             "SFAConfig: When `layers_pattern` is specified, `layers_to_transform` must also be "
@@ -81,7 +119,7 @@ def check_layers(config: SFAConfig) -> None:
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:
         raise ConfigError(
             "SFAConfig: `layers_to_transform` cannot be used when `target_modules` is a str, "
-            "because a regular expression can name the layers itconfig."
+            "because a regular expression can name the layers itself."
         )
 
 

@@ -6,10 +6,12 @@ The section stands between two marks; saving again replaces it and leaves the re
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ _HEADING = "## Loading this Selective Feature Adapter"
 _SECTION = re.compile(
     rf"{re.escape(_START)}.*?{re.escape(_END)}\n?|{_HEADING}.*?```python.*?```\n?", re.DOTALL
 )
+
+#: How files with bytes that are not UTF-8 are read and written: with the same bytes.
+_KEEP = "surrogateescape"
 
 #: Attribute of a config under which its metrics are kept; no field, so it is not in its file.
 METRICS = "_card_metrics"
@@ -81,8 +86,12 @@ def set_card_metrics(
         adapter_name: The adapter.
 
     Raises:
-        SFAError: If there is no such adapter, or a value is neither a number nor text.
+        SFAError: If there is no such adapter, or a value is neither a finite number nor text.
     """
+    if not isinstance(metrics, Mapping):
+        raise SFAError(
+            f"set_card_metrics: expected a dict of numbers (or text) by name, got {metrics!r}."
+        )
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
         raise SFAError(
@@ -90,12 +99,20 @@ def set_card_metrics(
             f"{sorted(configs) or 'none'}."
         )
     for name, value in metrics.items():
-        if not isinstance(name, str) or not isinstance(value, (int, float, str)):
+        number = isinstance(value, Real) and math.isfinite(value)
+        if not isinstance(name, str) or not (number or isinstance(value, str)):
             raise SFAError(
-                f"set_card_metrics: expected numbers (or text) by name, got {name!r}: {value!r}. "
-                "Give a tensor's value with .item()."
+                "set_card_metrics: expected finite numbers (or text) by name, got "
+                f"{name!r}: {value!r}. Give a tensor's value with .item()."
             )
-    setattr(configs[adapter_name], METRICS, dict(metrics))
+    setattr(configs[adapter_name], METRICS, {n: _plain(value) for n, value in metrics.items()})
+
+
+def _plain(value: Any) -> float | str:
+    """Return a number of NumPy as Python's own; others as they are."""
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def write_section(
@@ -116,7 +133,8 @@ def write_section(
         metrics: Results.
     """
     card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    # Bytes that are not UTF-8 go through unharmed.
+    text = card.read_text(encoding="utf-8", errors=_KEEP) if card.is_file() else ""
     parts = [_START, *_usage(base, base_class)]
     if facts is not None:
         parts += ["", *_facts(facts)]
@@ -198,5 +216,5 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 def replace_file(path: Path, text: str) -> None:
     """Write a file under a temporary name, then rename it: it is never half written."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
+    partial.write_text(text, encoding="utf-8", errors=_KEEP)
     partial.replace(path)

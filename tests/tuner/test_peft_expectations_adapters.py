@@ -18,7 +18,7 @@ from peft import (
 )
 from peft.utils import TaskType
 
-from sfa_peft import SFAConfig, SFAError, SFAModel
+from sfa_peft import ConfigError, SFAConfig, SFAError, SFAModel
 from sfa_peft.tuner.model import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
@@ -121,7 +121,9 @@ def test_a_deleted_adapter_leaves_nothing_and_the_rest_as_it_was():
     assert not any(".a." in f".{n}." for n in model.state_dict())
 
 
-@pytest.mark.parametrize("name", ["items", "x.y", ""])
+@pytest.mark.parametrize(
+    "name", ["items", "x.y", "", "weight", "bias", "encoder", "decode_head", "conv", "0"]
+)
 def test_a_name_that_peft_cannot_keep_is_refused_before_the_model_is_touched(name):
     model = two()
     expected = logits(model)
@@ -129,6 +131,15 @@ def test_a_name_that_peft_cannot_keep_is_refused_before_the_model_is_touched(nam
         model.add_adapter(name, config())
     assert sorted(model.peft_config) == ["a", "b"]
     assert torch.equal(logits(model), expected)
+
+
+def test_a_name_between_the_dots_of_the_models_paths_would_lose_tensors(tmp_path):
+    """Why such names are refused: PEFT would leave out tensors of the other adapters."""
+    lora = LoraConfig(target_modules=["query"])
+    model = get_peft_model(upernet(), lora, adapter_name="a")
+    whole = get_peft_model_state_dict(model, adapter_name="a")
+    model.add_adapter("0", LoraConfig(target_modules=["key"]))
+    assert len(get_peft_model_state_dict(model, adapter_name="a")) < len(whole)
 
 
 def test_copies_of_every_kind_compute_the_same_bits():
@@ -173,6 +184,13 @@ def test_low_cpu_mem_usage_makes_placeholders_that_loading_fills(tmp_path):
     assert find_pool(empty, "a").values.is_meta
     loaded = PeftModel.from_pretrained(upernet(), tmp_path / "a", low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings("error:.*empty selection")
+def test_placeholders_cannot_be_saved_and_nothing_is_said_of_an_empty_selection(tmp_path):
+    empty = get_peft_model(upernet(), SFAConfig(rho=0), low_cpu_mem_usage=True)
+    with pytest.raises(SFAError, match="on the meta device and holds no values"):
+        empty.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("head", [{}, {"modules_to_save": None}])
@@ -236,3 +254,30 @@ def test_task_types_that_fit_a_vision_model(task, saved, tmp_path):
 def test_mixed_models_are_refused_by_name():
     with pytest.raises(ValueError, match="'SFA' is not compatible with the `PeftMixedModel`"):
         get_peft_model(upernet(), config(), mixed=True)
+
+
+@pytest.mark.parametrize("value", [5, 1.5, {}, [1]])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "modules_to_save",
+        "target_modules",
+        "target_parameters",
+        "external_modules",
+        "exclude_modules",
+        "selection_from",
+        "continue_from",
+    ],
+)
+def test_a_field_of_a_wrong_type_is_refused_by_name(field, value):
+    with pytest.raises(
+        ConfigError, match=rf"SFAConfig\.{field}: expected a .*{re.escape(repr(value))}"
+    ):
+        SFAConfig(**{field: value})
+
+
+@pytest.mark.parametrize("given", [["classifier"], ("classifier",)])
+def test_a_list_of_names_given_stays_the_users(given):
+    names = given
+    get_peft_model(FAMILIES["vit"](), config(task_type="SEQ_CLS", modules_to_save=names))
+    assert list(given) == ["classifier"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One name in PEFT's tables: imported twice, taken by others, and programs without the import."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,8 +100,12 @@ print("theirs")
     assert "theirs" in result.stdout, result.stderr
 
 
-def test_a_name_that_is_taken_afterwards_is_reported_when_the_config_is_made():
-    script = f"import sfa_peft\n{START}{AFTERWARDS}"
+@pytest.mark.parametrize(
+    "afterwards",
+    [AFTERWARDS, AFTERWARDS.partition(" = ")[2], 'PEFT_TYPE_TO_CONFIG_MAPPING["SFA"] = Theirs\n'],
+)
+def test_a_name_that_is_taken_afterwards_is_reported_when_the_config_is_made(afterwards):
+    script = f"import sfa_peft\n{START}{afterwards}"
     last = run(script + "sfa_peft.SFAConfig()").stderr.strip().splitlines()[-1]
     assert "SFAError: Another package has put its own method (__main__.Theirs)" in last
 
@@ -129,7 +134,40 @@ def test_a_program_runs_with_the_method_registered(program, target):
     assert "__main__ SFAModel ['adapter']" in result.stdout, result.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["-m"], ["--help"], ["absent.py"]])
+@pytest.mark.parametrize("arguments", [[], ["-m"], ["absent.py"]])
 def test_the_runner_says_how_it_is_used(arguments):
     with pytest.raises(SystemExit, match=r"usage: python -m sfa_peft program\.py"):
         main(arguments)
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_no_error(flag):
+    result = run("", "-m", "sfa_peft", flag)
+    assert result.returncode == 0
+    assert result.stdout.startswith("usage: python -m sfa_peft program.py")
+
+
+@pytest.mark.parametrize("name", ["nope", "nope.inner", "tests.tiny.inner", "email"])
+def test_a_module_that_cannot_be_run_ends_in_one_line(name):
+    with pytest.raises(SystemExit, match=r"^python -m sfa_peft: [^\n]*module '[^\n]*$"):
+        main(["-m", name])
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_folder_and_a_zip_file_run_as_with_python(zipped, tmp_path):
+    folder = tmp_path / "program"
+    folder.mkdir()
+    (folder / "helper.py").touch()
+    with pytest.raises(SystemExit, match=r"^python -m sfa_peft: there is no __main__\.py in"):
+        main([str(folder)])
+    (folder / "__main__.py").write_text(
+        "import sys, helper\nprint(__name__, sys.argv[1:], sys.path[0])\n"
+    )
+    name = "program.zip" if zipped else "program"
+    if zipped:
+        shutil.make_archive(str(folder), "zip", folder)
+    expected = run("", name, "a", cwd=tmp_path)
+    assert expected.stdout, expected.stderr
+    result = run("", "-m", "sfa_peft", name, "a", cwd=tmp_path)
+    assert Path(result.stdout.split()[-1]).name == name, result.stderr
+    assert result.stdout.split()[:-1] == expected.stdout.split()[:-1]

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from sfa_peft import SFAConfig, TargetError
+from sfa_peft import SFAConfig, SFAWarning, TargetError
 from tests.head_zoo import HEADS
 from tests.model_zoo import SIZE
 from tests.tiny import MLP
@@ -99,3 +99,24 @@ def test_names_that_do_not_nest_stay_as_they_were_given():
     given = config("head", "absent", rho=0, target_modules=["first"])
     assert wrapped(get_peft_model(MLP(), given)) == ["head"]
     assert given.modules_to_save == ["head", "absent"]
+
+
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
+def test_a_config_serves_models_whose_heads_nest_and_others(task, tmp_path):
+    given = config("head", task_type=task)
+    first = get_peft_model(dpt(), given)
+    first.add_adapter("b", given)
+    other = get_peft_model(HEADS["zoedepth"][1](), given)
+    assert given.modules_to_save == ["head"]
+    assert wrapped(first) == ["head.head"]
+    assert any(p.requires_grad for n, p in other.named_parameters() if "modules_to_save" in n)
+    first.save_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "b"):
+        assert SFAConfig.from_pretrained(folder).modules_to_save == ["head.head"]
+
+
+def test_a_typing_error_in_modules_to_save_is_named_in_the_warning():
+    with pytest.warns(SFAWarning, match=r"ends in `haed`\.$"):
+        get_peft_model(dpt(), config("haed", "head"))
+    with pytest.warns(SFAWarning, match=r"to train and save it\.$"):
+        get_peft_model(dpt(), config("head"))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -107,8 +108,30 @@ def test_metrics_that_are_none_are_refused():
     model = adapted()
     with pytest.raises(SFAError, match=r"\.item\(\)"):
         set_card_metrics(model, {"loss": torch.ones(())})
+    for wrong in (None, [("mIoU", 1)], {"mIoU": None}, {"mIoU": float("nan")}, {1: 0.5}):
+        with pytest.raises(SFAError, match=r"set_card_metrics: expected .* by name"):
+            set_card_metrics(model, wrong)
     with pytest.raises(SFAError, match="has no adapter `other`"):
         set_card_metrics(model, {"loss": 1.0}, "other")
+
+
+def test_a_card_that_is_not_utf8_keeps_its_bytes(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_bytes("# Café\n".encode("latin-1"))
+    for _ in range(2):
+        SFAConfig().save_pretrained(tmp_path)
+    assert card.read_bytes().startswith(b"# Caf\xe9\n")
+    assert card.read_bytes().count(b"import sfa_peft  # registers") == 1
+    with pytest.raises(UnicodeDecodeError):  # PEFT reads the card first, before anything is written
+        adapted().save_pretrained(tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"README.md", "adapter_config.json"}
+
+
+def test_numbers_of_numpy_are_metrics(tmp_path):
+    model = adapted()
+    set_card_metrics(model, {"a": np.float32(0.5), "b": np.int64(1234567), "c": np.float64(1 / 3)})
+    model.save_pretrained(tmp_path)
+    assert "| a | 0.5 |\n| b | 1234567 |\n| c | 0.333333 |" in (tmp_path / "README.md").read_text()
 
 
 SCRIPT = """

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`add_weighted_adapter`: the weighted sum of sparse changes as a new adapter."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -93,7 +94,14 @@ def test_a_head_that_one_adapter_saves_is_copied():
         ((["a", "c"], [1.0, 1.0], "s"), r"the model has \['a', 'b'\]"),
         ((["a"], [1.0], "items"), "'items' cannot name a task or an adapter"),
         (([], [], "s"), "Name adapters"),
-        ((["a", "b"], [1.0, 1.0], "b"), "has an adapter `b` already"),
+        (("a", [1.0], "s"), "Name adapters that it has, in a list"),
+        ((["a", 1], [1.0, 1.0], "s"), "Name adapters"),
+        ((["a"], 1.0, "s"), "one weight for each, a finite number"),
+        ((["a"], [float("nan")], "s"), r"a finite number, got \['a'\] and weights=\[nan\]"),
+        ((["a"], ["x"], "s"), "a finite number"),
+        ((["a", "b"], [1, "2"], "s"), "a finite number"),
+        ((["a", "b"], [1.0, 1.0], "b"), "adapter_name='b' is no name, or the model has"),
+        ((["a"], [1.0], None), "adapter_name=None is no name"),
     ],
 )
 def test_arguments_that_mean_nothing_are_refused(arguments, message):
@@ -101,6 +109,28 @@ def test_arguments_that_mean_nothing_are_refused(arguments, message):
     with pytest.raises(SFAError, match=message):
         model.add_weighted_adapter(*arguments)
     assert set(model.peft_config) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"combination_type": "svd", "svd_rank": 4}, "combination_type='svd' is made for low-rank"),
+        ({"combination_type": "ties"}, "combination_type='ties' is made for low-rank"),
+        ({"density": 0.5}, "density=0.5 is made for low-rank"),
+    ],
+)
+def test_options_that_peft_has_for_lora_are_refused(options, message):
+    with pytest.raises(SFAError, match=f"{message}.*sfa_peft.tasks.combine"):
+        two().add_weighted_adapter(["a", "b"], [1.0, 1.0], "s", **options)
+
+
+def test_weights_of_numpy_are_numbers():
+    found = []
+    for weights in ([0.5, 0.25], np.array([0.5, 0.25]), [np.float32(0.5), np.float64(0.25)]):
+        model = two()
+        model.add_weighted_adapter(["a", "b"], weights, "s")
+        found.append(find_pool(model, "s").values.detach())
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_external_adapters_and_two_heads_are_refused():

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterator, Mapping
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -15,12 +17,24 @@ from ..errors import TargetError
 #: Containers that PEFT cannot save whole, because they have no forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
+#: Task types for which PEFT adds to `modules_to_save` of the very config that it was given, and
+#: reads it there again after the injection.
+_HEADS_BY_PEFT = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
-def settle_heads(model: nn.Module, config: SFAConfig) -> None:
-    """Rewrite `modules_to_save` where PEFT would wrap a module and again one inside it.
+
+def settle_heads(model: nn.Module, config: SFAConfig) -> SFAConfig:
+    """Return a config whose `modules_to_save` lets PEFT wrap no module inside a wrapped one.
 
     PEFT compares ends of names, so "head" also means the `head.head` of DPT; the adapter that it
     then saves cannot be loaded. The parts of the outer module are named instead: the same tensors.
+
+    Args:
+        model: The model to adapt.
+        config: The user's config. It stays as it is, to serve other models too, unless its task
+            type is one for which PEFT rewrites it anyway.
+
+    Returns:
+        The config itself, or a copy with other `modules_to_save`.
 
     Raises:
         TargetError: If that cannot be done.
@@ -28,7 +42,7 @@ def settle_heads(model: nn.Module, config: SFAConfig) -> None:
     modules = _visible(model)
     matched = _matched(modules, config.modules_to_save or ())
     if not any(_inside(name, matched) for name in matched):
-        return
+        return config
     outer = [name for name in matched if not _inside(name, matched)]
     parts = [part for name in outer for part in _parts(name, modules, matched)]
     if set(_matched(modules, parts)) != set(parts):
@@ -36,7 +50,10 @@ def settle_heads(model: nn.Module, config: SFAConfig) -> None:
             f"modules_to_save={config.modules_to_save}: PEFT compares ends of names, so this means "
             f"{matched}, of which some lie inside others. Give full paths that do not."
         )
-    config.modules_to_save = parts
+    settled = config if config.task_type in _HEADS_BY_PEFT else copy.copy(config)
+    absent = [name for name in config.modules_to_save or () if not _matched(modules, [name])]
+    settled.modules_to_save = [*parts, *absent]
+    return settled
 
 
 def check_heads(model: nn.Module, config: SFAConfig, targets: Mapping[str, object]) -> None:
@@ -53,6 +70,17 @@ def check_heads(model: nn.Module, config: SFAConfig, targets: Mapping[str, objec
                 f"also saves `{name}` whole, in which `{adapted}` is adapted. Give the module's "
                 "full path, or leave that layer out with exclude_modules."
             )
+
+
+def unmatched_heads(model: nn.Module, config: SFAConfig) -> list[str]:
+    """Return the entries of `modules_to_save` that reach no module, as after a typing error.
+
+    `classifier` and `score`, which PEFT adds itself for some task types, are not among them.
+    """
+    modules = _visible(model)
+    by_peft = ("classifier", "score") if config.task_type in _HEADS_BY_PEFT else ()
+    given = (name for name in config.modules_to_save or () if name not in by_peft)
+    return [f"`{name}`" for name in given if not _matched(modules, [name])]
 
 
 def _visible(model: nn.Module) -> dict[str, nn.Module]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..checkpoint.resolved import Resolved
@@ -250,12 +252,18 @@ def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     return next((pool for pool in pools if pool is not None), None)
 
 
-def check_name(name: str) -> None:
+def check_name(name: str, model: nn.Module | None = None) -> None:
     """Check that PEFT can use a name for an adapter.
 
+    PEFT keeps adapters in module dicts, whose keys may be neither paths nor attributes, and finds
+    an adapter's tensors by its name between the dots of their paths.
+
+    Args:
+        name: The name.
+        model: The model that gets the adapter, to compare with the names in its paths.
+
     Raises:
-        SFAError: If it cannot: it keeps adapters in module dicts, whose keys may be neither paths
-            nor attributes, and looks for its prefix in names of tensors.
+        SFAError: If it cannot.
     """
     taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
     if not name or "." in name or "sfa_" in name or taken:
@@ -263,3 +271,18 @@ def check_name(name: str) -> None:
             f"{name!r} cannot name a task or an adapter: PEFT uses it itself, or it is empty or "
             "has a dot. Choose another word."
         )
+    if name in ("weight", "bias") or (model is not None and name in _names_inside(model)):
+        raise SFAError(
+            f"{name!r} cannot name a task or an adapter: a module or a tensor of the model has "
+            "that name, and PEFT would mix up their tensors in files. Choose another word."
+        )
+
+
+def _names_inside(module: nn.Module) -> set[str]:
+    """Return the names of all modules and tensors of a model, without those of adapters."""
+    if isinstance(module, BaseTunerLayer):
+        return _names_inside(module.get_base_layer())
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _names_inside(module.original_module)
+    names = {*module._parameters, *module._buffers, *module._modules}
+    return names.union(*(_names_inside(child) for child in module.children()))

@@ -19,7 +19,7 @@ from .data_free import select_without_data
 from .facts import card_facts
 from .fits import check_fits
 from .frozen import attach_chain, check_same_chain, put_on_chain
-from .heads import check_heads, settle_heads
+from .heads import check_heads, settle_heads, unmatched_heads
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
@@ -50,14 +50,13 @@ class SFAModel(SwitchingModel):
         return peft_config  # `_prepare_model` finds the layers: it gets the model
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        check_name(self._name_to_add)
+        check_name(self._name_to_add, model)
         _maybe_include_all_linear_layers(peft_config, model)
         self._reused: SavedAdapter | None = None
         if peft_config.selection_from is not None and peft_config.resolved is None:
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
-        settle_heads(model, peft_config)
         strict, folder = peft_config.check_base, peft_config.folder
         self._chain = read_chain(model, peft_config, folder, strict=strict)
         check_same_chain(self._reused, self._chain, peft_config)
@@ -86,7 +85,8 @@ class SFAModel(SwitchingModel):
         Layers come from the config, not from `state_dict`: a layer that only has selected weights
         leaves no key of its own there.
         """
-        config: SFAConfig = self.peft_config[adapter_name]  # pyright: ignore
+        config = settle_heads(model, self.peft_config[adapter_name])  # pyright: ignore
+        self.peft_config[adapter_name] = config
         self._name_to_add = adapter_name
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict=None
@@ -179,6 +179,7 @@ class SFAModel(SwitchingModel):
         weights: list[float],
         adapter_name: str,
         combination_type: str = LINEAR,
+        **options: Any,
     ) -> None:
         """Add an adapter whose sparse change is the weighted sum of those of others.
 
@@ -189,12 +190,13 @@ class SFAModel(SwitchingModel):
             weights: The factor of each.
             adapter_name: Name of the new adapter, which is not made active.
             combination_type: "linear", as PEFT calls the weighted sum.
+            options: Those that PEFT has for the other types are refused as these are.
 
         Raises:
             SFAError: If the arguments are wrong, or the adapters cannot be summed: external
                 adapters, a module that several save whole, a change on top of an earlier adapter.
         """
-        add_weighted(self, adapters, weights, adapter_name, combination_type)
+        add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_args: Any, **kwargs: Any) -> Iterator[None]:
@@ -217,7 +219,7 @@ class SFAModel(SwitchingModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         pool = find_pool(model, adapter_name)
-        if pool is not None and pool.is_empty:
+        if pool is not None and pool.is_empty and not pool.values.is_meta:
             warnings.warn(
                 f"Adapter `{adapter_name}` is saved with an empty selection: no pretrained weight "
                 "was selected. Was the model trained with SFACallback or SFASelector?",
@@ -285,10 +287,12 @@ def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> Non
     ]
     if frozen:
         tops = sorted({n.split(".")[0] for n in frozen})
+        absent = unmatched_heads(model, config)
+        typo = f" No module has a name that ends in {', '.join(absent)}." if absent else ""
         warnings.warn(
             f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
             f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task head in "
-            "modules_to_save to train and save it.",
+            f"modules_to_save to train and save it.{typo}",
             SFAWarning,
             stacklevel=3,
         )

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -129,9 +131,11 @@ def add_weighted(
     weights: Sequence[float],
     adapter_name: str,
     combination_type: str,
+    options: Mapping[str, object],
 ) -> None:
     """Add an adapter that is the weighted sum of others; see `SFAModel.add_weighted_adapter`."""
-    _check_arguments(tuner.peft_config, adapters, weights, adapter_name, combination_type)
+    _check_way(combination_type, options)
+    _check_arguments(tuner.peft_config, adapters, weights, adapter_name)
     model = tuner.model
     parts = [_resolved(name, adapter_layers(model, name)) for name in adapters]
     heads = _find_heads(model, adapters)
@@ -157,35 +161,45 @@ def add_weighted(
         saved[adapter_name].load_state_dict(saved[owner].state_dict())
 
 
+def _check_way(combination_type: str, options: Mapping[str, object]) -> None:
+    """Refuse ways to combine, and their options, that PEFT has for low-rank matrices."""
+    given = "" if combination_type == LINEAR else f"combination_type={combination_type!r} "
+    given = given or "".join(f"{name}={value!r} " for name, value in options.items())
+    if given:
+        raise SFAError(
+            f"add_weighted_adapter: {given}is made for low-rank matrices; sparse "
+            f"changes know combination_type={LINEAR!r} only (the exact weighted sum), without "
+            "options. Other ways to join them: "
+            "sfa_peft.tasks.combine(model, adapters, method='larger' or 'disjoint')."
+        )
+
+
 def _check_arguments(
     known: Mapping[str, object],
     adapters: Sequence[str],
     weights: Sequence[float],
     adapter_name: str,
-    combination_type: str,
 ) -> None:
     start = "add_weighted_adapter: "
-    missing = [name for name in adapters if name not in known]
-    if not adapters or missing:
+    names = isinstance(adapters, (list, tuple)) and all(isinstance(name, str) for name in adapters)
+    if not names or not adapters or any(name not in known for name in adapters):
         raise SFAError(
-            f"{start}adapters={list(adapters)}, but the model has {sorted(known)}. Name adapters "
-            "that it has."
+            f"{start}adapters={adapters!r}, but the model has {sorted(known)}. Name adapters "
+            "that it has, in a list."
         )
-    if len(set(adapters)) < len(adapters) or len(weights) != len(adapters):
+    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # an array's
+    numbers = isinstance(weights, (list, tuple)) and all(
+        isinstance(w, Real) and math.isfinite(w) for w in weights
+    )
+    if not numbers or len(set(adapters)) < len(adapters) or len(weights) != len(adapters):
         raise SFAError(
-            f"{start}expected different adapters and one weight for each, got {list(adapters)} and "
-            f"weights={list(weights)}."
+            f"{start}expected different adapters and one weight for each, a finite number, got "
+            f"{list(adapters)} and weights={weights!r}."
         )
-    if adapter_name in known:
+    if not isinstance(adapter_name, str) or adapter_name in known:
         raise SFAError(
-            f"{start}the model has an adapter `{adapter_name}` already. Give another name, or "
-            "delete it first."
-        )
-    if combination_type != LINEAR:
-        raise SFAError(
-            f"{start}combination_type={combination_type!r} is made for low-rank matrices; sparse "
-            f"changes know {LINEAR!r} only (the exact weighted sum). Other ways to join them: "
-            "sfa_peft.tasks.combine(model, adapters, method='larger' or 'disjoint')."
+            f"{start}adapter_name={adapter_name!r} is no name, or the model has an adapter of that "
+            "name already. Give another name, or delete it first."
         )
 
 
