@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -187,7 +188,8 @@ def _check_arguments(
             f"{start}adapters={adapters!r}, but the model has {sorted(known)}. Name adapters "
             "that it has, in a list."
         )
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # an array's
+    if isinstance(weights, (np.ndarray, Tensor)):
+        weights = weights.tolist()
     numbers = isinstance(weights, (list, tuple)) and all(
         isinstance(w, Real) and math.isfinite(w) for w in weights
     )
