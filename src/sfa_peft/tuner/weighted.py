@@ -187,7 +187,7 @@ def _check_arguments(
             f"{start}adapters={adapters!r}, but the model has {sorted(known)}. Name adapters "
             "that it has, in a list."
         )
-    weights = weights.tolist() if hasattr(weights, "tolist") else weights  # an array's
+    weights = getattr(weights, "tolist", lambda: weights)()  # an array's numbers
     numbers = isinstance(weights, (list, tuple)) and all(
         isinstance(w, Real) and math.isfinite(w) for w in weights
     )
