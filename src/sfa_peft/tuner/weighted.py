@@ -188,12 +188,8 @@ def _check_arguments(
             f"{start}adapters={adapters!r}, but the model has {sorted(known)}. Name adapters "
             "that it has, in a list."
         )
-<<<<<<< HEAD
     if isinstance(weights, (np.ndarray, Tensor)):
         weights = weights.tolist()
-=======
-    weights = getattr(weights, "tolist", lambda: weights)()  # an array's numbers
->>>>>>> dfix2
     numbers = isinstance(weights, (list, tuple)) and all(
         isinstance(w, Real) and math.isfinite(w) for w in weights
     )
