@@ -282,3 +282,17 @@ def test_a_smaller_batch_after_running_out_of_memory_still_selects_the_whole_bud
     assert trainer._train_batch_size == 7
     pool = find_pool(trainer.model, "default")
     assert pool.num_assigned == pool.size
+    picks = len(callback.selector._run.joined)
+    assert picks == 3  # and late entries keep their ages
+
+
+def test_a_callback_whose_run_broke_off_does_not_drive_the_old_model_again(tmp_path):
+    callback = SFACallback()
+    broken = make_trainer(tmp_path, [callback, OutOfMemory(4)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        broken.train()
+    trainer = make_trainer(tmp_path, [callback])
+    trainer.train()
+    pool = find_pool(trainer.model, "default")
+    assert callback.selector.pool is pool
+    assert pool.num_assigned == pool.size

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SelectionError, SFAWarning
+from ..tuner.layer import find_pool
 from ..tuner.unfinished import is_unfinished
 from .calling_trainer import calling_trainer, resumed_checkpoint
 from .selector import SFASelector
@@ -45,6 +46,7 @@ class SFACallback(TrainerCallback):
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint
         self.selector: SFASelector | None = None
+        self._is_training = False
         self._written_at: int | None = None  # update step
         self._first = _BeforeReporters(self)
         self._logged = self._shown = 0  # rounds
@@ -63,12 +65,15 @@ class SFACallback(TrainerCallback):
         trainer = calling_trainer()
         _refuse_second_callback(trainer)
         _warn_of_summed_loss(args, kwargs["model"], trainer)
-        if not self._begins_again(state):
+        if not self._begins_again(state, kwargs["model"]):
             self._begin(state, kwargs["model"], kwargs.get("optimizer"))
+        self._is_training = True
         self._logged, self._shown = self.selector.round if self.selector else 0, 0
         self._first.join(trainer)
 
     def _begin(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        if self.selector is not None:
+            self.selector.discard()  # it may be what the memory ran out of
         self.selector = SFASelector(
             model,
             total_steps=state.max_steps,
@@ -91,16 +96,16 @@ class SFACallback(TrainerCallback):
                 "SFACallback out."
             )
 
-    def _begins_again(self, state: TrainerState) -> bool:
-        """Whether the Trainer starts anew within one call, as after auto_find_batch_size.
+    def _begins_again(self, state: TrainerState, model: Any) -> bool:
+        """Whether the Trainer starts anew before it has ended, as under auto_find_batch_size.
 
         It keeps model and optimizer then, so the selection goes on where it was, too.
         """
         selector = self.selector
-        if state.global_step > 0 or selector is None or not selector.is_selecting:
+        if state.global_step > 0 or not self._is_training or selector is None:
             return False
-        pool = selector.pool
-        if pool is None or not pool.is_there or pool.is_empty:
+        pool = find_pool(model, selector.adapter_name)
+        if not selector.drives or pool is None or pool is not selector.pool or pool.is_empty:
             return False
         logger.warning(
             "Training starts again at step 0 with %d weights selected. The selection goes on where "
@@ -122,6 +127,7 @@ class SFACallback(TrainerCallback):
     ) -> None:
         """Free the scores, also of a run that was stopped early."""
         self._first.leave()
+        self._is_training = False
         if self.selector is not None:
             self.selector.close()
 

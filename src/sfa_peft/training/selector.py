@@ -85,10 +85,9 @@ class SFASelector:
         return Run(self.config, self.pool, schedule, scaler.get_scale if enabled else None)  # pyright: ignore
 
     @property
-    def is_selecting(self) -> bool:
-        """Whether picks are still to come, and no other selector took over."""
-        run = self._run
-        return run is not None and bool(run.accumulators) and run.pool.driver is run
+    def drives(self) -> bool:
+        """Whether it makes the adapter's selection, and no other selector took over."""
+        return self._run is not None and self._run.pool.driver is self._run
 
     @property
     def schedule(self) -> Schedule | None:
@@ -243,6 +242,11 @@ class SFASelector:
                 chosen,
             )
         self._run.stop()
+
+    def discard(self) -> None:
+        """Free the scores without a word, before another selector begins anew."""
+        if self._run is not None:
+            self._run.stop()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
