@@ -8,7 +8,7 @@ Rendered scenes, a small SwinV2 that ships with the examples, and a UperNet head
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/accelerate_loop.py  # no GPU
 
 It ends with the same bits if it is interrupted and taken up from a checkpoint (on as many
-processes as before)::
+processes as before; a warning says so where they are not)::
 
     python examples/accelerate_loop.py --resume_from_checkpoint out/accelerate/step_100
 """

@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import inspect
-import sys
+import logging
+import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
 
-from ..errors import SFAWarning
+from ..errors import SelectionError, SFAWarning
+from ..tuner.layer import find_pool
+from ..tuner.unfinished import is_unfinished
+from .calling_trainer import calling_trainer, resumed_checkpoint
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
+
+logger = logging.getLogger(__name__)
 
 
 class SFACallback(TrainerCallback):
@@ -24,20 +29,24 @@ class SFACallback(TrainerCallback):
     `sfa_round` and `sfa_selected` (the selected share of the weights to select), and the first one
     after each pick all of `SFASelector.metrics`; TensorBoard and other reporters get them too. The
     Trainer's progress bar shows round and share. A checkpoint carries the selector's state, so that
-    a resumed run goes on with the same scores (but not with `save_only_model`).
+    a resumed run goes on with the same scores (but not with `save_only_model`). One Trainer drives
+    one adapter; where several are to grow together, use a `SFASelector` for each in an own loop.
 
     Args:
         adapter_name: The adapter; None for the active one.
-        resume_from_checkpoint: Folder to resume from, needed only where it is not
-            `<output_dir>/checkpoint-<step>`.
+        resume_from_checkpoint: Folder with the selector's state, needed only where it is not the
+            checkpoint that `Trainer.train` resumes from.
     """
 
     def __init__(
-        self, adapter_name: str | None = None, resume_from_checkpoint: str | None = None
+        self,
+        adapter_name: str | None = None,
+        resume_from_checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
         self.adapter_name = adapter_name
         self.resume_from_checkpoint = resume_from_checkpoint
         self.selector: SFASelector | None = None
+        self._is_training = False
         self._written_at: int | None = None  # update step
         self._first = _BeforeReporters(self)
         self._logged = self._shown = 0  # rounds
@@ -45,21 +54,66 @@ class SFACallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Plan the rounds of the run; on resuming take up its state."""
+        """Plan the rounds of the run; on resuming take up its state.
+
+        Raises:
+            SelectionError: If the checkpoint has no state of the selector, or other settings; if
+                the adapter comes from the middle of a run and no checkpoint is resumed; or if
+                the Trainer has two of these callbacks.
+        """
         self._written_at = None
-        trainer = _calling_trainer()
+        trainer = calling_trainer()
+        _refuse_second_callback(trainer)
         _warn_of_summed_loss(args, kwargs["model"], trainer)
+        if not self._begins_again(state, kwargs["model"]):
+            self._begin(state, kwargs["model"], kwargs.get("optimizer"))
+        self._is_training = True
+        self._logged, self._shown = self.selector.round if self.selector else 0, 0
+        self._first.join(trainer)
+
+    def _begin(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+        if self.selector is not None:
+            self.selector.discard()  # it may be what the memory ran out of
         self.selector = SFASelector(
-            kwargs["model"],
+            model,
             total_steps=state.max_steps,
             adapter_name=self.adapter_name,
-            scaler=getattr(kwargs.get("optimizer"), "scaler", None),
+            scaler=getattr(optimizer, "scaler", None),
         )
-        if state.global_step > 0 and self.selector.pool is not None:  # rho=1 selects nothing
-            path, step = Path(str(args.output_dir)), state.global_step
-            self.selector.load_state_dict(read_state(self.resume_from_checkpoint, path, step))
-        self._logged, self._shown = self.selector.round, 0
-        self._first.join(trainer)
+        pool = self.selector.pool
+        if pool is None:  # rho=1 selects nothing
+            return
+        if state.global_step > 0:
+            given = self.resume_from_checkpoint
+            folder = resumed_checkpoint() if given is None else Path(given)
+            self.selector.load_state_dict(read_state(folder, state.global_step))
+        elif not pool.is_empty and is_unfinished(pool, self.selector.config):
+            raise SelectionError(
+                f"Adapter `{pool.adapter_name}` comes from an unfinished run "
+                f"({self.selector.selected} of {pool.size} weights are selected), but no "
+                "checkpoint is resumed, so the rest cannot be selected. Give it: "
+                "trainer.train(resume_from_checkpoint=...). To train the adapter as it is, leave "
+                "SFACallback out."
+            )
+
+    def _begins_again(self, state: TrainerState, model: Any) -> bool:
+        """Whether the Trainer starts anew before it has ended, as under auto_find_batch_size.
+
+        It keeps model and optimizer then, so the selection goes on where it was, too.
+        """
+        selector = self.selector
+        if state.global_step > 0 or not self._is_training or selector is None:
+            return False
+        pool = find_pool(model, selector.adapter_name)
+        if not selector.drives or pool is None or pool is not selector.pool or pool.is_empty:
+            return False
+        logger.warning(
+            "Training starts again at step 0 with %d weights selected. The selection goes on where "
+            "it was, after %d update steps.",
+            selector.selected,
+            selector.update_steps,
+        )
+        return True
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -73,6 +127,7 @@ class SFACallback(TrainerCallback):
     ) -> None:
         """Free the scores, also of a run that was stopped early."""
         self._first.leave()
+        self._is_training = False
         if self.selector is not None:
             self.selector.close()
 
@@ -181,19 +236,17 @@ class _BeforeReporters(TrainerCallback):
         self._owner.add_to_log(state, kwargs.get("logs"))
 
 
-def _calling_trainer() -> Any:
-    """Return the Trainer whose event is handled; None if something else calls.
-
-    Events bring the model, the optimizer and more, but neither the Trainer nor its callbacks. So it
-    is looked up among the callers.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(getattr(caller, "callback_handler", None), CallbackHandler):
-            return caller
-        frame = frame.f_back
-    return None
+def _refuse_second_callback(trainer: Any) -> None:
+    """Refuse two of these callbacks in a Trainer: checkpoints and logs hold one selection."""
+    callbacks = trainer.callback_handler.callbacks if trainer is not None else []
+    found = [c for c in callbacks if isinstance(c, SFACallback)]
+    if len(found) > 1:
+        raise SelectionError(
+            f"The Trainer has {len(found)} SFACallbacks, of adapters "
+            f"{[c.adapter_name for c in found]}, but its checkpoints and logs have room for one. "
+            "Pass one, and train adapters one after the other; to train several together, use an "
+            "own loop with an SFASelector for each."
+        )
 
 
 def _warn_of_summed_loss(args: TrainingArguments, model: Any, trainer: Any) -> None:

@@ -21,6 +21,7 @@ from ..tuner.delta import Observer
 from ..tuner.pool import Pool
 from .candidates import Candidates
 from .late_entries import LateEntries
+from .settings import settings_state
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs (see `SFASelector.state_dict`)."""
-        return {
+        return settings_state(self.config) | {
             "update_steps": self.update_steps,
             "total_steps": self.schedule.total_steps,
             "selection_steps": self.schedule.selection_steps,

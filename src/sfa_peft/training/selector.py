@@ -9,13 +9,15 @@ from typing import Any
 from torch import nn
 
 from ..analysis.stats import stage_shares
-from ..config import SFAConfig
 from ..errors import SelectionError
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
 from ..tuner.model import find_pool
+from ..tuner.unfinished import is_unfinished
+from .active import active_adapter, adapter_config
 from .guards import refuse_reentrant_checkpointing, refuse_sharded
 from .run import Run
+from .settings import check_settings
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +56,10 @@ class SFASelector:
     ) -> None:
         refuse_reentrant_checkpointing(model)
         self._model, self._scaler, self._checked = model, scaler, False
+        self._total_steps = total_steps
         inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
-        self.adapter_name = adapter_name or _active_adapter(inner)
-        self.config = _config(inner, self.adapter_name)
+        self.adapter_name = adapter_name or active_adapter(inner)
+        self.config = adapter_config(inner, self.adapter_name)
         self.pool = find_pool(inner, self.adapter_name)
         self._run: Run | None = None
         self._warned = False
@@ -80,6 +83,11 @@ class SFASelector:
         scaler = self._scaler
         enabled = scaler is not None and scaler.is_enabled()
         return Run(self.config, self.pool, schedule, scaler.get_scale if enabled else None)  # pyright: ignore
+
+    @property
+    def drives(self) -> bool:
+        """Whether it makes the adapter's selection, and no other selector took over."""
+        return self._run is not None and self._run.pool.driver is self._run
 
     @property
     def schedule(self) -> Schedule | None:
@@ -181,7 +189,7 @@ class SFASelector:
         if self._warned or self.pool is None:
             return
         self._warned = True
-        if 0 < self.selected < self.pool.values.numel():
+        if self.selected and is_unfinished(self.pool, self.config):
             logger.warning(
                 "Adapter `%s` comes from an unfinished run: %d of %d weights are selected, and no "
                 "more will be. Call load_state_dict with the selector state of that run to go on.",
@@ -235,11 +243,17 @@ class SFASelector:
             )
         self._run.stop()
 
+    def discard(self) -> None:
+        """Free the scores without a word, before another selector begins anew."""
+        if self._run is not None:
+            self._run.stop()
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
 
         Raises:
-            SelectionError: If the state belongs to another run or another adapter.
+            SelectionError: If the state belongs to another run or another adapter, or the
+                selection was begun with other settings.
         """
         if not state or self.pool is None:
             return
@@ -251,51 +265,16 @@ class SFASelector:
                 )
             self.pool.load_state_dict(state["pool"])
             return
-        size = self.pool.values.numel()
+        check_settings(state, self.config, self._total_steps)
         schedule = Schedule(
             int(state["total_steps"]),
             int(state["selection_steps"]),
-            size,
+            self.pool.values.numel(),
             self.config.schedule,
             self.config.select_until,
         )
         if self._run is not None:
             self._run.stop()
-            if self._run.schedule != schedule:
-                logger.warning(
-                    "The run goes on with the schedule it began with: %s. This run would have "
-                    "planned: %s.",
-                    schedule,
-                    self._run.schedule,
-                )
         run = self._new_run(schedule)
         run.load_state_dict(state)
         self._run = run
-
-
-def _active_adapter(model: nn.Module) -> str:
-    active: Any = getattr(model, "active_adapter", None)
-    if callable(active):  # transformers' own adapter mixin
-        active = active()
-    names = [active] if isinstance(active, str) else list(active or [])
-    if not isinstance(getattr(model, "peft_config", None), dict):
-        raise SelectionError(
-            f"{type(model).__name__} has no SFA adapter. Wrap it first, and give the wrapped model "
-            "here: get_peft_model(model, SFAConfig(...))."
-        )
-    if len(names) != 1:
-        raise SelectionError(
-            f"SFASelector needs one adapter to drive, but active are: {names}. Give adapter_name."
-        )
-    return names[0]
-
-
-def _config(model: nn.Module, adapter_name: str) -> SFAConfig:
-    configs: Any = getattr(model, "peft_config", {})
-    config = configs.get(adapter_name)
-    if not isinstance(config, SFAConfig):
-        raise SelectionError(
-            f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
-            "get_peft_model(model, SFAConfig(...))."
-        )
-    return config

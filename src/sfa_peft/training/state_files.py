@@ -35,25 +35,30 @@ def move_into_checkpoints(output_dir: Path) -> None:
             path.unlink()
 
 
-def read_state(folder: str | None, output_dir: Path, step: int) -> dict[str, Any]:
+def read_state(folder: Path | None, step: int) -> dict[str, Any]:
     """Return the state of a checkpoint.
 
     Args:
-        folder: The checkpoint; None for the one of `output_dir` and `step`.
-        output_dir: Folder of the run.
+        folder: The checkpoint; None where it is not known.
         step: Update step of the checkpoint.
 
     Raises:
-        SelectionError: If it is missing or damaged.
+        SelectionError: If it is not known, missing or damaged.
     """
-    path = (Path(folder) if folder else _checkpoint(output_dir, step)) / STATE_NAME
-    if not path.is_file() and not folder and _beside(output_dir, step).is_file():
-        path = _beside(output_dir, step)  # the run ended before it was moved
+    if folder is None:
+        raise SelectionError(
+            f"Cannot resume the selection at step {step}: the folder of the checkpoint is not "
+            "known, because no transformers.Trainer was told to resume from one. Give it: "
+            "SFACallback(resume_from_checkpoint=...)."
+        )
+    path, beside = folder / STATE_NAME, _beside(folder.parent, step)
+    if not path.is_file() and folder.name == _checkpoint(folder, step).name and beside.is_file():
+        path = beside  # the run ended before it was moved
     if not path.is_file():
         raise SelectionError(
             f"Cannot resume the selection at step {step}: {path} is missing. If the run ended "
             "while it wrote that checkpoint, delete the folder and resume from the one before. If "
-            "the checkpoint lies elsewhere, give its folder: "
+            "the state lies in another folder, give that: "
             "SFACallback(resume_from_checkpoint=...). Checkpoints of save_only_model=True have "
             "none."
         )

@@ -21,8 +21,9 @@ from .external import apply_bottleneck, make_projections
 from .live import CompiledPass, LiveEntries, eager
 from .pool import Pool
 from .switching import Switching
+from .unfinished import is_unfinished
 
-#: Training forwards with nothing selected after which a missing selector is reported.
+#: Training forwards with an unfinished selection after which a missing selector is reported.
 _PATIENCE = 3
 
 
@@ -216,12 +217,18 @@ class SFALayer(Switching):
         """Report once that a selection is being trained which nobody makes."""
         if ordinal or not (pool.needs_selector and self.training and pool.values.requires_grad):
             return
-        if pool.idle_forwards < _PATIENCE and pool.is_empty:
+        if pool.idle_forwards < _PATIENCE and pool.config and is_unfinished(pool, pool.config):
             pool.idle_forwards += 1
             if pool.idle_forwards == _PATIENCE:
+                selected = pool.num_assigned
+                lacking = (
+                    f"beyond the {selected} of {pool.size} that an unfinished run selected"
+                    if selected
+                    else "so only the external adapters and the head learn"
+                )
                 warnings.warn(
                     f"Adapter `{pool.adapter_name}`: training goes on but nothing selects weights, "
-                    "so only the external adapters and the head learn. Pass "
+                    f"{lacking}. Pass "
                     "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
                     "each optimizer.step() in an own loop.",
                     SFAWarning,

@@ -140,10 +140,11 @@ class SFAModel(SwitchingModel):
         if plan.parameters and self._pool is None:
             self._pool = Pool(
                 adapter_name,
-                needs_selector=peft_config.selects_while_training and not self._plan.loaded,
+                needs_selector=peft_config.selects_while_training,
                 num_weights=self._plan.budget.eligible,
                 lr_ratio=peft_config.internal_lr_ratio,
                 decay_weight=peft_config.weight_decay_on == "weight",
+                config=peft_config,
             )
             if self._plan.saved is not None and self._plan.saved.packed is not None:
                 self._pool.settle = settle

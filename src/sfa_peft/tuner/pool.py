@@ -19,6 +19,7 @@ from .spans import Spans, count_assigned, find_spans, span_length
 from .steps import register
 
 if TYPE_CHECKING:
+    from ..config import SFAConfig
     from .layer import SFALayer
     from .live import LiveEntries
 
@@ -40,6 +41,7 @@ class Pool:
         num_weights: Number of weights that may be selected, of all layers together.
         lr_ratio: Learning rate of the values over that of their optimizer.
         decay_weight: Whether weight decay pulls the weights towards zero, not their change.
+        config: Config of the adapter; None where the pool belongs to none.
 
     Attributes:
         tensors: (layer, parameter name) of each weight that may be selected from, in the order
@@ -54,13 +56,15 @@ class Pool:
         num_weights: int,
         lr_ratio: float = 1.0,
         decay_weight: bool = False,
+        config: SFAConfig | None = None,
     ) -> None:
         self.adapter_name = adapter_name
         self.needs_selector = needs_selector
         small = num_weights <= torch.iinfo(torch.int32).max
         self.slots_dtype = torch.int32 if small else torch.int64
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
-        self.idle_forwards = 0  # training forwards with nothing selected and no selector
+        self.config = config
+        self.idle_forwards = 0  # training forwards with an unfinished selection and no selector
         self.tensors: list[tuple[SFALayer, str]] = []
         self.names: list[str] = []
         self.starts: list[int] = [0]  # first position of each weight, and the end
