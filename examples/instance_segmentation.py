@@ -71,7 +71,10 @@ class Arguments(SharedArguments):
         default="out/instance_segmentation",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
-    max_steps: int = field(default=300, metadata={"help": "Update steps, 2 or more."})
+    max_steps: int = field(default=1000, metadata={"help": "Update steps, 2 or more."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Images per step and device."}
+    )
     hidden_size: int = field(
         default=64, metadata={"help": "Channels of the head; 256 in Mask2Former's paper."}
     )
@@ -79,11 +82,11 @@ class Arguments(SharedArguments):
         default=2, metadata={"help": "Blocks of the pixel decoder; 6 in Mask2Former's paper."}
     )
     decoder_layers: int = field(
-        default=4,
+        default=3,
         metadata={"help": "Predictions of the decoder, the first from bare queries; paper 10."},
     )
     num_queries: int = field(
-        default=20, metadata={"help": "Masks predicted per image; 100 in Mask2Former's paper."}
+        default=12, metadata={"help": "Masks predicted per image; 100 in Mask2Former's paper."}
     )
     train_scale: list[float] = field(
         default_factory=lambda: [0.8, 1.6],
