@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Object detection: a SwinV2 with an RT-DETR head, adapted within a budget.
 
-Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, a few
-minutes on two cores, to a box AP of about 0.03 (AP50 0.11)::
+Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
+of one core, to a box AP of about 0.22 (AP50 0.46)::
 
     python examples/object_detection.py
 
@@ -48,17 +48,18 @@ from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.errors import SFAError
 
-# Found on the validation scenes; a run on other data wants its own (see --learning_rate).
+# The head's rate was the better of 1e-3 and 2e-3 on the validation scenes, under SFA; the others
+# are those of semantic segmentation, where they were compared, but 1e-3 of full fine-tuning.
 LEARNING_RATES = {
     "frozen": 0.0,
-    "sfa": 1e-3,
-    "internal": 1e-3,
-    "external": 1e-3,
-    "lora": 1e-3,
-    "adaptformer": 1e-3,
-    "full": 5e-4,
+    "sfa": 3e-3,
+    "internal": 3e-3,
+    "external": 3e-3,
+    "lora": 3e-3,
+    "adaptformer": 3e-3,
+    "full": 1e-3,
 }
-HEAD_LEARNING_RATE = 1e-3
+HEAD_LEARNING_RATE = 2e-3
 HEADERS = {"box AP": "bbox_map", "AP50": "bbox_map_50", "AP75": "bbox_map_75"}
 STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
@@ -71,7 +72,7 @@ class Arguments(SharedArguments):
         default="out/object_detection",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
-    max_steps: int = field(default=1500, metadata={"help": "Update steps, 2 or more."})
+    max_steps: int = field(default=1200, metadata={"help": "Update steps, 2 or more."})
     per_device_train_batch_size: int = field(
         default=8, metadata={"help": "Images per step and device."}
     )
