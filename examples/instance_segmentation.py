@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Instance segmentation: a SwinV2 with a Mask2Former head, adapted within a budget.
 
-Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, a few
-minutes on two cores, to a mask AP of about 0.04 (AP50 0.12)::
+Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
+of one core, to a mask AP of about 0.18 (AP50 0.47)::
 
     python examples/instance_segmentation.py
 
@@ -49,17 +49,18 @@ from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.errors import SFAError
 
-# Found on the validation scenes; a run on other data wants its own (see --learning_rate).
+# The head's rate was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps. Not
+# searched: the others are those of semantic segmentation, but 1e-3 of full fine-tuning.
 LEARNING_RATES = {
     "frozen": 0.0,
-    "sfa": 1e-3,
-    "internal": 1e-3,
-    "external": 1e-3,
-    "lora": 1e-3,
-    "adaptformer": 1e-3,
-    "full": 5e-4,
+    "sfa": 3e-3,
+    "internal": 3e-3,
+    "external": 3e-3,
+    "lora": 3e-3,
+    "adaptformer": 3e-3,
+    "full": 1e-3,
 }
-HEAD_LEARNING_RATE = 1e-3
+HEAD_LEARNING_RATE = 2e-3
 HEADERS = {"mask AP": "segm_map", "AP50": "segm_map_50", "AP75": "segm_map_75"}
 
 
@@ -71,7 +72,10 @@ class Arguments(SharedArguments):
         default="out/instance_segmentation",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
-    max_steps: int = field(default=300, metadata={"help": "Update steps, 2 or more."})
+    max_steps: int = field(default=1000, metadata={"help": "Update steps, 2 or more."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Images per step and device."}
+    )
     hidden_size: int = field(
         default=64, metadata={"help": "Channels of the head; 256 in Mask2Former's paper."}
     )
@@ -79,11 +83,11 @@ class Arguments(SharedArguments):
         default=2, metadata={"help": "Blocks of the pixel decoder; 6 in Mask2Former's paper."}
     )
     decoder_layers: int = field(
-        default=4,
+        default=3,
         metadata={"help": "Predictions of the decoder, the first from bare queries; paper 10."},
     )
     num_queries: int = field(
-        default=20, metadata={"help": "Masks predicted per image; 100 in Mask2Former's paper."}
+        default=12, metadata={"help": "Masks predicted per image; 100 in Mask2Former's paper."}
     )
     train_scale: list[float] = field(
         default_factory=lambda: [0.8, 1.6],
@@ -127,6 +131,7 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
         num_queries=args.num_queries,
         num_labels=len(data.class_names),
     )
+    config.init_std = args.hidden_size**-0.5  # as Xavier's; by default 0.02 whatever the width
     model = Mask2FormerForUniversalSegmentation(config)
     model.model.pixel_level_module.encoder = backbone
     return model

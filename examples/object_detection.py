@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Object detection: a SwinV2 with an RT-DETR head, adapted within a budget.
 
-Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, a few
-minutes on two cores, to a box AP of about 0.03 (AP50 0.11)::
+Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
+of one core, to a box AP of about 0.22 (AP50 0.46)::
 
     python examples/object_detection.py
 
@@ -33,6 +33,7 @@ from common.methods import check_loaded_again, prepare_method, save_method
 from common.objects import columns_of, draw, evaluate
 from common.reporting import Result, make_result, report, shown_indices
 from common.training import make_trainer, pick_rates, run_script
+from torch import nn
 from transformers import (
     PreTrainedModel,
     RTDetrConfig,
@@ -47,17 +48,18 @@ from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.errors import SFAError
 
-# Found on the validation scenes; a run on other data wants its own (see --learning_rate).
+# Not searched: the head's rate is the better of two in instance_segmentation.py, the others are
+# those of semantic segmentation, but 1e-3 of full fine-tuning. Other data wants its own.
 LEARNING_RATES = {
     "frozen": 0.0,
-    "sfa": 1e-3,
-    "internal": 1e-3,
-    "external": 1e-3,
-    "lora": 1e-3,
-    "adaptformer": 1e-3,
-    "full": 5e-4,
+    "sfa": 3e-3,
+    "internal": 3e-3,
+    "external": 3e-3,
+    "lora": 3e-3,
+    "adaptformer": 3e-3,
+    "full": 1e-3,
 }
-HEAD_LEARNING_RATE = 1e-3
+HEAD_LEARNING_RATE = 2e-3
 HEADERS = {"box AP": "bbox_map", "AP50": "bbox_map_50", "AP75": "bbox_map_75"}
 STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
@@ -70,22 +72,25 @@ class Arguments(SharedArguments):
         default="out/object_detection",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
-    max_steps: int = field(default=400, metadata={"help": "Update steps, 2 or more."})
+    max_steps: int = field(default=1200, metadata={"help": "Update steps, 2 or more."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"help": "Images per step and device."}
+    )
     stages: list[str] = field(
-        default_factory=lambda: ["stage1", "stage2", "stage3"],
+        default_factory=lambda: ["stage2", "stage3"],
         metadata={
             "help": "Feature maps that the head takes: stage2 to stage4 (strides 8 to 32) in "
-            "RT-DETR's paper; small images need finer ones."
+            "RT-DETR's paper; images of 64 pixels have only 2 x 2 cells in the last."
         },
     )
     hidden_size: int = field(
         default=64, metadata={"help": "Channels of the head; 256 in RT-DETR's paper."}
     )
     decoder_layers: int = field(
-        default=3, metadata={"help": "Layers of the decoder; 6 in RT-DETR's paper."}
+        default=2, metadata={"help": "Layers of the decoder; 6 in RT-DETR's paper."}
     )
     num_queries: int = field(
-        default=30, metadata={"help": "Boxes predicted per image; 300 in RT-DETR's paper."}
+        default=20, metadata={"help": "Boxes predicted per image; 300 in RT-DETR's paper."}
     )
     train_scale: list[float] = field(
         default_factory=lambda: [0.8, 1.6],
@@ -140,12 +145,29 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
         decoder_layers=args.decoder_layers,
         num_feature_levels=levels,
         num_queries=args.num_queries,
-        num_denoising=min(100, 2 * args.num_queries),
+        num_denoising=args.num_queries // 3,  # 100 of 300 in the paper
         num_labels=len(data.class_names),
+        initializer_range=args.hidden_size**-0.5,  # as Xavier's; 0.01 by default, see start_head
     )
     model = RTDetrForObjectDetection(config)
+    start_head(model)
     model.model.backbone.model = backbone
     return model
+
+
+def start_head(model: RTDetrForObjectDetection) -> None:
+    """Mend the random start that transformers gives RT-DETR's head, in place.
+
+    Its batch norms begin with scales around 0 (standard deviation `initializer_range`), so that
+    nearly nothing of an image reaches the decoder; nobody sees it who starts from a trained head.
+    RT-DETR's own code begins with 1, and with encoder boxes that are the anchors.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    last = model.model.enc_bbox_head.layers[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 def predict(model, batch) -> list[dict[str, torch.Tensor]]:

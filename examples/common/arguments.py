@@ -108,6 +108,13 @@ class SharedArguments:
         default=None,
         metadata={"help": "Id of unlabelled pixels; if not given, what the json file says or 255."},
     )
+    crowded: bool = field(
+        default=False,
+        metadata={
+            "help": "Of rendered scenes: several things of a class, near and far, one before the "
+            "other. Harder: detection and instance segmentation then want longer training."
+        },
+    )
     split: Literal["validation", "test"] = field(
         default="validation", metadata={"help": "Split to report on."}
     )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pairs of image and target: rendered scenes, or the user's data."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +54,9 @@ def load_pairs(task: str, args: SharedArguments, **options: Any) -> Pairs:
     if args.dataset_name is None:
         seed = {"validation": 1, "test": 2}[args.split]
         count = args.max_eval_samples or EVAL_SCENES
-        train = SceneSplit(args.num_train_images, task, size=args.image_size[0], seed=0)
-        chosen = SceneSplit(count, task, size=args.eval_size[0], seed=seed)
+        scenes = partial(SceneSplit, task=task, crowded=args.crowded)
+        train = scenes(args.num_train_images, size=args.image_size[0], seed=0)
+        chosen = scenes(count, size=args.eval_size[0], seed=seed)
         return Pairs(train, chosen, list(NAMES[task]))
     where = f"--dataset_name {args.dataset_name}"
     needs_classes = task != "depth" and args.dataset_format == "imagefolder"

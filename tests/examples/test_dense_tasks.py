@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 SHORT = ["--max_steps", "4", "--per_device_train_batch_size", "2", "--max_eval_samples", "4"]
@@ -163,7 +164,7 @@ def test_a_resumed_run_ends_where_the_whole_one_did(
         ("depth_estimation", ["--per_device_train_batch_size", 1], "batch norm needs 2"),
         ("depth_estimation", ["--dataset_name", ".", "--dataset_format", "nyu"], "invalid choice"),
         ("depth_estimation", ["--dataset_name", "."], "no known layout"),
-        ("object_detection", ["--num_queries", 400], "expected 1 to 336"),
+        ("object_detection", ["--num_queries", 400], "expected 1 to 80"),
         ("object_detection", ["--image_size", 48], "multiples of 32"),
         ("object_detection", ["--stages", "stage3", "stage2"], "in order"),
         ("object_detection", ["--dataset_name", ".", "--dataset_format", "kitti"], "kitti has"),
@@ -187,3 +188,19 @@ def test_what_cannot_work_is_said_before_anything_is_written(
 
     assert message in f"{stopped.value.code} {capsys.readouterr().err}"
     assert not Path("out").exists()
+
+
+def test_the_detection_head_starts_with_the_image_in_sight_and_boxes_on_the_anchors() -> None:
+    example = importlib.import_module("object_detection")
+    args = example.Arguments(eval_size=[64, 64])
+    data = example.Data([], [], ["crate", "ball"])
+    model = example.make_model(args, data).train()
+
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert norms
+    assert all((m.weight == 1).all() for m in norms)
+    images = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        outputs = model.model(images)
+    anchors, _ = model.model.generate_anchors(((8, 8), (4, 4)))
+    assert torch.equal(outputs.enc_outputs_coord_logits, anchors.expand(4, -1, -1))
