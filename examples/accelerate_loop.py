@@ -146,9 +146,13 @@ def main() -> None:
 
     # 6. Evaluate, and save the adapter once
     scores = evaluate(accelerator, model, eval_loader)
+    adapted = accelerator.unwrap_model(model)
+    # What wraps the model goes before the processes' group does: in the other order torch may hang.
+    del model
+    accelerator.free_memory()
     accelerator.end_training()
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(out)
+        adapted.save_pretrained(out)
         print(f"mean IoU {scores['mean_iou']:.3f}; the adapter is in {out}/")
 
 
