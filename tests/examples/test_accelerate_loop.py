@@ -134,7 +134,13 @@ def _free_port() -> int:
 
 
 def test_two_processes_train_one_adapter_and_count_each_image_once(folder):
-    mp.spawn(_worker, (folder, [_free_port(), _free_port()]), nprocs=WORLD)
+    context = mp.spawn(_worker, (folder, [_free_port(), _free_port()]), WORLD, join=False)
+    until = time.monotonic() + 600  # a process that hangs at its end would never be joined
+    while not context.join(timeout=5):
+        if time.monotonic() > until:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the processes did not end")
     names = [f"{name}-{rank}.pt" for name in ("two", "resumed") for rank in range(WORLD)]
     (first, scores), *others = [torch.load(folder / name) for name in names]
     for tensors, same_scores in others:
