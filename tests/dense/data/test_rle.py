@@ -89,7 +89,9 @@ def _distance(x: float, y: float, polygon: list[float]) -> float:
     point, found = complex(x, y), []
     for start, end in zip(corners, [*corners[1:], corners[0]], strict=True):
         edge = end - start
-        along = 0.0 if edge == 0 else ((point - start) * edge.conjugate()).real / abs(edge) ** 2
+        along = (
+            0.0 if abs(edge) < 1e-9 else ((point - start) * edge.conjugate()).real / abs(edge) ** 2
+        )
         found.append(abs(point - start - min(max(along, 0.0), 1.0) * edge))
     return min(found)
 
