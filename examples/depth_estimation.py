@@ -28,11 +28,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import numpy as np
 import torch
 from common.arguments import SharedArguments, parse
+from common.augmented import Maps, try_maps
 from common.backbones import STAGES, load_backbone
 from common.data import Data, load_pairs
+from common.finish import save_and_report
 from common.items import picture
-from common.methods import check_loaded_again, prepare_method, save_method
-from common.reporting import Result, make_result, report, shown_indices
+from common.methods import prepare_method
+from common.reporting import Result, shown_indices
 from common.training import make_trainer, pick_rates, run_script
 from transformers import DPTConfig, DPTForDepthEstimation, PreTrainedModel, set_seed
 
@@ -40,6 +42,7 @@ from sfa_peft.dense.data.depth import kitti_benchmark_crop
 from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
+from sfa_peft.dense.inference_augmented import predict_depth
 from sfa_peft.dense.losses import SILogLoss
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels
 from sfa_peft.dense.pictures.depth import depth_sheet
@@ -95,6 +98,17 @@ class Arguments(SharedArguments):
         default=1000.0,
         metadata={"help": "Of integer depth in an imagefolder: stored units per metre."},
     )
+    test_flip: bool = field(
+        default=False,
+        metadata={"help": "At the end, evaluate once more, averaged with the mirror image."},
+    )
+    test_shifts: int | None = field(
+        default=None,
+        metadata={
+            "help": "At the end, evaluate once more over so many square windows along the width; "
+            "MIM-Depth takes 2 on NYUv2 and 16 on KITTI."
+        },
+    )
 
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
@@ -107,6 +121,8 @@ class Arguments(SharedArguments):
             raise SFAError(f"--max_depth: expected metres above 0, got {self.max_depth}")
         if len(self.train_scale) != 2:
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        if self.test_shifts is not None and self.test_shifts < 2:
+            raise SFAError(f"--test_shifts: expected 2 or more, got {self.test_shifts}")
 
 
 def load_data(args: Arguments) -> Data:
@@ -167,6 +183,15 @@ def predict(model, items) -> list[np.ndarray]:
     return maps
 
 
+def augmented_maps(args: Arguments) -> Maps | None:
+    """Return the evaluation that the options ask for beside the plain one, if any."""
+    if not args.test_flip and args.test_shifts is None:
+        return None
+    return lambda model, pixel_values, size: predict_depth(
+        model, pixel_values, flip=args.test_flip, num_shifts=args.test_shifts
+    )
+
+
 def draw(columns, path: Path) -> None:
     """Write columns of images and depth maps as a contact sheet."""
     depth_sheet([list(row) for row in zip(*columns.values(), strict=True)], list(columns), path)
@@ -180,6 +205,8 @@ def main(argv: list[str] | None = None) -> Result:
 
     # 2. Model
     model = make_model(args, data)
+    maps = augmented_maps(args)
+    try_maps(maps, model, data.evaluation)
 
     # 3. Adapter
     ready = prepare_method(model, args)
@@ -200,7 +227,10 @@ def main(argv: list[str] | None = None) -> Result:
     trainer.train(resume_from_checkpoint=ready.checkpoint)
 
     # 5. Evaluate
-    scores = trainer.evaluate()
+    scores, headers = trainer.evaluate(), HEADERS
+    if maps is not None:
+        scores |= trainer.evaluate_augmented(maps)
+        headers = HEADERS | {"RMSE augm.": "augmented_rmse"}
     items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
     columns = {
         "input": [picture(item["pixel_values"]) for item in items],
@@ -209,22 +239,18 @@ def main(argv: list[str] | None = None) -> Result:
     }
 
     # 6. Save, and load it again to see that nothing is lost
-    out = Path(args.output_dir)
-    size = save_method(ready, args, out)
-    check_loaded_again(ready, make_model(args, data), args, out, items[0]["pixel_values"][None])
-    result = make_result(
+    return save_and_report(
         ready,
         args,
         trainer,
         rates=rates,
-        size=size,
         scores=scores,
-        headers=HEADERS,
+        headers=headers,
         columns=columns,
         draw=draw,
+        fresh=make_model(args, data),
+        pixels=items[0]["pixel_values"][None],
     )
-    report(result, ready, args)
-    return result
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ What the paper trained, as far as transformers has it:
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -30,10 +29,11 @@ import torch
 from common.arguments import SharedArguments, parse
 from common.backbones import load_backbone
 from common.data import Data, load_pairs
+from common.finish import save_and_report
 from common.mask2former import mask2former_config
-from common.methods import check_loaded_again, prepare_method, save_method
+from common.methods import prepare_method
 from common.objects import columns_of, draw, evaluate
-from common.reporting import Result, make_result, report, shown_indices
+from common.reporting import Result, shown_indices
 from common.training import make_trainer, pick_rates, run_script
 from transformers import (
     Mask2FormerForUniversalSegmentation,
@@ -184,22 +184,18 @@ def main(argv: list[str] | None = None) -> Result:
     columns = columns_of(ready.model, items, collate, predict)
 
     # 6. Save, and load it again to see that nothing is lost
-    out = Path(args.output_dir)
-    size = save_method(ready, args, out)
-    check_loaded_again(ready, make_model(args, data), args, out, items[0]["pixel_values"][None])
-    result = make_result(
+    return save_and_report(
         ready,
         args,
         trainer,
         rates=rates,
-        size=size,
         scores=scores,
         headers=HEADERS,
         columns=columns,
         draw=partial(draw, class_names=data.class_names),
+        fresh=make_model(args, data),
+        pixels=items[0]["pixel_values"][None],
     )
-    report(result, ready, args)
-    return result
 
 
 if __name__ == "__main__":

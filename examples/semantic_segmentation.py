@@ -32,18 +32,21 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
-from common.arguments import SharedArguments, parse
+from common.arguments import SharedArguments, as_size, parse
+from common.augmented import Maps, try_maps
 from common.backbones import load_backbone
 from common.data import Data, load_pairs
+from common.finish import save_and_report
 from common.items import picture
 from common.mask2former import Mask2FormerForSemanticSegmentation, mask2former_config
-from common.methods import check_loaded_again, prepare_method, save_method
-from common.reporting import Result, make_result, report, shown_indices
+from common.methods import prepare_method
+from common.reporting import Result, shown_indices
 from common.training import make_trainer, pick_rates, run_script
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.data.transforms import EvalTransform, TrainTransform
+from sfa_peft.dense.inference_augmented import multi_scale_probabilities
 from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
 from sfa_peft.dense.pictures.sheets import contact_sheet
 from sfa_peft.errors import SFAError
@@ -90,6 +93,24 @@ class Arguments(SharedArguments):
         default_factory=lambda: [1.0, 2.0],
         metadata={"help": "Range of the random scale of training images; 1 just covers the crop."},
     )
+    test_scales: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "At the end, evaluate once more over these scales and mirror images: 0.5 0.75 "
+            "1.0 1.25 1.5 1.75 are those of multi-scale results on ADE20K."
+        },
+    )
+    test_crop_size: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "At the end, evaluate once more in windows of this height and width, at each "
+            "of --test_scales if given."
+        },
+    )
+    test_stride: list[int] | None = field(
+        default=None,
+        metadata={"help": "Distance of the windows; two thirds of --test_crop_size if not given."},
+    )
 
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
@@ -102,6 +123,16 @@ class Arguments(SharedArguments):
             raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {self.hidden_size}")
         if len(self.train_scale) != 2:
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        if self.test_scales is not None and not all(scale > 0 for scale in self.test_scales):
+            raise SFAError(f"--test_scales: expected numbers above 0, got {self.test_scales}")
+        if self.test_stride is not None and self.test_crop_size is None:
+            raise SFAError("--test_stride: needs --test_crop_size")
+        if self.test_crop_size is not None:
+            crop = self.test_crop_size = as_size(self.test_crop_size, "test_crop_size")
+            stride = as_size(self.test_stride or [(2 * s + 2) // 3 for s in crop], "test_stride")
+            if stride[0] > crop[0] or stride[1] > crop[1]:
+                raise SFAError(f"--test_stride: {stride} leaves gaps between windows of {crop}")
+            self.test_stride = stride
 
 
 def load_data(args: Arguments) -> Data:
@@ -165,6 +196,22 @@ def predict(model, items) -> list[np.ndarray]:
     return maps
 
 
+def augmented_maps(args: Arguments) -> Maps | None:
+    """Return the evaluation that the options ask for beside the plain one, if any."""
+    if args.test_scales is None and args.test_crop_size is None:
+        return None
+    windows = args.test_crop_size and tuple(args.test_crop_size)
+    return lambda model, pixel_values, size: multi_scale_probabilities(
+        model,
+        pixel_values,
+        size=size,
+        scales=args.test_scales or (1.0,),
+        flip=args.test_scales is not None,
+        crop_size=windows,
+        stride=args.test_stride and tuple(args.test_stride),
+    )
+
+
 def draw(columns, path: Path, class_names: list[str]) -> None:
     """Write columns of images and class maps as a contact sheet."""
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
@@ -179,6 +226,8 @@ def main(argv: list[str] | None = None) -> Result:
 
     # 2. Model
     model = make_model(args, data)
+    maps = augmented_maps(args)
+    try_maps(maps, model, data.evaluation)
 
     # 3. Adapter
     ready = prepare_method(model, args)
@@ -197,7 +246,10 @@ def main(argv: list[str] | None = None) -> Result:
     trainer.train(resume_from_checkpoint=ready.checkpoint)
 
     # 5. Evaluate
-    scores = trainer.evaluate()
+    scores, headers = trainer.evaluate(), HEADERS
+    if maps is not None:
+        scores |= trainer.evaluate_augmented(maps)
+        headers = HEADERS | {"mIoU augm.": "augmented_mean_iou"}
     items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
     columns = {
         "input": [picture(item["pixel_values"]) for item in items],
@@ -206,23 +258,18 @@ def main(argv: list[str] | None = None) -> Result:
     }
 
     # 6. Save, and load it again to see that nothing is lost
-    out = Path(args.output_dir)
-    size = save_method(ready, args, out)
-    pixels = torch.stack([item["pixel_values"] for item in items])
-    check_loaded_again(ready, make_model(args, data), args, out, pixels)
-    result = make_result(
+    return save_and_report(
         ready,
         args,
         trainer,
         rates=rates,
-        size=size,
         scores=scores,
-        headers=HEADERS,
+        headers=headers,
         columns=columns,
         draw=partial(draw, class_names=data.class_names),
+        fresh=make_model(args, data),
+        pixels=torch.stack([item["pixel_values"] for item in items]),
     )
-    report(result, ready, args)
-    return result
 
 
 if __name__ == "__main__":

@@ -165,6 +165,11 @@ def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> int:
         (folder / METHOD_NAME).write_text(
             json.dumps({"method": args.method, "budget": args.budget}, indent=2)
         )
+    return saved_size(folder)
+
+
+def saved_size(folder: Path) -> int:
+    """Return the bytes of the tensor files that `save_method` wrote."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 

@@ -24,6 +24,8 @@ RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
 CURVE_NAME, SCORES_NAME = "training.png", "scores.png"
 SHOWN = 4  # scenes in a contact sheet
 NAMES = {"sfa": "SFA", "lora": "LoRA", "adaptformer": "AdaptFormer"}
+# What Trainer.evaluate adds to the scores.
+TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 # Not for the Hub: checkpoints are large and only good for going on with this run.
 LOCAL_FILES = ["checkpoint-*", "sfa_selector*", ".*"]
 
@@ -99,7 +101,7 @@ def make_result(
     known = {
         name.removeprefix("eval_"): value
         for name, value in scores.items()
-        if name not in ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
+        if name != "epoch" and not name.endswith(TIMINGS)
     }
     name = run_name(args)
     row = {
@@ -117,6 +119,7 @@ def make_result(
     progress = {
         header: ([e["step"] for e in evals], [e[f"eval_{key}"] for e in evals])
         for header, key in headers.items()
+        if all(f"eval_{key}" in e for e in evals)  # augmented scores come once, at the end
     }
     row["progress"] = {header: list(curve) for header, curve in progress.items()}
     *rest, last = columns

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
+from common.augmented import AugmentedTrainer
 from common.methods import Prepared
 from sfa_peft.errors import SFAError
 
@@ -44,7 +45,7 @@ def make_trainer(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     label_names: tuple[str, ...] = ("labels",),
     compute_loss: Callable[..., torch.Tensor] | None = None,
-) -> Trainer:
+) -> AugmentedTrainer:
     """Return a Trainer for a prepared model.
 
     Args:
@@ -89,7 +90,7 @@ def make_trainer(
         report_to=[],
         seed=args.seed,
     )
-    return Trainer(
+    return AugmentedTrainer(
         model=ready.model,
         args=settings,
         train_dataset=train_data,

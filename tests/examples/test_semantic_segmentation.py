@@ -237,7 +237,7 @@ def change_ids(mask: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     ("change", "options", "message"),
     [
-        (lambda mask: mask, [], "holds ids [9], which are no classes"),
+        (lambda mask: mask, [], "holds ids [9], which are no classes; expected 0 to 2, 255. Check"),
         (change_ids, ["--ignore_index", UNLABELLED], "holds ids [7], which are no classes"),
         (
             lambda mask: mask.resize((20, 16), 0),

@@ -73,12 +73,18 @@ def map_ids(mask: Image.Image, table: IdTable, name: str) -> Image.Image:
     mapped = table[stored]
     if mapped.min(initial=0) < 0:
         wrong = np.unique(stored[mapped < 0]).tolist()
-        known = np.flatnonzero(table >= 0)
         raise SFAError(
-            f"`{name}`: the mask holds ids {wrong[:8]}, which are no classes; expected ids from "
-            f"{known.min()} to {known.max()}. A mask of another data set or format?"
+            f"`{name}`: the mask holds ids {wrong[:8]}, which are no classes; expected "
+            f"{_runs(np.flatnonzero(table >= 0))}. Check the list of classes, which id means 'not "
+            "labelled' (ignore_index), and whether the mask is of another data set or format"
         )
     return Image.fromarray(mapped.astype(np.uint8))
+
+
+def _runs(ids: NDArray[np.intp]) -> str:
+    """Return rising ids as text, runs of them joined: "0 to 10, 255"."""
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def id_table(known: Mapping[int, int], ignored: Iterable[int] = ()) -> IdTable:

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A script on two processes: one saves, and both count each image of the evaluation once."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "semantic_segmentation.py"
+
+
+def test_two_processes_leave_one_result(backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    # 5 images: one process has an image more than the other.
+    options = [*("--max_steps", "4", "--per_device_train_batch_size", "2", "--budget", "0.2")]
+    options += ["--max_eval_samples", "5", "--backbone", str(backbone), "--output_dir", str(out)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    done = subprocess.run(
+        [*launch, str(SCRIPT), *options, "--test_scales", "1", "1.5"],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("same outputs") == 1
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    scores = json.loads((out / "results.json").read_text())["row"]["scores"]
+
+    example = importlib.import_module("semantic_segmentation")
+    args = importlib.import_module("common.arguments").parse(example.Arguments, options, "")
+    data = example.load_data(args)
+    methods = importlib.import_module("common.methods")
+    model = methods.load_method(example.make_model(args, data), args, out)
+    counted = SegmentationMetrics(len(data.class_names))
+    with torch.no_grad():
+        for item in data.evaluation:
+            logits = model(pixel_values=item["pixel_values"][None]).logits
+            counted.update(argmax_logits(logits, item["labels"][None]), item["labels"][None])
+    # One pixel on the edge between two classes may go either way by the rounding of a batch.
+    assert scores["mean_iou"] == pytest.approx(counted.compute()["mean_iou"], rel=1e-3)
+    assert 0 <= scores["augmented_mean_iou"] <= 1
