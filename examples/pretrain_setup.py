@@ -45,6 +45,14 @@ class Arguments:
         metadata={"help": "Train for this time instead; the learning rate then follows the clock."},
     )
     batch_size: int = field(default=128, metadata={"help": "Images per update step."})
+    optimizer: Literal["muon", "adamw"] = field(
+        default="muon",
+        metadata={
+            "help": "What updates the matrices of the blocks: Muon (torch 2.9 or newer; twice the "
+            "top-1 after an epoch) or AdamW, which updates all else in any case."
+        },
+    )
+    muon_learning_rate: float = field(default=3e-3, metadata={"help": "Highest rate of Muon."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Highest rate of AdamW."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of matrices; the rest has none."})
     warmup: float = field(default=0.05, metadata={"help": "Share of the run in which rates rise."})
@@ -94,7 +102,8 @@ def parse(description: str) -> Arguments:
     """Return the command line's arguments, checked as far as is possible without data."""
     parser = HfArgumentParser(Arguments, description=description)
     (args,) = parser.parse_args_into_dataclasses()
-    for name in ("epochs", "batch_size", "learning_rate", "save_steps", "num_workers", "min_area"):
+    positive = ("epochs", "batch_size", "muon_learning_rate", "learning_rate")
+    for name in (*positive, "save_steps", "num_workers", "min_area"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
     for name in ("warmup", "label_smoothing", "drop_path", "min_area", "jitter", "ema"):
@@ -102,6 +111,8 @@ def parse(description: str) -> Arguments:
             parser.error(f"--{name}: expected 0 to 1, got {getattr(args, name)}")
     if args.max_minutes is not None and args.max_minutes <= 0:
         parser.error(f"--max_minutes: expected more than 0, got {args.max_minutes}")
+    if args.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        parser.error(f"--optimizer muon: torch {torch.__version__} has none; take adamw")
     if not Path(args.data).is_dir():
         parser.error(f"--data {args.data}: no such folder")
     return args
@@ -125,18 +136,58 @@ def make_model(args: Arguments, class_names: list[str]) -> Swinv2ForImageClassif
     return model.to(args.device)
 
 
-def make_optimizer(model: torch.nn.Module, args: Arguments) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices only, but not the attention's positions and scales."""
-    kept = ("continuous_position_bias_mlp", "logit_scale")
-    decayed, rest = [], []
+class Optimizers:
+    """Several optimizers whose rates rise and fall together."""
+
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+        self.highest = [[group["lr"] for group in m.param_groups] for m in members]
+
+    def step(self, rate: float) -> None:
+        """Update all parameters, at a share of the highest rates."""
+        for member, highest in zip(self.members, self.highest, strict=True):
+            for group, lr in zip(member.param_groups, highest, strict=True):
+                group["lr"] = lr * rate
+            member.step()
+
+    def state_dict(self) -> list[dict]:
+        """Return what a continuation needs."""
+        return [member.state_dict() for member in self.members]
+
+    def load_state_dict(self, state: list[dict]) -> None:
+        """Go on from what `state_dict` returned."""
+        for member, content in zip(self.members, state, strict=True):
+            member.load_state_dict(content)
+
+
+def make_optimizer(model: torch.nn.Module, args: Arguments) -> Optimizers:
+    """Return AdamW, and Muon for the matrices of the blocks if wanted.
+
+    Only matrices and kernels decay, but not the attention's positions and scales.
+    """
+    undecayed = ("continuous_position_bias_mlp", "logit_scale")
+    matrices, decayed, rest = [], [], []
     for name, parameter in model.named_parameters():
-        plain = parameter.ndim < 2 or any(part in name for part in kept)
-        (rest if plain else decayed).append(parameter)
+        if parameter.ndim < 2 or any(part in name for part in undecayed):
+            rest.append(parameter)
+        elif args.optimizer == "muon" and parameter.ndim == 2 and "classifier" not in name:
+            matrices.append(parameter)
+        else:
+            decayed.append(parameter)
     groups = [
         {"params": decayed, "weight_decay": args.weight_decay},
         {"params": rest, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, args.learning_rate, fused=args.device.startswith("cuda"))
+    adamw = torch.optim.AdamW(groups, args.learning_rate, fused=True)
+    if not matrices:
+        return Optimizers(adamw)
+    muon = torch.optim.Muon(
+        matrices,
+        args.muon_learning_rate,
+        weight_decay=args.weight_decay,
+        adjust_lr_fn="match_rms_adamw",  # rates of AdamW's size for any shape
+    )
+    return Optimizers(adamw, muon)
 
 
 def write_atomically(path: Path, write) -> None:
@@ -192,7 +243,7 @@ def readme(model: Swinv2ForImageClassification, args: Arguments, results: dict) 
         f"{results['val_images']:,} validation images, {config.num_labels} classes.",
         "Terms of the data": f"{args.data_licence}. The code's licence does not cover the weights.",
         "Training": f"{results['epochs']:.1f} epochs in {results['minutes']:.1f} minutes on "
-        f"{results['device']}, batch {args.batch_size}{averaged}.",
+        f"{results['device']}, batch {args.batch_size}, {args.optimizer}{averaged}.",
         "Quality": f"{results['top1']:.1%} top-1 on the validation images.",
     }
     listed = "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items())

@@ -224,7 +224,7 @@ def test_half_precision_files_still_load_as_float32(
 
 
 def test_blocks_start_as_the_identity(config: Path) -> None:
-    from pretrain_setup import Arguments, make_model, make_optimizer
+    from pretrain_setup import Arguments, make_model
 
     args = Arguments(data=".", config=str(config), device="cpu")
     model = make_model(args, NAMES)
@@ -233,11 +233,35 @@ def test_blocks_start_as_the_identity(config: Path) -> None:
     stage = model.swinv2.encoder.layers[0]
 
     assert torch.equal(stage.blocks[0](embedded, (8, 8))[0], embedded)
-    decayed, rest = make_optimizer(model, args).param_groups
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (args.weight_decay, 0)
-    sizes = sum(p.numel() for group in (decayed, rest) for p in group["params"])
-    assert sizes == model.num_parameters()
-    assert all(p.ndim > 1 for p in decayed["params"])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_each_weight_has_one_optimizer_and_matrices_decay(optimizer: str, config: Path) -> None:
+    from pretrain_setup import Arguments, make_model, make_optimizer
+
+    args = Arguments(data=".", config=str(config), device="cpu", optimizer=optimizer)
+    model = make_model(args, NAMES)
+    names = {id(p): name for name, p in model.named_parameters()}
+    made = make_optimizer(model, args)
+    groups = [group for member in made.members for group in member.param_groups]
+
+    assert sorted(names[id(p)] for g in groups for p in g["params"]) == sorted(names.values())
+    plain = [g for g in groups if not g["weight_decay"]]
+    assert [g["weight_decay"] for g in groups if g not in plain] == [0.05] * (len(groups) - 1)
+    still = {names[id(p)] for g in plain for p in g["params"]}
+    assert all(p.ndim < 2 or n in still for n, p in model.named_parameters() if "bias_mlp" in n)
+    assert {"classifier.bias", "swinv2.layernorm.weight"} <= still
+    if optimizer == "adamw":
+        return
+    (muon,) = made.members[1].param_groups
+    shapes = {names[id(p)]: p.ndim for p in muon["params"]}
+    assert set(shapes.values()) == {2}
+    assert not {name for name in shapes if "classifier" in name or "patch" in name}
+
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    made.step(0.5)
+    assert [g["lr"] for g in groups] == [1.5e-3 / 2, 1.5e-3 / 2, 3e-3 / 2]
 
 
 def test_the_rate_rises_then_falls_to_nothing() -> None:

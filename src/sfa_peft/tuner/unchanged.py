@@ -73,7 +73,8 @@ class _Snapshot:
             table.clear()
             table.update(content)
         for module in model.modules():
-            if isinstance(vars(module).get(_CONFIGS), dict) and not self.tables:
+            table = vars(module).get(_CONFIGS)
+            if isinstance(table, dict) and id(table) not in self.tables:
                 delattr(module, _CONFIGS)
         if not any(isinstance(module, SFALayer) for module in model.modules()):
             compiled.remove(model)
