@@ -7,6 +7,10 @@ computes in bfloat16)::
     python examples/pretrain_backbone.py --data path/to/images --epochs 20 --bf16 --compile \
         --resume_from_checkpoint
 
+One process per core computes faster there than threads do (per GPU likewise)::
+
+    OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 examples/pretrain_backbone.py --threads 1 ...
+
 On a GPU in minutes, the learning rates following the clock; larger batches may want other rates::
 
     python examples/pretrain_backbone.py --data path/to/images --max_minutes 15 --compile \
@@ -28,7 +32,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve s
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from pretrain_images import augment, decode, load_images, mix, normalise, stored_side
+from pretrain_images import ImageSet, augment, decode, load_images, mix, normalise, stored_side
+from pretrain_processes import Processes
 from pretrain_setup import (
     Arguments,
     load_checkpoint,
@@ -61,8 +66,8 @@ def order_of(epoch: int, count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def update(compiled, optimizer, images, labels, rate: float, args: Arguments) -> torch.Tensor:
-    """Train on a batch, uint8 `(B, 3, h, w)`; return its loss."""
+def update(compiled, optimizer, images, labels, rate: float, args, processes) -> torch.Tensor:
+    """Train on a process's part of a batch, uint8 `(B, 3, h, w)`; return its loss."""
     config = compiled.config
     pixels = augment(images, config.image_size, args.min_area, args.jitter)
     targets = functional.one_hot(labels, config.num_labels).float()
@@ -72,16 +77,18 @@ def update(compiled, optimizer, images, labels, rate: float, args: Arguments) ->
     loss = functional.cross_entropy(logits.float(), targets, label_smoothing=args.label_smoothing)
     compiled.zero_grad()
     loss.backward()
+    processes.average_gradients(compiled)
     torch.nn.utils.clip_grad_norm_(compiled.parameters(), 5.0)
     optimizer.step(rate)
     return loss.detach()
 
 
 @torch.no_grad()
-def top1(model, images: torch.Tensor, labels: torch.Tensor, args: Arguments) -> float:
+def top1(model, images: torch.Tensor, labels: torch.Tensor, args, processes) -> float:
     """Return the share of images whose likeliest class is the true one."""
     model.eval()
-    size, right = model.config.image_size, 0
+    size, right, total = model.config.image_size, 0, len(images)
+    images, labels = processes.part(images), processes.part(labels)
     for start in range(0, len(images), 500):
         batch = images[start : start + 500].to(args.device).float() / 255
         batch = functional.interpolate(batch, (size, size), mode="bilinear", align_corners=False)
@@ -89,7 +96,20 @@ def top1(model, images: torch.Tensor, labels: torch.Tensor, args: Arguments) -> 
             logits = model(pixel_values=normalise(batch)).logits
         right += int((logits.argmax(1) == labels[start : start + 500]).sum())
     model.train()
-    return right / len(images)
+    return processes.sum(right) / total
+
+
+def on_device(split: ImageSet, side: int, args: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return images, uint8 `(N, 3, side, side)`, and class ids `(N,)`."""
+    images = decode(split, side, args.num_workers)
+    return images.to(args.device), torch.from_numpy(split.labels).to(args.device)
+
+
+def finite(loss: float, step: int) -> float:
+    """Return a loss that is a number; stop the run of any other."""
+    if not math.isfinite(loss):
+        raise SFAError(f"the loss is {loss} by step {step}: lower the learning rates")
+    return loss
 
 
 def draw_curves(history: list[list[float]], out: Path) -> None:
@@ -106,6 +126,7 @@ def main() -> None:
     torch.set_num_threads(args.threads or torch.get_num_threads())
     torch.set_float32_matmul_precision("high")
     out = Path(args.output_dir)
+    processes = Processes(args.device, args.batch_size)
 
     # 1. Data: found and checked, not decoded yet
     splits = load_images(Path(args.data))
@@ -126,7 +147,7 @@ def main() -> None:
     loss_sum = torch.zeros((), device=args.device)
     checkpoint = out / "checkpoint.pt"
     if args.resume_from_checkpoint and checkpoint.exists():
-        state = load_checkpoint(checkpoint, args)
+        state = load_checkpoint(checkpoint, args, processes)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         averaged.load_state_dict(state["averaged"])
@@ -137,10 +158,7 @@ def main() -> None:
 
     # 4. All images decoded, onto the device
     side = stored_side(splits["train"], model.config.image_size)
-    images, labels = {}, {}
-    for name, split in splits.items():
-        images[name] = decode(split, side, args.num_workers).to(args.device)
-        labels[name] = torch.from_numpy(split.labels).to(args.device)
+    train, val = (on_device(splits[name], side, args) for name in ("train", "val"))
 
     # 5. Train. All random numbers of a step follow from the seed and its number, so that a run
     #    that was killed and goes on from a checkpoint gives the weights of one that was not.
@@ -149,19 +167,26 @@ def main() -> None:
     eval_steps = args.eval_steps or steps_per_epoch
     limit = 60 * args.max_minutes if args.max_minutes else math.inf
     started = time.monotonic() - seconds
-    bar = tqdm(total=None if args.max_minutes else total, initial=step, mininterval=1)
+    bar = tqdm(
+        total=None if args.max_minutes else total,
+        initial=step,
+        mininterval=1,
+        disable=not processes.first,
+    )
     model.train()
     while True:
         seconds = time.monotonic() - started
-        progress = seconds / limit if args.max_minutes else step / total
+        progress = processes.mean(seconds) / limit if args.max_minutes else step / total
         if progress >= 1:
             break
-        torch.manual_seed(args.seed + 1_000_003 * (step + 1))
+        torch.manual_seed(args.seed + 1_000_003 * (step + 1) + processes.rank)
         epoch, place = divmod(step, steps_per_epoch)
         start = place * args.batch_size
-        chosen = order_of(epoch, count, args.seed)[start : start + args.batch_size].to(args.device)
-        batch = images["train"][chosen], labels["train"][chosen]
-        loss_sum += update(compiled, optimizer, *batch, rate_at(progress, args.warmup), args)
+        chosen = order_of(epoch, count, args.seed)[start : start + args.batch_size]
+        chosen = processes.part(chosen).to(args.device)
+        batch = [tensor[chosen] for tensor in train]
+        rate = rate_at(progress, args.warmup)
+        loss_sum += update(compiled, optimizer, *batch, rate, args, processes)
         step += 1
         if args.ema and progress >= args.warmup:
             averaged.update_parameters(model)
@@ -169,14 +194,13 @@ def main() -> None:
 
         # 6. Look at the validation images now and then, and keep what was reached
         if step % eval_steps == 0:
-            loss_mean = loss_sum.item() / eval_steps
-            if not math.isfinite(loss_mean):
-                raise SFAError(f"the loss is {loss_mean} by step {step}: lower --learning_rate")
-            accuracy = top1(final, images["val"], labels["val"], args)
+            loss_mean = finite(processes.mean(loss_sum.item()) / eval_steps, step)
+            accuracy = top1(final, *val, args, processes)
             history.append([step, step / steps_per_epoch, loss_mean, accuracy])
             loss_sum.zero_()
             bar.set_postfix(loss=f"{loss_mean:.3f}", top1=f"{accuracy:.3f}")
         if step % args.save_steps == 0:
+            loss_sum.fill_(processes.mean(loss_sum.item()))
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -186,21 +210,30 @@ def main() -> None:
                 "history": history,
                 "loss_sum": loss_sum,
             }
-            save_checkpoint(checkpoint, args, state)
+            save_checkpoint(checkpoint, args, state, processes)
     bar.close()
 
     # 7. Evaluate and save: weights, config, README, curves
     results = {
-        "top1": top1(final, images["val"], labels["val"], args),
+        "top1": top1(final, *val, args, processes),
         "epochs": step / steps_per_epoch,
         "steps": step,
         "minutes": seconds / 60,
         "images_per_second": step * args.batch_size / max(seconds, 1e-9),
         "train_images": count,
-        "val_images": len(labels["val"]),
+        "val_images": len(val[0]),
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "a CPU",
+        "processes": processes.count,
     }
-    save_model(final, args, results)
+    processes.close()
+    if processes.first:
+        write_results(final, args, results, history)
+
+
+def write_results(model, args: Arguments, results: dict, history: list[list[float]]) -> None:
+    """Write weights, config, README, figures and curves."""
+    out = Path(args.output_dir)
+    save_model(model, args, results)
     text = json.dumps({"arguments": vars(args), "results": results, "history": history}, indent=2)
     write_atomically(out / "results.json", lambda path: path.write_text(text))
     draw_curves(history, out)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pretrain_processes import Processes
 from transformers import HfArgumentParser, Swinv2Config, Swinv2ForImageClassification
 
 from sfa_peft.errors import SFAError
@@ -44,7 +45,9 @@ class Arguments:
         default=None,
         metadata={"help": "Train for this time instead; the learning rate then follows the clock."},
     )
-    batch_size: int = field(default=128, metadata={"help": "Images per update step."})
+    batch_size: int = field(
+        default=128, metadata={"help": "Images per update step, of all processes together."}
+    )
     optimizer: Literal["muon", "adamw"] = field(
         default="muon",
         metadata={
@@ -202,21 +205,22 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, args: Arguments, state: dict) -> None:
+def save_checkpoint(path: Path, args: Arguments, state: dict, processes: Processes) -> None:
     """Write all that a continuation needs; random numbers are drawn anew from seed and step."""
-    state = state | {"arguments": vars(args)}
-    write_atomically(path, lambda temporary: torch.save(state, temporary))
+    state = state | {"arguments": vars(args) | {"processes": processes.count}}
+    if processes.first:
+        write_atomically(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_checkpoint(path: Path, args: Arguments) -> dict:
+def load_checkpoint(path: Path, args: Arguments, processes: Processes) -> dict:
     """Read a checkpoint, refusing one of a run with other options."""
     state = torch.load(path, map_location=args.device, weights_only=True)
     theirs = state.pop("arguments")
-    for name, value in vars(args).items():
+    for name, value in {**vars(args), "processes": processes.count}.items():
         if name not in FREE_TO_CHANGE and theirs.get(name) != value:
             raise SFAError(
-                f"{path}: that run had --{name} {theirs.get(name)}, this one has {value}; use the "
-                "same options, or another --output_dir to start anew"
+                f"{path}: {name} was {theirs.get(name)} in that run and is {value} in this one; "
+                "use the same options and processes, or another --output_dir to start anew"
             )
     return state
 
@@ -237,13 +241,14 @@ def save_model(model: Swinv2ForImageClassification, args: Arguments, results: di
 def readme(model: Swinv2ForImageClassification, args: Arguments, results: dict) -> str:
     """Return the text that goes with the weights."""
     config = model.config
+    processes = f", {results['processes']} processes" if results["processes"] > 1 else ""
     averaged = f", weights averaged with decay {args.ema}" if args.ema else ""
     facts = {
         "Data": f"{args.data_name}; {results['train_images']:,} training and "
         f"{results['val_images']:,} validation images, {config.num_labels} classes.",
         "Terms of the data": f"{args.data_licence}. The code's licence does not cover the weights.",
         "Training": f"{results['epochs']:.1f} epochs in {results['minutes']:.1f} minutes on "
-        f"{results['device']}, batch {args.batch_size}, {args.optimizer}{averaged}.",
+        f"{results['device']}{processes}, batch {args.batch_size}, {args.optimizer}{averaged}.",
         "Quality": f"{results['top1']:.1%} top-1 on the validation images.",
     }
     listed = "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items())

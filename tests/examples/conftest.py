@@ -26,3 +26,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     Swinv2ForImageClassification(swinv2_config()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    swinv2_config(depths=[1, 1], num_heads=[1, 2], out_features=None).save_pretrained(
+        tmp_path / "config"
+    )
+    return tmp_path / "config"

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import runpy
@@ -23,21 +22,21 @@ from safetensors.torch import load_file
 from transformers import Swinv2Backbone, Swinv2ForImageClassification
 
 from sfa_peft.dense.data.transforms import IGNORE_INDEX, to_tensors
-from tests.tiny import STAGES, swinv2_config
+from tests.class_images import (
+    COUNTS,
+    NAMES,
+    make_folder,
+    make_image,
+    make_npz,
+    make_parquet,
+)
+from tests.tiny import STAGES
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_backbone.py"
-NAMES = ["dark", "light"]
-COUNTS = {"train": 32, "val": 8}
 # 8 steps an epoch; augmentation, mixing and stochastic depth all draw random numbers.
 OPTIONS = ["--batch_size", "4", "--epochs", "1.25", "--threads", "1", "--device", "cpu"]
 OPTIONS += ["--learning_rate", "3e-3", "--mixup", "0.2", "--cutmix", "0.5", "--drop_path", "0.2"]
 OPTIONS += ["--ema", "0.5", "--bf16", "false", "--save_steps", "4"]
-
-
-@pytest.fixture(autouse=True)
-def _as_if_started_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # as `python examples/...` does
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
 
 
 @pytest.fixture
@@ -45,66 +44,6 @@ def images() -> ModuleType:
     import pretrain_images
 
     return pretrain_images
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    swinv2_config(depths=[1, 1], num_heads=[1, 2], out_features=None).save_pretrained(
-        tmp_path / "config"
-    )
-    return tmp_path / "config"
-
-
-def make_image(split: str, index: int) -> tuple[Image.Image, int]:
-    """Return an image of random colours around its class's brightness, and the class id."""
-    rng = np.random.default_rng((len(split), index))
-    pixels = rng.integers(0, 120, (24, 24 + 4 * (index % 2), 3)) + 120 * (index % 2)
-    return Image.fromarray(pixels.astype(np.uint8)), index % 2
-
-
-def encoded(image: Image.Image, kind: str = "WEBP") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, lossless=True)
-    return file.getvalue()
-
-
-def make_npz(root: Path) -> Path:
-    root.mkdir()
-    for split, count in COUNTS.items():
-        pairs = [make_image(split, i) for i in range(count)]
-        files = [encoded(image) for image, _ in pairs]
-        np.savez(
-            root / f"{split}.npz",
-            data=np.frombuffer(b"".join(files), np.uint8),
-            offset=np.cumsum([0, *map(len, files)]),
-            label=np.array([label for _, label in pairs], np.int16),
-            wnid=np.array(["n1", "n2"]),
-            name=np.array(NAMES),
-        )
-    return root
-
-
-def make_folder(root: Path) -> Path:
-    for split, count in COUNTS.items():
-        for i in range(count):
-            image, label = make_image(split, i)
-            path = root / {"val": "validation"}.get(split, split) / NAMES[label] / f"{i:03}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return root
-
-
-def make_parquet(root: Path) -> Path:
-    from datasets import ClassLabel, Dataset, Features
-    from datasets import Image as ImageFeature
-
-    root.mkdir()
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=NAMES)})
-    for split, count in COUNTS.items():
-        pictures, labels = zip(*(make_image(split, i) for i in range(count)), strict=True)
-        rows = Dataset.from_dict({"image": pictures, "label": labels}, features=features)
-        rows.to_parquet(str(root / f"{split}-00000-of-00001.parquet"))
-    return root
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *options: Any) -> None:
@@ -121,7 +60,10 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_a_killed_run_goes_on_to_the_same_weights_bit_for_bit(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     data = make_npz(tmp_path / "data")
     options = ["--data", data, "--config", config, *OPTIONS]
@@ -179,7 +121,10 @@ def test_every_layout_gives_the_same_images(
 
 
 def test_what_is_written_loads_as_a_backbone(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     out, data = tmp_path / "new" / "out", make_folder(tmp_path / "data")
     options = ["--data", data, "--config", config, "--output_dir", out, *OPTIONS]
@@ -375,7 +320,7 @@ def spoil(change: str, data: Path) -> None:
         ("", ["--epochs", 0], "--epochs: expected more than 0"),
         ("", ["--jitter", 2], "--jitter: expected 0 to 1"),
         ("", ["--max_minutes", -1], "--max_minutes: expected more than 0"),
-        ("", ["--learning_rate", 1e30, "--ema", 0], "lower --learning_rate"),
+        ("", ["--learning_rate", 1e30, "--ema", 0], "lower the learning rates"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(
@@ -393,7 +338,15 @@ def test_what_cannot_work_is_said_in_one_line(
 
     with pytest.raises(SystemExit) as stopped:
         run(
-            monkeypatch, "--data", data, "--config", config, "--output_dir", out, *OPTIONS, *options
+            monkeypatch,
+            "--data",
+            data,
+            "--config",
+            config,
+            "--output_dir",
+            out,
+            *OPTIONS,
+            *options,
         )
 
     assert stopped.value.code not in (None, 0)
@@ -405,14 +358,22 @@ def test_a_checkpoint_of_other_options_is_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_npz(tmp_path / "data")
-    options = ["--data", data, "--config", config, "--output_dir", tmp_path / "out", *OPTIONS]
+    options = [
+        "--data",
+        data,
+        "--config",
+        config,
+        "--output_dir",
+        tmp_path / "out",
+        *OPTIONS,
+    ]
     run(monkeypatch, *options)
     before = saved(tmp_path / "out")
 
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *options, "--resume_from_checkpoint", "--mixup", 0.3)
 
-    assert "that run had --mixup 0.2, this one has 0.3" in str(stopped.value.code)
+    assert "mixup was 0.2 in that run and is 0.3 in this one" in str(stopped.value.code)
     assert equal(before, saved(tmp_path / "out"))
 
 
