@@ -51,8 +51,8 @@ class Arguments:
     optimizer: Literal["muon", "adamw"] = field(
         default="muon",
         metadata={
-            "help": "What updates the matrices of the blocks: Muon (torch 2.9 or newer; twice the "
-            "top-1 after an epoch) or AdamW, which updates all else in any case."
+            "help": "What updates the matrices of the blocks: Muon (torch 2.9 or newer; learns more "
+            "per epoch) or AdamW, which updates all else in any case."
         },
     )
     muon_learning_rate: float = field(default=3e-3, metadata={"help": "Highest rate of Muon."})
