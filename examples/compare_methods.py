@@ -45,6 +45,7 @@ TASKS = (
     "instance_segmentation",
 )
 RUNS = ("frozen", "sfa@0.05", "sfa@0.2", "full")
+FIRST_PROCESS = os.environ.get("RANK", "0") == "0"  # of torchrun's
 
 
 def parse_command(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
@@ -112,10 +113,12 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     for command in commands:
         print(f"\n--- {' '.join(command[len(others) :])} ---", flush=True)
         results.append(script.main(command))
-        write_comparison(results, out, others)
+        if FIRST_PROCESS:
+            write_comparison(results, out, others)
 
     # 3. Table
-    print(f"\n{table(results)}\n\nTable, pictures and adapters are in {out}/")
+    if FIRST_PROCESS:
+        print(f"\n{table(results)}\n\nTable, pictures and adapters are in {out}/")
     return results
 
 

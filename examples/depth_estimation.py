@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> Result:
     # 2. Model
     model = make_model(args, data)
     maps = augmented_maps(args)
-    try_maps(maps, model, data.evaluation)
+    try_maps(maps, data.evaluation, output="predicted_depth")
 
     # 3. Adapter
     ready = prepare_method(model, args)

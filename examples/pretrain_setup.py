@@ -51,8 +51,8 @@ class Arguments:
     optimizer: Literal["muon", "adamw"] = field(
         default="muon",
         metadata={
-            "help": "What updates the matrices of the blocks: Muon (torch 2.9 or newer; learns more "
-            "per epoch) or AdamW, which updates all else in any case."
+            "help": "What updates the matrices of the blocks: Muon (torch 2.9 or newer; learns "
+            "more per epoch) or AdamW, which updates all else in any case."
         },
     )
     muon_learning_rate: float = field(default=3e-3, metadata={"help": "Highest rate of Muon."})
@@ -105,8 +105,10 @@ def parse(description: str) -> Arguments:
     """Return the command line's arguments, checked as far as is possible without data."""
     parser = HfArgumentParser(Arguments, description=description)
     (args,) = parser.parse_args_into_dataclasses()
-    positive = ("epochs", "batch_size", "muon_learning_rate", "learning_rate")
-    for name in (*positive, "save_steps", "num_workers", "min_area"):
+    positive = ["epochs", "batch_size", "learning_rate", "save_steps", "num_workers", "min_area"]
+    if args.optimizer == "muon":
+        positive.append("muon_learning_rate")
+    for name in positive:
         if not getattr(args, name) > 0:
             parser.error(f"--{name}: expected more than 0, got {getattr(args, name)}")
     for name in ("warmup", "label_smoothing", "drop_path", "min_area", "jitter", "ema"):
@@ -217,7 +219,10 @@ def load_checkpoint(path: Path, args: Arguments, processes: Processes) -> dict:
     state = torch.load(path, map_location=args.device, weights_only=True)
     theirs = state.pop("arguments")
     for name, value in {**vars(args), "processes": processes.count}.items():
-        if name not in FREE_TO_CHANGE and theirs.get(name) != value:
+        if name not in theirs:
+            raise SFAError(f"{path} is of another version of this script: start anew")
+        unused = name == "muon_learning_rate" and args.optimizer != "muon"
+        if name not in FREE_TO_CHANGE and not unused and theirs[name] != value:
             raise SFAError(
                 f"{path}: {name} was {theirs.get(name)} in that run and is {value} in this one; "
                 "use the same options and processes, or another --output_dir to start anew"

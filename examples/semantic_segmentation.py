@@ -21,6 +21,7 @@ What the paper trained (see the file)::
 Several methods side by side: `compare_methods.py`.
 """
 
+import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,7 +124,7 @@ class Arguments(SharedArguments):
             raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {self.hidden_size}")
         if len(self.train_scale) != 2:
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
-        if self.test_scales is not None and not all(scale > 0 for scale in self.test_scales):
+        if self.test_scales is not None and not all(0 < s < math.inf for s in self.test_scales):
             raise SFAError(f"--test_scales: expected numbers above 0, got {self.test_scales}")
         if self.test_stride is not None and self.test_crop_size is None:
             raise SFAError("--test_stride: needs --test_crop_size")
@@ -227,7 +228,7 @@ def main(argv: list[str] | None = None) -> Result:
     # 2. Model
     model = make_model(args, data)
     maps = augmented_maps(args)
-    try_maps(maps, model, data.evaluation)
+    try_maps(maps, data.evaluation, output="logits")
 
     # 3. Adapter
     ready = prepare_method(model, args)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import distributed
 from torch.utils.data import Dataset
 from transformers import Trainer
 
@@ -12,16 +13,24 @@ Maps = Callable[[Any, torch.Tensor, tuple[int, int]], torch.Tensor]
 PREFIX = "augmented"
 
 
-@torch.no_grad()
-def try_maps(maps: Maps | None, model: Any, data: Dataset[dict[str, Any]]) -> None:
-    """Run an augmented evaluation on one image, so that what cannot work shows before training.
+def try_maps(maps: Maps | None, data: Dataset[dict[str, Any]], *, output: str) -> None:
+    """Augment one image for a model that returns it, so that wrong sizes show before training.
+
+    Args:
+        maps: The augmented evaluation, if any.
+        data: Its first item is taken.
+        output: What the task's models return: `logits` or `predicted_depth`.
 
     Raises:
         SFAError: If images of this size cannot be augmented so.
     """
+
+    def stand_in(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {output: pixel_values if output == "logits" else pixel_values[:, 0]}
+
     if maps is not None:
         item = data[0]
-        maps(model.eval(), item["pixel_values"][None], tuple(item["labels"].shape[-2:]))
+        maps(stand_in, item["pixel_values"][None], tuple(item["labels"].shape[-2:]))
 
 
 class AugmentedTrainer(Trainer):
@@ -42,6 +51,17 @@ class AugmentedTrainer(Trainer):
             return self.evaluate(metric_key_prefix=PREFIX)
         finally:
             self._maps = None
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the model that is saved: that of the first process.
+
+        DDP makes buffers equal before a forward, but not after the last one: each process would
+        count its images with the running statistics of its own batches.
+        """
+        if distributed.is_available() and distributed.is_initialized():
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
+        return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self,

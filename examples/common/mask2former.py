@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask2Former on a SwinV2, and its use for semantic segmentation with class maps in and out."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,12 +51,20 @@ def mask2former_config(
     )
 
 
+@dataclass
+class MasksAndClasses(SemanticSegmenterOutput):
+    """Class maps, and the queries that they are made of, for tests with several runs an image."""
+
+    class_queries_logits: Tensor | None = None
+    masks_queries_logits: Tensor | None = None
+
+
 class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
     """Mask2Former that takes and gives class maps, so that it is used as UperNet is."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> SemanticSegmenterOutput:
+    ) -> MasksAndClasses:
         """Return the loss, where there are labels, and logarithms of class scores.
 
         Args:
@@ -65,19 +74,25 @@ class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
 
         Returns:
             `loss`, a scalar or None, and `logits`, `(B, num_labels, H, W)`; their argmax is the
-            class whose masks cover a pixel best (the paper's semantic inference).
+            class whose masks cover a pixel best (the paper's semantic inference). With them the
+            queries' `class_queries_logits` and `masks_queries_logits`.
         """
         masks, classes = (None, None) if labels is None else _as_masks(labels)
         outputs = super().forward(pixel_values, mask_labels=masks, class_labels=classes)
         if self.training:  # nobody looks at the maps, and they are large
-            return SemanticSegmenterOutput(loss=outputs.loss)
+            return MasksAndClasses(loss=outputs.loss)
         by_query = outputs.class_queries_logits.softmax(-1)[..., :-1]  # the last is "no object"
         size = pixel_values.shape[-2:]
         cover = interpolate(
             outputs.masks_queries_logits, size, mode="bilinear", align_corners=False
         ).sigmoid()
         scores = torch.einsum("bqc,bqhw->bchw", by_query, cover)
-        return SemanticSegmenterOutput(loss=outputs.loss, logits=scores.clamp_min(1e-6).log())
+        return MasksAndClasses(
+            loss=outputs.loss,
+            logits=scores.clamp_min(1e-6).log(),
+            class_queries_logits=outputs.class_queries_logits,
+            masks_queries_logits=outputs.masks_queries_logits,
+        )
 
 
 def _as_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:

@@ -51,6 +51,27 @@ def test_scales_and_mirror_images_are_averaged(tmp_path: Path, backbone: Path) -
     assert "augmented_runtime" not in scores
 
 
+def test_scores_of_queries_are_averaged_as_they_are(tmp_path: Path, backbone: Path) -> None:
+    options = ["--backbone", backbone, "--budget", 0.2, "--output_dir", tmp_path]
+    options += ["--head", "mask2former", "--hidden_size", 32, "--test_scales", 1, 1.5]
+    result, data, model = run("semantic_segmentation", *options)
+
+    expected = SegmentationMetrics(len(data.class_names))
+    for item in data.evaluation:
+        image, scores = item["pixel_values"][None], 0
+        for side in (64, 96):
+            scaled = torch.nn.functional.interpolate(image, (side, side), mode="bilinear")
+            for mirrored in (False, True):
+                inputs = scaled.flip(-1) if mirrored else scaled
+                found = model(pixel_values=inputs).logits.exp()  # the sum over the queries
+                found = torch.nn.functional.interpolate(found, (64, 64), mode="bilinear")
+                scores = scores + (found.flip(-1) if mirrored else found)
+        expected.update(scores.argmax(1), item["labels"][None])
+
+    found = result.row["scores"]["augmented_mean_iou"]
+    assert found == pytest.approx(expected.compute()["mean_iou"], rel=1e-3)
+
+
 def test_windows_are_averaged(tmp_path: Path, backbone: Path) -> None:
     options = ["--backbone", backbone, "--budget", 0.2, "--output_dir", tmp_path]
     options += ["--test_crop_size", 48, "--test_stride", 16]
@@ -97,6 +118,7 @@ def test_windows_along_the_width_want_wide_images(tmp_path: Path, backbone: Path
     ("task", "options", "message"),
     [
         ("semantic_segmentation", ["--test_scales", "0"], "--test_scales: expected numbers above"),
+        ("semantic_segmentation", ["--test_scales", "inf"], "--test_scales: expected numbers"),
         ("semantic_segmentation", ["--test_stride", "8"], "--test_stride: needs --test_crop_size"),
         (
             "semantic_segmentation",

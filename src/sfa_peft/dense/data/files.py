@@ -82,9 +82,12 @@ def map_ids(mask: Image.Image, table: IdTable, name: str) -> Image.Image:
 
 
 def _runs(ids: NDArray[np.intp]) -> str:
-    """Return rising ids as text, runs of them joined: "0 to 10, 255"."""
+    """Return rising ids as text, runs of them joined, of many the first: "0 to 10, 255"."""
+    if not len(ids):
+        return "none at all"
     runs = np.split(ids, np.flatnonzero(np.diff(ids) > 1) + 1)
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return ", ".join(texts if len(texts) <= 8 else [*texts[:6], "...", texts[-1]])
 
 
 def id_table(known: Mapping[int, int], ignored: Iterable[int] = ()) -> IdTable:
