@@ -256,16 +256,21 @@ def readme(model: Swinv2ForImageClassification, args: Arguments, results: dict) 
         f"{results['device']}{processes}, batch {args.batch_size}, {args.optimizer}{averaged}.",
         "Quality": f"{results['top1']:.1%} top-1 on the validation images.",
     }
+    count = results["processes"]
+    launcher = "python" if count == 1 else f"torchrun --nproc_per_node {count}"
+    shape = (
+        f"embedding {config.embed_dim}, depths {'-'.join(map(str, config.depths))}, window "
+        f"{config.window_size}, patch {config.patch_size}, {config.image_size} px"
+    )
     listed = "\n".join(f"- **{name}**: {fact}" for name, fact in facts.items())
     return f"""# {Path(args.output_dir).name}
 
 A SwinV2 classifier of {model.num_parameters() / 1e6:.2f} M parameters, trained from scratch:
-embedding {config.embed_dim}, depths {"-".join(map(str, config.depths))}, window
-{config.window_size}, patch {config.patch_size}, {config.image_size} px.
+{shape}.
 
 {listed}
 
 ```
-python {shlex.join(sys.argv)}
+{launcher} {shlex.join(sys.argv)}
 ```
 """

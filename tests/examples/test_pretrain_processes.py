@@ -49,7 +49,9 @@ def test_two_processes_write_once_and_go_on_with_the_same_bits(
     results = json.loads((out / "results.json").read_text())["results"]
     assert (results["processes"], results["steps"], results["val_images"]) == (2, 10, 8)
     assert 8 * results["top1"] == round(8 * results["top1"])  # each image counted once
-    assert "a CPU, 2 processes, batch 4, muon" in (out / "README.md").read_text()
+    readme = (out / "README.md").read_text()
+    assert "a CPU, 2 processes, batch 4, muon" in readme
+    assert f"torchrun --nproc_per_node 2 {SCRIPT}" in readme
 
     rest.mkdir()
     shutil.copy(out / "checkpoint.pt", rest)  # of step 8
