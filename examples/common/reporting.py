@@ -115,7 +115,9 @@ def make_result(
         "train_seconds": round(_seconds(trainer), 1),
     }
     curve = ([e["step"] for e in log], [e["loss"] for e in log])
-    evals = [e for e in trainer.state.log_history if f"eval_{next(iter(headers.values()))}" in e]
+    first = f"eval_{next(iter(headers.values()))}"
+    # By step: the evaluation after training repeats that of the last step.
+    evals = [*{e["step"]: e for e in trainer.state.log_history if first in e}.values()]
     progress = {
         header: ([e["step"] for e in evals], [e[f"eval_{key}"] for e in evals])
         for header, key in headers.items()

@@ -94,7 +94,7 @@ def test_scores_while_training_are_kept_and_drawn(backbone: Path, tmp_path: Path
     result = example.main([*options, *SHORT, "--eval_steps", "2"])
 
     steps, scores = result.row["progress"]["mIoU"]
-    assert steps[:2] == [2, 4]
+    assert steps == [2, 4]
     assert scores[-1] == result.row["scores"]["mean_iou"]
     assert (tmp_path / "scores.png").is_file()
 
