@@ -48,8 +48,8 @@ from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.errors import SFAError
 
-# Not searched: the head's rate is the better of two in instance_segmentation.py, the others are
-# those of semantic segmentation, but 1e-3 of full fine-tuning. Other data wants its own.
+# Not searched: the head's rate is the better of two in instance_segmentation.py. Other data wants
+# its own.
 LEARNING_RATES = {
     "frozen": 0.0,
     "sfa": 3e-3,
