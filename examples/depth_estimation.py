@@ -49,7 +49,7 @@ from sfa_peft.dense.pictures.depth import depth_sheet
 from sfa_peft.dense.scenes.render import MAX_DEPTH
 from sfa_peft.errors import SFAError
 
-# Found on the validation scenes; a run on other data wants its own (see --learning_rate).
+# The head's was found on the validation scenes; other data wants its own (see --learning_rate).
 LEARNING_RATES = {
     "frozen": 0.0,
     "sfa": 3e-3,

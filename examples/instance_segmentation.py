@@ -49,8 +49,8 @@ from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.errors import SFAError
 
-# The head's rate was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps. Not
-# searched: the others are those of semantic segmentation, but 1e-3 of full fine-tuning.
+# The head's rate was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps; the
+# others were not searched.
 LEARNING_RATES = {
     "frozen": 0.0,
     "sfa": 3e-3,
