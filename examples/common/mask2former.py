@@ -4,13 +4,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
+from sfa_peft.dense.inference import dense_maps
 
 PAPER_POINTS = 12544  # sampled per mask for the loss
 
@@ -81,12 +80,7 @@ class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
         outputs = super().forward(pixel_values, mask_labels=masks, class_labels=classes)
         if self.training:  # nobody looks at the maps, and they are large
             return MasksAndClasses(loss=outputs.loss)
-        by_query = outputs.class_queries_logits.softmax(-1)[..., :-1]  # the last is "no object"
-        size = pixel_values.shape[-2:]
-        cover = interpolate(
-            outputs.masks_queries_logits, size, mode="bilinear", align_corners=False
-        ).sigmoid()
-        scores = torch.einsum("bqc,bqhw->bchw", by_query, cover)
+        scores = dense_maps(outputs, tuple(pixel_values.shape[-2:])).values
         return MasksAndClasses(
             loss=outputs.loss,
             logits=scores.clamp_min(1e-6).log(),

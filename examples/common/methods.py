@@ -145,8 +145,8 @@ def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
     return found
 
 
-def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> int:
-    """Save what a task needs beside the backbone (of full fine-tuning, all); return its bytes."""
+def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> None:
+    """Save what a task needs beside the backbone (of full fine-tuning, all)."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(ready.model, PeftModel) or args.method == "full":
         ready.model.save_pretrained(folder)
@@ -165,7 +165,6 @@ def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> int:
         (folder / METHOD_NAME).write_text(
             json.dumps({"method": args.method, "budget": args.budget}, indent=2)
         )
-    return saved_size(folder)
 
 
 def saved_size(folder: Path) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,28 @@ def run(task: str, *options: Any) -> tuple[Any, Any, Any]:
     return result, data, model.requires_grad_(False)
 
 
+def summed(image: torch.Tensor, scores_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the sum of scores over the scales 1 and 1.5 and the mirror images of each."""
+    total = torch.zeros(())
+    for side in (64, 96):
+        scaled = torch.nn.functional.interpolate(image, (side, side), mode="bilinear")
+        for mirrored in (False, True):
+            scores = scores_of(scaled.flip(-1) if mirrored else scaled)
+            total = total + (scores.flip(-1) if mirrored else scores)
+    return total
+
+
 def test_scales_and_mirror_images_are_averaged(tmp_path: Path, backbone: Path) -> None:
     options = ["--backbone", backbone, "--budget", 0.2, "--output_dir", tmp_path]
     result, data, model = run("semantic_segmentation", *options, "--test_scales", 1, 1.5)
 
+    def shares_of(image: torch.Tensor) -> torch.Tensor:
+        logits = model(pixel_values=image).logits
+        return torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").softmax(1)
+
     expected = SegmentationMetrics(len(data.class_names))
     for item in data.evaluation:
-        image, shares = item["pixel_values"][None], 0
-        for side in (64, 96):
-            scaled = torch.nn.functional.interpolate(image, (side, side), mode="bilinear")
-            for mirrored in (False, True):
-                logits = model(pixel_values=scaled.flip(-1) if mirrored else scaled).logits
-                logits = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
-                shares = shares + (logits.flip(-1) if mirrored else logits).softmax(1)
+        shares = summed(item["pixel_values"][None], shares_of)
         expected.update(shares.argmax(1), item["labels"][None])
 
     scores = result.row["scores"]
@@ -56,16 +66,13 @@ def test_scores_of_queries_are_averaged_as_they_are(tmp_path: Path, backbone: Pa
     options += ["--head", "mask2former", "--hidden_size", 32, "--test_scales", 1, 1.5]
     result, data, model = run("semantic_segmentation", *options)
 
+    def scores_of(image: torch.Tensor) -> torch.Tensor:
+        summed_over_queries = model(pixel_values=image).logits.exp()
+        return torch.nn.functional.interpolate(summed_over_queries, (64, 64), mode="bilinear")
+
     expected = SegmentationMetrics(len(data.class_names))
     for item in data.evaluation:
-        image, scores = item["pixel_values"][None], 0
-        for side in (64, 96):
-            scaled = torch.nn.functional.interpolate(image, (side, side), mode="bilinear")
-            for mirrored in (False, True):
-                inputs = scaled.flip(-1) if mirrored else scaled
-                found = model(pixel_values=inputs).logits.exp()  # the sum over the queries
-                found = torch.nn.functional.interpolate(found, (64, 64), mode="bilinear")
-                scores = scores + (found.flip(-1) if mirrored else found)
+        scores = summed(item["pixel_values"][None], scores_of)
         expected.update(scores.argmax(1), item["labels"][None])
 
     found = result.row["scores"]["augmented_mean_iou"]
