@@ -17,8 +17,8 @@ from math import log2
 
 import numpy as np
 
-from sfa_peft.checkpoint.container import SelectedEntries, decode_entries, encode_entries, read_info
-from sfa_peft.checkpoint.values import ValueMode, as_float32, round_to_bfloat16
+from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_info
+from sfa_peft.files.values import ValueMode, as_float32, round_to_bfloat16
 
 OTHERS = {
     "PEFT SHiRA: int64 position and fp32 value": 12,

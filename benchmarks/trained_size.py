@@ -32,11 +32,11 @@ from semantic_segmentation import Arguments, build_model
 from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.checkpoint.container import read_info
-from sfa_peft.checkpoint.packing import Entries, pack
 from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
+from sfa_peft.files.container import read_info
+from sfa_peft.files.packing import Entries, pack
+from sfa_peft.sparse.pool import Pool
 from sfa_peft.tuner.model import find_pool
-from sfa_peft.tuner.pool import Pool
 
 INDEX_SECTIONS = 5  # table, skips, lengths and their low bits; planes of values follow
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.

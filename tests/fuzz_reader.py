@@ -5,7 +5,7 @@
 
 Each input must end in `AdapterFileError` or in something whole: positions increasing and in range,
 values finite, memory in proportion. Forged inputs have a right checksum, so that what lies behind
-it is reached. Whatever fails is printed as hex and belongs into `tests/checkpoint`.
+it is reached. Whatever fails is printed as hex and belongs into `tests/files`.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from sfa_peft.checkpoint.container import SelectedEntries, decode_entries, encode_entries
-from sfa_peft.checkpoint.resolved import Resolved, SavedLayer, SavedTensor, read_resolved
-from sfa_peft.checkpoint.values import ValueMode, check_finite
 from sfa_peft.errors import AdapterFileError
+from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries
+from sfa_peft.files.record import Resolved, SavedLayer, SavedTensor, read_resolved
+from sfa_peft.files.values import ValueMode, check_finite
 
 SIZES = [300, 1, 64, 5000]
 MEMORY_LIMIT = 8 << 20  # bytes: many times what the sizes above take

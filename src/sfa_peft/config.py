@@ -12,8 +12,6 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, PeftType
 
-from .checkpoint.file import check_complete
-from .checkpoint.packing import SAVED_VALUES
 from .config_checks import (
     SELECTION_VALUES,
     WEIGHT_DECAYS,
@@ -25,6 +23,8 @@ from .config_checks import (
     check_score,
     check_types,
 )
+from .files.folder import check_complete
+from .files.packing import SAVED_VALUES
 from .model_card import METRICS, CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from .checkpoint.packing import SAVED_VALUES
 from .errors import ConfigError, SFAError
+from .files.packing import SAVED_VALUES
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.schedule import SCHEDULES

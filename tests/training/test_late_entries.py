@@ -13,7 +13,7 @@ from sfa_peft.tuner.model import find_pool
 from tests.tiny import MLP
 
 TOTAL, ROUND = 16, 4
-LOGGER = "sfa_peft.training.late_entries"
+LOGGER = "sfa_peft.sparse.late_entries"
 
 
 class CloneOfAdam(torch.optim.Optimizer):

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SFAConfig
-from sfa_peft.checkpoint import contents
-from sfa_peft.checkpoint.file import WEIGHTS_NAME, check_complete
+from sfa_peft.files import contents
+from sfa_peft.files.folder import WEIGHTS_NAME, check_complete
 from tests.tiny import upernet
 
 CONFIG = SFAConfig(budget=0.2, score="magnitude", modules_to_save=["decode_head"])
@@ -274,7 +274,7 @@ def test_files_of_other_methods_are_written_and_read_by_peft_itself(tmp_path, mo
 
 
 def test_installing_twice_changes_nothing():
-    from sfa_peft.tuner.peft_files import install
+    from sfa_peft.tuner.upstream.files import install
 
     before = peft.peft_model.safe_save_file
     install()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAError
-from sfa_peft.checkpoint.file import WEIGHTS_NAME
+from sfa_peft.files.folder import WEIGHTS_NAME
 from sfa_peft.tasks import TaskBank, combine
 from tests.tiny import MLP, upernet
 from tests.tuner.test_failed_load import (

@@ -150,7 +150,7 @@ def test_registering_twice_is_harmless_and_a_taken_name_is_reported():
     from sfa_peft import SFAError
     from sfa_peft.config import SFAConfig as Config
     from sfa_peft.tuner.model import SFAModel
-    from sfa_peft.tuner.registration import register
+    from sfa_peft.tuner.upstream.peft_type import register
 
     register(Config, SFAModel)
     with pytest.raises(SFAError, match="already has a method named SFA"):

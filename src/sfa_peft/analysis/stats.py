@@ -11,9 +11,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..errors import TargetError
+from ..sparse.pool import Pool
 from ..tuner.layer import SFALayer
 from ..tuner.model import adapter_layers, find_pool
-from ..tuner.pool import Pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000

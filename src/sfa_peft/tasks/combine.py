@@ -13,9 +13,9 @@ from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
 from ..tuner.layer import check_name
 from ..tuner.model import find_pool
-from ..tuner.peft_files import fill_adapter
-from ..tuner.saved import Selection, fill_pool
-from ..tuner.unchanged import unchanged_on_error
+from ..tuner.reading import Selection, fill_pool
+from ..tuner.upstream.files import fill_adapter
+from ..tuner.upstream.rollback import unchanged_on_error
 from ..tuner.weighted import METHODS, union_config, unite
 from .overlaps import CombineReport, count_overlaps
 from .parts import Part, read_parts

@@ -17,9 +17,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..checkpoint.packing import change_to
 from ..config import SFAConfig
 from ..errors import ConfigError, SFAError
+from ..files.packing import change_to
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
 from ..tuner.model import find_pool

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..tuner.saved import Selection
+from ..tuner.reading import Selection
 
 
 @dataclass(frozen=True)

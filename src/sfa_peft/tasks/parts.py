@@ -11,11 +11,11 @@ from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..checkpoint.resolved import Resolved
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..files.record import Resolved
 from ..tuner.model import adapter_layers, find_pool
-from ..tuner.saved import SavedAdapter, Selection, read_saved
+from ..tuner.reading import SavedAdapter, Selection, read_saved
 from ..tuner.weighted import selection_of
 
 _PREFIX = "base_model.model."

@@ -13,11 +13,11 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import SelectionError, SFAWarning
+from ..selection.unfinished import is_unfinished
 from ..tuner.layer import find_pool
-from ..tuner.unfinished import is_unfinished
-from .calling_trainer import calling_trainer, resumed_checkpoint
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
+from .trainer import calling_trainer, resumed_checkpoint
 
 logger = logging.getLogger(__name__)
 

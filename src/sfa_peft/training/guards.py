@@ -6,7 +6,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..errors import SelectionError
-from ..tuner.pool import Pool
+from ..sparse.pool import Pool
 
 
 def refuse_reentrant_checkpointing(model: nn.Module) -> None:

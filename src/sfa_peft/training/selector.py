@@ -10,14 +10,14 @@ from torch import nn
 
 from ..analysis.stats import stage_shares
 from ..errors import SelectionError
+from ..selection.rounds import Run
+from ..selection.rules import check_settings
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
+from ..selection.unfinished import is_unfinished
 from ..tuner.model import find_pool
-from ..tuner.unfinished import is_unfinished
 from .active import active_adapter, adapter_config
 from .guards import refuse_reentrant_checkpointing, refuse_sharded
-from .run import Run
-from .settings import check_settings
 
 logger = logging.getLogger(__name__)
 

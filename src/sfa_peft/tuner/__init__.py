@@ -4,8 +4,8 @@
 from ..config import SFAConfig
 from .layer import SFALayer as SFALayer
 from .model import SFAModel as SFAModel
-from .peft_files import install
-from .registration import register
+from .upstream.files import install
+from .upstream.peft_type import register
 
 register(SFAConfig, SFAModel)
 install()

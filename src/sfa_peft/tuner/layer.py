@@ -13,15 +13,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..checkpoint.resolved import Resolved
 from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning
-from .delta import LiveWeight, Tap
+from ..files.record import Resolved
+from ..selection.unfinished import is_unfinished
+from ..sparse.gradient import LiveWeight, Tap
+from ..sparse.pool import Pool
+from ..sparse.weight import CompiledPass, LiveEntries, eager
 from .external import apply_bottleneck, make_projections
-from .live import CompiledPass, LiveEntries, eager
-from .pool import Pool
 from .switching import Switching
-from .unfinished import is_unfinished
 
 #: Training forwards with an unfinished selection after which a missing selector is reported.
 _PATIENCE = 3

@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAError, SFAWarning, TargetError
+from ..selection.data_free import select_without_data
+from ..sparse.pool import Pool
 from . import compiled
-from .data_free import select_without_data
+from .chain import attach_chain, check_same_chain, put_on_chain
 from .facts import card_facts
-from .fits import check_fits
-from .frozen import attach_chain, check_same_chain, put_on_chain
-from .heads import check_heads, settle_heads, unmatched_heads
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
-from .pool import Pool
-from .saved import SavedAdapter, fill_pool, read_chain, read_saved, reuse
+from .reading import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .saving import check_base, in_pool_type, pack_state, settle, unpack_state
 from .targets import is_excluded
+from .upstream.fits import check_fits
+from .upstream.heads import check_heads, settle_heads, unmatched_heads
 from .weighted import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.

@@ -10,9 +10,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import SFAWarning
+from ..sparse.writing import together
 from . import compiled
 from .layer import SFALayer
-from .together import together
 
 
 class SwitchingModel(BaseTuner):

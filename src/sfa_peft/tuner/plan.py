@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
-from ..checkpoint.file import check_tensors
-from ..checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning, TargetError
+from ..files.folder import check_tensors
+from ..files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 from .external import output_features
-from .packed import feature_sizes, own_sizes
+from .quantised import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
 
 

@@ -14,15 +14,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..checkpoint.file import check_selection
-from ..checkpoint.fingerprint import digests, is_same_base, type_name
-from ..checkpoint.packing import Entries, manifest_of, pack, unpack, with_manifest
-from ..checkpoint.resolved import Resolved, SavedTensor
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning
+from ..files.fingerprint import digests, is_same_base, type_name
+from ..files.folder import check_selection
+from ..files.packing import Entries, manifest_of, pack, unpack, with_manifest
+from ..files.record import Resolved, SavedTensor
+from ..sparse.pool import Pool
 from .layer import SFALayer
 from .plan import Plan
-from .pool import Pool
 
 State = dict[str, Tensor]
 

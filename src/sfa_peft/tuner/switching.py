@@ -15,14 +15,14 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..sparse.writing import now_or_together
 from .external import AdaptedLayer
-from .packed import stored
-from .together import now_or_together
+from .quantised import stored
 
 if TYPE_CHECKING:
-    from ..checkpoint.resolved import Resolved
-    from .live import CompiledPass, LiveEntries
-    from .pool import Pool
+    from ..files.record import Resolved
+    from ..sparse.pool import Pool
+    from ..sparse.weight import CompiledPass, LiveEntries
 
 
 class Switching(nn.Module, BaseTunerLayer):

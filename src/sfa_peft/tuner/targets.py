@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone, RoleModule, describe_model, role_of, suggest_targets
 from ..config import SFAConfig
 from ..errors import TargetError
-from .packed import feature_sizes, holds_codes, is_packed
+from .quantised import feature_sizes, holds_codes, is_packed
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")

@@ -13,12 +13,12 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..checkpoint.resolved import Resolved, SavedLayer
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..files.record import Resolved, SavedLayer
+from ..sparse.pool import Pool
 from .layer import SFALayer, adapter_layers, find_pool
-from .pool import Pool
-from .saved import Selection, fill_pool
+from .reading import Selection, fill_pool
 from .targets import own_modules
 
 #: How the changes of several adapters become one.

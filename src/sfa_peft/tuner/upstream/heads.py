@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..config import SFAConfig
-from ..errors import TargetError
+from ...config import SFAConfig
+from ...errors import TargetError
 
 #: Containers that PEFT cannot save whole, because they have no forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_peft.checkpoint.entropy import (
+from sfa_peft.errors import AdapterFileError
+from sfa_peft.files.entropy import (
     DEFLATE,
     STORED,
     Section,
@@ -15,7 +16,6 @@ from sfa_peft.checkpoint.entropy import (
     expand,
     squeeze,
 )
-from sfa_peft.errors import AdapterFileError
 
 
 def _deflate(raw):

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SelectionError
-from ..selection.accumulators import Accumulator
-from ..tuner.pool import Pool
-from ..tuner.steps import add_decay, is_decoupled
+from ..sparse.optimizer import add_decay, is_decoupled
+from ..sparse.pool import Pool
+from .accumulators import Accumulator
 
 
 class Candidates:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import AdapterFileError
 from .container import SelectedEntries, decode_entries, encode_entries, read_info
 from .manifest import append_manifest, split_manifest
-from .resolved import SavedTensor
+from .record import SavedTensor
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.

@@ -12,16 +12,16 @@ import torch
 
 from ..config import SFAConfig
 from ..errors import SelectionError
-from ..selection.accumulators import Accumulator, non_finite
-from ..selection.distribution import ScoreDistribution
-from ..selection.pick import pick, row_sizes
-from ..selection.schedule import Schedule
-from ..selection.scores import find_score
-from ..tuner.delta import Observer
-from ..tuner.pool import Pool
+from ..sparse.gradient import Observer
+from ..sparse.late_entries import LateEntries
+from ..sparse.pool import Pool
+from .accumulators import Accumulator, non_finite
 from .candidates import Candidates
-from .late_entries import LateEntries
-from .settings import settings_state
+from .distribution import ScoreDistribution
+from .pick import pick, row_sizes
+from .rules import settings_state
+from .schedule import Schedule
+from .scores import find_score
 
 logger = logging.getLogger(__name__)
 

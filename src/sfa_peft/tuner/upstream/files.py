@@ -24,13 +24,13 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..checkpoint.contents import CHECKSUM, check_contents, write_tensors
-from ..config import SFAConfig
-from ..errors import AdapterFileError
+from ...config import SFAConfig
+from ...errors import AdapterFileError
+from ...files.contents import CHECKSUM, check_contents, write_tensors
 from .fits import Load, asked
-from .registration import NAME
+from .peft_type import NAME
 from .renamed_heads import heads_as_here
-from .unchanged import unchanged_on_error
+from .rollback import unchanged_on_error
 
 _MARK = "_sfa_peft"
 #: What reading a file that is damaged or not there ends in.

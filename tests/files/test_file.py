@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from sfa_peft import AdapterFileError
-from sfa_peft.checkpoint.file import (
+from sfa_peft.files.folder import (
     WEIGHTS_NAME,
     check_complete,
     check_selection,

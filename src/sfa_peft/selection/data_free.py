@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 from ..config import SFAConfig
-from ..selection.pick import pick, row_sizes
-from ..selection.topk import RandomSource, Source, TensorSource
-from .pool import Pool
+from ..sparse.pool import Pool
+from .pick import pick, row_sizes
+from .topk import RandomSource, Source, TensorSource
 
 
 def select_without_data(pool: Pool, config: SFAConfig) -> None:

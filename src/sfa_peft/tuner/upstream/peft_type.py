@@ -9,7 +9,7 @@ import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType, register_peft_method
 
-from ..errors import SFAError
+from ...errors import SFAError
 
 NAME = "SFA"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, AdamW
 
-from ..tuner.pool import Pool
+from .pool import Pool
 
 logger = logging.getLogger(__name__)
 

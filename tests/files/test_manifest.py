@@ -2,9 +2,9 @@
 import pytest
 
 from sfa_peft import AdapterFileError
-from sfa_peft.checkpoint.manifest import append_manifest, split_manifest
-from sfa_peft.checkpoint.resolved import SavedTensor
-from tests.checkpoint.golden import BLOB
+from sfa_peft.files.manifest import append_manifest, split_manifest
+from sfa_peft.files.record import SavedTensor
+from tests.files.golden import BLOB
 
 TENSORS = (
     SavedTensor("a.weight", (2, 3), "float32", {"float32": "00ff"}),

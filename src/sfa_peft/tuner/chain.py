@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.resolved import Link
 from ..config import SFAConfig
 from ..errors import TargetError
+from ..files.record import Link
+from ..sparse.pool import Pool
+from ..sparse.weight import LiveEntries
 from .layer import SFALayer
-from .live import LiveEntries
 from .plan import Plan
-from .pool import Pool
-from .saved import SavedAdapter
+from .reading import SavedAdapter
 
 
 class FrozenPool(Pool):

@@ -14,13 +14,13 @@ from peft import PeftConfig
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
-from ..checkpoint.file import check_selection
-from ..checkpoint.packing import adapt, unpack
-from ..checkpoint.resolved import read_resolved
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError, TargetError
+from ..files.folder import check_selection
+from ..files.packing import adapt, unpack
+from ..files.record import read_resolved
+from ..sparse.pool import Pool
 from .plan import Plan, Reused, make_plan
-from .pool import Pool
 from .saving import State, base_reader, by_tensor, check_base, pretrained_tensor
 from .targets import is_excluded
 

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from .delta import Cut
+from .gradient import Cut
+from .optimizer import register
 from .spans import Spans, count_assigned, find_spans, span_length
-from .steps import register
 
 if TYPE_CHECKING:
     from ..config import SFAConfig
-    from .layer import SFALayer
-    from .live import LiveEntries
+    from ..tuner.layer import SFALayer
+    from .weight import LiveEntries
 
 
 def version(tensor: Tensor) -> int:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from ..config import SFAConfig
-from ..selection.pick import row_sizes
-from .pool import Pool
+from ..sparse.pool import Pool
+from .pick import row_sizes
 
 
 def is_unfinished(pool: Pool, config: SFAConfig) -> bool:

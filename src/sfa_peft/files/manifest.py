@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Sequence
 
 from ..errors import AdapterFileError
-from .resolved import SavedTensor, tensor_from_dict, tensor_to_dict
+from .record import SavedTensor, tensor_from_dict, tensor_to_dict
 
 #: Offset of the blob's own length in its header (see `header`).
 _LENGTH = slice(32, 40)

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_peft.checkpoint.container import SelectedEntries, decode_entries, encode_entries, read_info
-from sfa_peft.checkpoint.values import ValueMode
 from sfa_peft.errors import AdapterFileError
-from tests.checkpoint.golden import (
+from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_info
+from sfa_peft.files.values import ValueMode
+from tests.files.golden import (
     BLOB,
     GOLDEN,
     SIZES,

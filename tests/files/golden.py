@@ -6,8 +6,8 @@ import zlib
 
 import numpy as np
 
-from sfa_peft.checkpoint.container import SelectedEntries, decode_entries, read_info
-from sfa_peft.checkpoint.values import ValueMode
+from sfa_peft.files.container import SelectedEntries, decode_entries, read_info
+from sfa_peft.files.values import ValueMode
 from tests import slow_reader
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import SFAConfig
 from ..errors import SelectionError
-from ..selection.accumulators import num_ranks
+from .accumulators import num_ranks
 
 logger = logging.getLogger(__name__)
 

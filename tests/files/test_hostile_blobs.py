@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_peft.checkpoint.container import decode_entries, read_info
-from sfa_peft.checkpoint.entropy import DEFLATE, STORED, Section, squeeze
-from sfa_peft.checkpoint.header import Parts, assemble
-from sfa_peft.checkpoint.indices import RECORD
-from sfa_peft.checkpoint.values import ValueMode
 from sfa_peft.errors import AdapterFileError
-from tests.checkpoint.golden import (
+from sfa_peft.files.container import decode_entries, read_info
+from sfa_peft.files.entropy import DEFLATE, STORED, Section, squeeze
+from sfa_peft.files.header import Parts, assemble
+from sfa_peft.files.indices import RECORD
+from sfa_peft.files.values import ValueMode
+from tests.files.golden import (
     BLOB,
     GOLDEN,
     SIZES,

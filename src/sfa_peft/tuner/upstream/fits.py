@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import AdapterFileError
+from ...errors import AdapterFileError
 
 _PREFIX = "base_model.model."
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

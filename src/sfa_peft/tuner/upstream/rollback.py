@@ -11,8 +11,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import compiled
-from .layer import SFALayer, adapter_layers
+from .. import compiled
+from ..layer import SFALayer, adapter_layers
 
 _CONTAINERS = ("_modules", "_parameters", "_buffers")
 _CONFIGS = "peft_config"

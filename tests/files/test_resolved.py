@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import AdapterFileError
-from sfa_peft.checkpoint.resolved import Link, Resolved, SavedLayer, SavedTensor, read_resolved
+from sfa_peft.files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolved
 
 SIZES = {"total": 100, "allowed": 20, "adapter_dim": 2, "internal": 5}
 WHOLE = Resolved(

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_peft.checkpoint.entropy import check_section, expand, squeeze
-from sfa_peft.checkpoint.indices import (
+from sfa_peft.errors import AdapterFileError
+from sfa_peft.files.entropy import check_section, expand, squeeze
+from sfa_peft.files.indices import (
     RECORD,
     pack_indices,
     read_table,
     stream_lengths,
     unpack_indices,
 )
-from sfa_peft.errors import AdapterFileError
 
 EMPTY = np.empty(0, dtype=np.int64)
 

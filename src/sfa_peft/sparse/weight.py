@@ -13,11 +13,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from .delta import Observer, Tap
+from .gradient import Observer, Tap
 from .kept import Finished, Support, index_dtype, put
 from .pool import Pool, version
 from .spans import Spans
-from .together import exclusively
+from .writing import exclusively
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sfa_peft.checkpoint.entropy import squeeze
-from sfa_peft.checkpoint.values import (
+from sfa_peft.errors import AdapterFileError
+from sfa_peft.files.entropy import squeeze
+from sfa_peft.files.values import (
     ValueMode,
     as_float32,
     decode_values,
@@ -17,7 +18,6 @@ from sfa_peft.checkpoint.values import (
     plane_lengths,
     round_to_bfloat16,
 )
-from sfa_peft.errors import AdapterFileError
 
 EXACT = [mode for mode in ValueMode if mode is not ValueMode.INT8]
 # Zeros of both signs, subnormals, one, the largest finite values and their neighbours.
