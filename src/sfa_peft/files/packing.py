@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from ..sparse.delta import Delta, adapt, change_to
 from .container import SelectedEntries, decode_entries, encode_entries, read_info
 from .manifest import append_manifest, split_manifest
 from .record import SavedTensor
@@ -113,21 +114,6 @@ def _pack_ulps(tensors: Sequence[Entries]) -> bytes | None:
     )
 
 
-def adapt(base: Tensor, change: Tensor) -> Tensor:
-    """Return base + change, added in float32 and rounded to the base's type."""
-    return (base.float() + change.float()).to(base.dtype)
-
-
-def change_to(base: Tensor, adapted: Tensor) -> Tensor:
-    """Return a change, float32, that leads from base to adapted (but for rare roundings)."""
-    change = adapted.float() - base.float()
-    missed = adapt(base, change) != adapted
-    if bool(missed.any()):
-        beyond = torch.where(adapted > adapt(base, change), torch.inf, -torch.inf)
-        change = torch.where(missed, torch.nextafter(change, beyond.to(change)), change)
-    return change
-
-
 def _shortened(entries: Entries) -> Tensor:
     """Return changes that lead to the same adapted weights, most with fewer digits."""
     if entries.base.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -143,8 +129,8 @@ def unpack(
     sizes: Sequence[int],
     base_at: Callable[[int, Tensor], Tensor],
     where: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (flat positions int64, change float32) of each tensor, on CPU.
+) -> list[Delta]:
+    """Return the change of each tensor, on CPU.
 
     Args:
         blob: uint8, as `pack` returned it.
@@ -168,7 +154,7 @@ def unpack(
         return _codes(base_at(ordinal, torch.from_numpy(indices)).cpu(), dtype)
 
     found = decode_entries(data, sizes, base_entries=base_codes, where=where)
-    return [(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+    return [Delta(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
 
 
 def _change(entries: SelectedEntries, mode: ValueMode, dtype: torch.dtype) -> Tensor:

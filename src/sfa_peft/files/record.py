@@ -107,6 +107,14 @@ class Resolved:
         """Widths of the external adapters by layer."""
         return {name: layer.width for name, layer in self.layers.items() if layer.width}
 
+    @property
+    def parameters(self) -> dict[str, list[str]]:
+        """Names of the parameters that may be selected from, by layer."""
+        found: dict[str, list[str]] = {}
+        for layer, _, parameter in (t.name.rpartition(".") for t in self.tensors):
+            found.setdefault(layer, []).append(parameter)
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         chain = [{"source": link.source, "digest": link.digest} for link in self.chain]

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .spans import Spans, span_length
+from .delta import Spans, span_length
 
 
 class Cut(torch.autograd.Function):

@@ -10,8 +10,7 @@ fused optimizers write values without telling autograd.
 from __future__ import annotations
 
 import sys
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,26 +21,20 @@ from torch.optim.optimizer import (
 )
 
 from ..errors import ConfigError
+from .pool import every_pool
 
-if TYPE_CHECKING:
-    from .pool import Pool
-
-_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
-_hooks_installed = False
+_installed: list[Any] = []  # one pair of hooks for the process, like torch's own
 
 
-def register(pool: Pool) -> None:
-    """Watch the steps of any optimizer that trains a pool's values."""
-    global _hooks_installed  # noqa: PLW0603 (one pair of hooks for the process, like torch's own)
-    _POOLS.add(pool)
-    if not _hooks_installed:
-        register_optimizer_step_pre_hook(_before_step)
-        register_optimizer_step_post_hook(_after_step)
-        _hooks_installed = True
+def install() -> None:
+    """Watch the steps of any optimizer that trains a pool's values; safe to call again."""
+    if not _installed:
+        _installed.append(register_optimizer_step_pre_hook(_before_step))
+        _installed.append(register_optimizer_step_post_hook(_after_step))
 
 
 def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
-    for pool in list(_POOLS):
+    for pool in every_pool():
         group = pool.group_of(optimizer)
         if group is None:
             continue
@@ -59,7 +52,7 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
 def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
     if _was_skipped(optimizer):
         return
-    for pool in list(_POOLS):
+    for pool in every_pool():
         group = pool.group_of(optimizer)
         if group is None:
             continue

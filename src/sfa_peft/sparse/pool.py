@@ -8,76 +8,74 @@ sees a size change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
-from .optimizer import register
-from .spans import Spans, count_assigned, find_spans, span_length
-
-if TYPE_CHECKING:
-    from ..config import SFAConfig
-    from ..tuner.layer import SFALayer
-    from .weight import LiveEntries
+from .weight import Weight, version
 
 
-def version(tensor: Tensor) -> int:
-    """Return autograd's version counter (inference tensors have none)."""
-    return -1 if tensor.is_inference() else tensor._version
+class Store(Protocol):
+    """Where a pool's two tensors lie."""
+
+    @property
+    def values(self) -> Any:
+        """The change of each assigned weight, (size,)."""
+        ...
+
+    @property
+    def slots(self) -> Tensor:
+        """Position of each value, (size,); -1 where not assigned yet, only at the end."""
+        ...
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the model still has them."""
+        ...
 
 
 class Pool:
     """Values of one adapter and the slots that say where each belongs.
 
-    Values and slots are a Parameter and a buffer of the first eligible layer (the anchor), so that
-    they live in the model, also where the tuner around it is not kept.
-
     Args:
         adapter_name: The adapter.
-        needs_selector: Whether slots get assigned while training, by a callback or selector.
-        num_weights: Number of weights that may be selected, of all layers together.
+        store: Where values and slots lie.
         lr_ratio: Learning rate of the values over that of their optimizer.
         decay_weight: Whether weight decay pulls the weights towards zero, not their change.
-        config: Config of the adapter; None where the pool belongs to none.
 
     Attributes:
-        tensors: (layer, parameter name) of each weight that may be selected from, in the order
-            that positions count them in; `names` are their full names.
+        weights: Those that may be selected from, in the order that positions count them in;
+            `names` are their full names, `starts` the first position of each, and the end.
     """
 
     def __init__(
         self,
         adapter_name: str,
+        store: Store,
         *,
-        needs_selector: bool,
-        num_weights: int,
         lr_ratio: float = 1.0,
         decay_weight: bool = False,
-        config: SFAConfig | None = None,
     ) -> None:
-        self.adapter_name = adapter_name
-        self.needs_selector = needs_selector
-        small = num_weights <= torch.iinfo(torch.int32).max
-        self.slots_dtype = torch.int32 if small else torch.int64
+        self.adapter_name, self.store = adapter_name, store
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
-        self.config = config
-        self.idle_forwards = 0  # training forwards with an unfinished selection and no selector
-        self.tensors: list[tuple[SFALayer, str]] = []
+        self.weights: list[Weight] = []
         self.names: list[str] = []
-        self.starts: list[int] = [0]  # first position of each weight, and the end
+        self.starts: list[int] = [0]
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
-        self.settle: Callable[[Pool], None] | None = None  # unpacks a saved selection
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
         self.stepped_by_grad_scaler = False
         self.keep_before = False  # whether the values before the next step are wanted
         self.before: Tensor | None = None
-        register(self)
+        _POOLS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
@@ -86,56 +84,21 @@ class Pool:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        register(self)
+        _POOLS.add(self)
 
-    def add_tensor(self, layer: SFALayer, parameter: str, name: str) -> int:
-        """Append a weight that may be selected from, by its full name; return its ordinal."""
-        self.tensors.append((layer, parameter))
+    def add(self, weight: Weight, name: str) -> None:
+        """Append a weight that may be selected from, by its full name."""
+        weight.slices[self.adapter_name] = PoolSlice(self, len(self.weights))
+        self.weights.append(weight)
         self.names.append(name)
-        self.starts.append(self.starts[-1] + layer.parameter(parameter).numel())
-        return len(self.tensors) - 1
+        self.starts.append(self.starts[-1] + weight.tensor.numel())
+
+    # --- values and slots ----------------------------------------------------------------------
 
     @property
-    def layers(self) -> list[SFALayer]:
-        """Layers with a weight that may be selected from, each once."""
-        return list(dict.fromkeys(layer for layer, _ in self.tensors))
-
-    def weight(self, ordinal: int) -> Tensor:
-        """Return a weight, with the entries of live adapters in it."""
-        layer, parameter = self.tensors[ordinal]
-        return layer.parameter(parameter)
-
-    def entries(self, ordinal: int) -> LiveEntries:
-        """Return what adapters do to a weight."""
-        layer, parameter = self.tensors[ordinal]
-        return layer.entries[parameter]
-
-    @property
-    def anchor(self) -> SFALayer:
-        """The layer that holds values and slots."""
-        return self.tensors[0][0]
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the model still has the adapter."""
-        return self.adapter_name in self.anchor.sfa_pool
-
-    @property
-    def size(self) -> int:
-        """Number of values."""
-        return self.anchor.sfa_pool[self.adapter_name].numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the values."""
-        return self.anchor.sfa_pool[self.adapter_name].dtype
-
-    @property
-    def values(self) -> nn.Parameter:
+    def values(self) -> Any:
         """The change of each assigned weight, (size,), fp32 by default; the trainable part."""
-        if self.settle is not None:
-            self.settle(self)
-        return self.anchor.sfa_pool[self.adapter_name]
+        return self.store.values
 
     @property
     def slots(self) -> Tensor:
@@ -143,38 +106,17 @@ class Pool:
 
         int32, or int64 where there are more positions than that can name (or a file had it).
         """
-        if self.settle is not None:
-            self.settle(self)
-        return cast(Tensor, self.anchor.sfa_slots[self.adapter_name])
+        return self.store.slots
 
     @property
-    def packed(self) -> Tensor | None:
-        """A saved selection that waits to be unpacked, uint8; None where there is none."""
-        packed = self.anchor.sfa_packed
-        return cast(Tensor, packed[self.adapter_name]) if self.adapter_name in packed else None
+    def size(self) -> int:
+        """Number of values."""
+        return self.values.numel()
 
-    def drop_packed(self) -> None:
-        """Wait for no saved selection any longer."""
-        self.settle = None
-        if self.packed is not None:
-            self.anchor.sfa_packed.pop(self.adapter_name)
-
-    def pretrained(self, ordinal: int) -> Tensor:
-        """Return a weight with its original entries (a copy where changes are live in it)."""
-        return self.entries(ordinal).pretrained(self.weight(ordinal))
-
-    def foundation(self, ordinal: int) -> Tensor:
-        """Return a weight as the adapter finds it: its original entries and earlier changes."""
-        entries = self.entries(ordinal)
-        if self.adapter_name not in entries.earlier:
-            return self.pretrained(ordinal)
-        return entries.foundation(self.weight(ordinal), self.adapter_name)
-
-    def scored_weight(self, ordinal: int) -> Tensor:
-        """Return a weight as scores see it; entries that are not selected are the foundation's."""
-        entries = self.entries(ordinal)
-        is_in = self.adapter_name not in entries.earlier or self.adapter_name in entries.live
-        return self.weight(ordinal) if is_in else self.foundation(ordinal)
+    @property
+    def sizes(self) -> list[int]:
+        """Number of entries of each weight."""
+        return [b - a for a, b in zip(self.starts, self.starts[1:], strict=False)]
 
     @property
     def num_assigned(self) -> int:
@@ -182,13 +124,14 @@ class Pool:
         return count_assigned(self.slots)
 
     @property
+    def num_selected(self) -> int:
+        """The same; asks no device between two picks."""
+        return sum(span_length(spans) for spans in self.layout())
+
+    @property
     def is_empty(self) -> bool:
         """Whether no weight is selected yet."""
         return not any(self.layout())
-
-    def is_last_of_empty(self, ordinal: int) -> bool:
-        """Whether a weight is the last one while nothing is selected."""
-        return ordinal == len(self.tensors) - 1 and self.is_empty
 
     def layout(self) -> list[Spans]:
         """Return for each weight the (first, last + 1) ranges of slots that belong to it."""
@@ -198,6 +141,75 @@ class Pool:
             self._layout = (slots, stamp, find_spans(slots, self.starts))
             self._buffers = {}
         return self._layout[2]
+
+    def indices(self, ordinal: int) -> Tensor:
+        """Return a weight's selected flat positions, int64, in slot order."""
+        slots, spans = self.slots, self.layout()[ordinal]
+        if not spans:
+            return slots[:0].long()
+        return torch.cat([slots[a:b] for a, b in spans]).long() - self.starts[ordinal]
+
+    def count(self, ordinal: int) -> int:
+        """Return how many entries of a weight are selected."""
+        return span_length(self.layout()[ordinal])
+
+    def deltas(self) -> dict[str, Delta]:
+        """Return the change of each weight that has one; float32, on the CPU."""
+        values = self.values.detach().float().cpu()
+        parts = by_weight(self.slots.cpu(), values, self.starts)
+        found = zip(self.names, parts, strict=True)
+        return {name: delta for name, delta in found if delta.indices.numel()}
+
+    def assign(self, selected: Sequence[Tensor]) -> None:
+        """Give the next free slots to newly selected weights.
+
+        Args:
+            selected: For each weight flat positions, int64, strictly increasing.
+        """
+        slots, first = self.slots, self.num_assigned
+        positions = [
+            s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)
+        ]
+        joined = torch.cat(positions)
+        with torch.no_grad():
+            slots[first : first + joined.numel()] = joined
+
+    def fill(self, deltas: Deltas, *, with_values: bool) -> None:
+        """Give the slots of an empty pool to the entries of a change.
+
+        Args:
+            deltas: By the names of the pool's weights.
+            with_values: Whether values are set to the change; otherwise they stay as they are.
+        """
+        none = Delta(torch.empty(0, dtype=torch.int64), torch.empty(0))
+        found = [deltas.get(name, none) for name in self.names]
+        self.assign([delta.indices for delta in found])
+        if with_values:
+            with torch.no_grad():
+                change = torch.cat([delta.change for delta in found])
+                self.values[: change.numel()] = change.to(self.values)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return values and slots as they are, which a packed file does not keep.
+
+        It orders entries by position and not by pick, and has no bits below a weight's own.
+        """
+        return {"values": self.values.detach().clone(), "slots": self.slots.clone()}
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether a state is of the entries that are selected here, in whatever order."""
+        slots = state["slots"].to(self.slots)
+        return slots.shape == self.slots.shape and torch.equal(
+            slots.sort().values, self.slots.sort().values
+        )
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state_dict` returned."""
+        with torch.no_grad():
+            self.slots.copy_(state["slots"])
+            self.values.copy_(state["values"])
+
+    # --- for weights and optimizers ------------------------------------------------------------
 
     def room(self, ordinal: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return room for one number per selected entry of a weight.
@@ -215,53 +227,8 @@ class Pool:
         """Let go of that room, where nobody looks into it any more."""
         self._buffers = {}
 
-    def indices(self, ordinal: int) -> Tensor:
-        """Return a weight's selected flat positions, int64, in slot order."""
-        slots, spans = self.slots, self.layout()[ordinal]
-        if not spans:
-            return slots[:0].long()
-        return torch.cat([slots[a:b] for a, b in spans]).long() - self.starts[ordinal]
-
-    def count(self, ordinal: int) -> int:
-        """Return how many entries of a weight are selected."""
-        return span_length(self.layout()[ordinal])
-
-    def assign(self, selected: Sequence[Tensor]) -> None:
-        """Give the next free slots to newly selected weights.
-
-        Args:
-            selected: For each weight flat positions, int64, strictly increasing.
-        """
-        slots, first = self.slots, self.num_assigned
-        positions = [
-            s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)
-        ]
-        joined = torch.cat(positions)
-        with torch.no_grad():
-            slots[first : first + joined.numel()] = joined
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return values and slots as they are, which a packed file does not keep.
-
-        It orders entries by position and not by pick, and has no bits below a weight's own.
-        """
-        return {"values": self.values.detach().clone(), "slots": self.slots.clone()}
-
-    def fits(self, state: dict[str, Tensor]) -> bool:
-        """Whether a state is of the entries that are selected here, in whatever order."""
-        slots = state["slots"].to(self.slots)
-        return slots.shape == self.slots.shape and torch.equal(
-            slots.sort().values, self.slots.sort().values
-        )
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take up what `state_dict` returned."""
-        with torch.no_grad():
-            self.slots.copy_(state["slots"])
-            self.values.copy_(state["values"])
-
-    def slices(self) -> Sequence[Tensor]:
-        """Return for each weight a stand-in for its slice of values, wired to their gradient."""
+    def stand_ins(self) -> Sequence[Tensor]:
+        """Return for each weight what stands for its slice of values, wired to their gradient."""
         values, spans = self.values, self.layout()
         key = (id(values), values.dtype, values.device, values.requires_grad, id(spans))
         if self._cut is None or self._cut[0] != key:
@@ -289,12 +256,9 @@ class Pool:
         """Return the entry that each value is added to, in its dtype; 0 where not assigned."""
         values = self.values
         found = torch.zeros_like(values, requires_grad=False)
-        for ordinal, spans in enumerate(self.layout()):
+        for weight, spans in zip(self.weights, self.layout(), strict=True):
             if spans:
-                entries, weight = self.entries(ordinal), self.weight(ordinal)
-                undo = entries.originals_at(weight, self.adapter_name)
-                if self.adapter_name in entries.earlier:
-                    undo = self.foundation(ordinal).view(-1)[self.indices(ordinal).to(undo.device)]
+                undo = weight.originals_at(self.adapter_name)
                 parts = undo.to(found).split([b - a for a, b in spans])
                 for (a, b), part in zip(spans, parts, strict=True):
                     found[a:b] = part
@@ -306,7 +270,7 @@ class Pool:
 
     def group_of(self, optimizer: Any) -> dict[str, Any] | None:
         """Return the optimizer's parameter group that holds the values, None where it has none."""
-        if not self.tensors or not self.is_there:
+        if not self.store.is_there:
             return None
         values = self.values
         for group in optimizer.param_groups:
@@ -316,6 +280,101 @@ class Pool:
 
     def withdraw(self) -> None:
         """Put the pretrained entries back into the weights, but for merged layers."""
-        for layer in self.layers:
-            if not layer.merged:
-                layer.withdraw()
+        for weight in self.weights:
+            if not weight.owner.merged:
+                weight.withdraw()
+
+
+_POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+def every_pool() -> list[Pool]:
+    """Return all pools that there are, for those who see no model but an optimizer."""
+    return list(_POOLS)
+
+
+@dataclass(frozen=True, eq=False)
+class PoolSlice:
+    """The part of a pool that belongs to one weight (see `sparse.weight.Slice`)."""
+
+    pool: Pool
+    ordinal: int
+
+    @property
+    def spans(self) -> Spans:
+        """The weight's slots; another object whenever they are others."""
+        return self.pool.layout()[self.ordinal]
+
+    @property
+    def trains(self) -> bool:
+        """Whether the values get a gradient."""
+        return self.pool.values.requires_grad
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether it is the last weight while nothing is selected: DDP waits for the values."""
+        return self.ordinal == len(self.pool.weights) - 1 and self.pool.is_empty
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Return what changes whenever values or slots do."""
+        return self.pool.stamp()
+
+    def indices(self) -> Tensor:
+        """Return flat positions, int64 (n,), in slot order."""
+        return self.pool.indices(self.ordinal)
+
+    def change(self) -> Tensor:
+        """Return values, (n,), in slot order, detached."""
+        values = self.pool.values.detach()
+        parts = [values[a:b] for a, b in self.spans]
+        if not parts:
+            return values[:0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return room for one number per entry, in the pool's buffer."""
+        return self.pool.room(self.ordinal, dtype, device)
+
+    def free_room(self) -> None:
+        """Let go of that buffer."""
+        self.pool.free_room()
+
+    def stand_in(self) -> Tensor:
+        """Return what is wired to the values' gradient."""
+        return self.pool.stand_ins()[self.ordinal]
+
+
+class OwnStore:
+    """Values and slots that never train and are in no module and no file.
+
+    Args:
+        deltas: The change of each weight, in the order of positions.
+        starts: First position of each weight, and the end.
+        weight: Whose device they follow: no module moves what is no part of it.
+    """
+
+    is_there = True
+
+    def __init__(self, deltas: Sequence[Delta], starts: Sequence[int], weight: Weight) -> None:
+        positions = [d.indices + start for d, start in zip(deltas, starts, strict=False)]
+        few = starts[-1] <= torch.iinfo(torch.int32).max
+        self._slots = torch.cat(positions).to(torch.int32 if few else torch.int64)
+        self._values = torch.cat([delta.change for delta in deltas]).float()
+        self._weight = weight
+
+    @property
+    def values(self) -> Tensor:
+        """The change of each weight, float32 (size,), without a gradient."""
+        self._follow()
+        return self._values
+
+    @property
+    def slots(self) -> Tensor:
+        """Position of each value, int32 or int64 (size,)."""
+        self._follow()
+        return self._slots
+
+    def _follow(self) -> None:
+        device = self._weight.tensor.device
+        if self._values.device != device and device.type != "meta":
+            self._values, self._slots = self._values.to(device), self._slots.to(device)

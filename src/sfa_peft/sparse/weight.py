@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selected entries in a live weight: written, withdrawn, and tapped for their gradient.
+"""A weight that carries sparse changes: written, withdrawn, and tapped for their gradient.
 
-Invariant: while `live` is empty the weight holds the pretrained bits; otherwise it differs from
-them only at the entries of the adapters named there, and `undo` can put them back.
+Changes lie on the weight's originals as one stack: those of earlier adapters first, then those of
+all its entries while candidates train, then those of the active adapters. Invariant: while the
+stack is empty the weight holds the pretrained bits; otherwise it differs from them only at the
+entries of the stack, and what was there before can be put back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .delta import Spans, adapt
 from .gradient import Observer, Tap
-from .kept import Finished, Support, index_dtype, put
-from .pool import Pool, version
-from .spans import Spans
 from .writing import exclusively
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -27,245 +28,346 @@ def eager(function: _F) -> _F:
     return cast(_F, torch.compiler.disable(function))
 
 
-class CompiledPass:
-    """One compiled forward of a whole model: what layers prepared holds while it is open."""
+def version(tensor: Tensor) -> int:
+    """Return autograd's version counter (inference tensors have none)."""
+    return -1 if tensor.is_inference() else tensor._version
 
-    is_open = False
+
+class Owner(Protocol):
+    """The layer of a weight, which loading, casting and wrapping may give another tensor."""
+
+    def parameter(self, name: str) -> Tensor:
+        """Return the tensor that a parameter of the layer is now."""
+        ...
+
+    @property
+    def merged(self) -> bool:
+        """Whether changes stay in the layer's weights until they are unmerged."""
+        ...
 
 
-class LiveEntries:
-    """What the adapters of one layer do to one of its parameters.
+class Slice(Protocol):
+    """One adapter's change of one weight, while it lies in a pool."""
 
-    Values are written absolutely and originals put back by overwriting, never by adding and
-    subtracting, so that switching is exact in every dtype. Every method gets the weight, because
-    loading, casting and wrapping may replace it.
+    @property
+    def spans(self) -> Spans:
+        """The weight's slots; another object whenever they are others."""
+        ...
+
+    @property
+    def trains(self) -> bool:
+        """Whether the changes get a gradient."""
+        ...
+
+    def stamp(self) -> tuple[Any, ...]:
+        """Return what is another whenever positions or changes are."""
+        ...
+
+    def indices(self) -> Tensor:
+        """Return flat positions, int64 (n,), in slot order."""
+        ...
+
+    def change(self) -> Tensor:
+        """Return changes, (n,), in slot order, detached."""
+        ...
+
+    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return room for one number per entry."""
+        ...
+
+    def free_room(self) -> None:
+        """Let go of that room."""
+        ...
+
+    @property
+    def keeps_graph(self) -> bool:
+        """Whether it stands for the pool in graphs while nothing is selected."""
+        ...
+
+    def stand_in(self) -> Tensor:
+        """Return what is wired to the changes' gradient."""
+        ...
+
+
+@dataclass
+class _Entries:
+    """One adapter's entries in a weight: to be written, and what is put back.
+
+    Attributes:
+        indices: Flat positions, int32 (int64 in a huge weight).
+        undo: The weight's original entries there, in its dtype.
+        spans: Where they are in slot order: the slots they were read from.
+        stamp: Where they are finished: what the changes were when they were added.
+        adapted: Where they are finished: what the weight holds there while only they are on it.
     """
 
-    def __init__(self) -> None:
-        self.pools: dict[str, tuple[Pool, int]] = {}  # by adapter: its pool, this weight's ordinal
-        self.earlier: dict[str, tuple[str, ...]] = {}  # by adapter: pools that belong to its base
-        self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
+    indices: Tensor
+    undo: Tensor
+    spans: Spans | None = None
+    stamp: tuple[Any, ...] = ()
+    adapted: Tensor | None = None
+
+
+class Weight:
+    """One parameter of a layer and the stack of changes on it.
+
+    Changes are written absolutely and originals put back by overwriting, never by adding and
+    subtracting, so that switching is exact in every dtype.
+
+    Args:
+        owner: The layer.
+        parameter: The parameter's name in it.
+    """
+
+    def __init__(self, owner: Owner, parameter: str) -> None:
+        self.owner, self.parameter = owner, parameter
+        self.slices: dict[str, Slice] = {}  # by adapter, earlier ones included
+        self.earlier: dict[str, tuple[str, ...]] = {}  # by adapter: changes that its base has
         self.candidates: dict[str, Tensor] = {}  # change of all entries while candidates train
-        self.live: tuple[str, ...] = ()
+        self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
+        self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
-        self.prepared: tuple[list[Tap], list[Tensor]] = ([], [])  # for a compiled forward
-        self._supports: dict[str, Support] = {}
-        self._finished: dict[str, Finished] = {}
-        self._written: list[tuple[Tensor, Tensor]] = []  # positions in the weight, originals there
+        self.prepared: tuple[list[Tap], list[Tensor]] | None = None  # for a compiled forward
+        self._entries: dict[str, _Entries] = {}  # in slot order, for training
+        self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
+        self._written: list[_Entries] = []
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
-        self._weight_stamp: tuple[Any, ...] | None = None
+        self._tensor_stamp: tuple[Any, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no selector; a selector that is copied with it attaches itself.
-        return self.__dict__ | {"observers": {}, "candidates": {}, "prepared": ([], [])}
+        return self.__dict__ | {"observers": {}, "candidates": {}, "prepared": None}
+
+    @property
+    def tensor(self) -> Tensor:
+        """The parameter, with the stack on it."""
+        return self.owner.parameter(self.parameter)
+
+    # --- the stack -----------------------------------------------------------------------------
 
     @eager  # stamps and in-place writes are for Python, not for a graph
-    def refresh(self, weight: Tensor, names: list[str], *, keep: bool = False) -> None:
+    def refresh(self, names: Sequence[str], *, keep: bool = False) -> None:
         """Make the weight hold the changes of the named adapters; do nothing if it does.
 
         Args:
-            weight: The weight.
             names: Adapters; those that do not change this weight are left out.
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
-        wanted = (*earlier, *(name for name in names if name in self.pools))
-        if self._stamp_of(weight, wanted) == self._stamp:
+        stack = self._stack_of(names)
+        weight = self.tensor
+        if self._stamp == (stack, _stamp(weight), self._stamps(stack)):
             return
         with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
-            values = self._values_stamp(wanted)
-            if (wanted, _weight_stamp(weight), values) == self._stamp:
+            stamps = self._stamps(stack)
+            if self._stamp == (stack, _stamp(weight), stamps):
                 return  # another thread was faster
             self._withdraw(weight)
-            if self._weight_stamp != _weight_stamp(weight):
+            if self._tensor_stamp != _stamp(weight):
                 self.forget()  # somebody replaced or changed the weight
-            if len(wanted) != 1 or not self._write_finished(wanted[0], values, weight, keep=keep):
-                self._write_all(wanted, weight, num_earlier=len(earlier))
-            self.live = wanted
-            self._weight_stamp = _weight_stamp(weight)
-            self._stamp = wanted, self._weight_stamp, values
+            sparse = [name for name, whole in stack if not whole]
+            if len(stack) != 1 or not self._write_finished(sparse[0], stamps, weight, keep=keep):
+                self._write_stack(stack, weight)
+            self.live = tuple(sparse)
+            self._tensor_stamp = _stamp(weight)
+            self._stamp = stack, self._tensor_stamp, stamps
 
-    def withdraw(self, weight: Tensor) -> None:
+    def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
+        weight = self.tensor
         with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
             self._withdraw(weight)
-            self._stamp = None
-            self.in_graph = False
+            self._stamp, self.prepared = None, None
 
     def _withdraw(self, weight: Tensor) -> None:
         if self.live:
             self._restore(weight)
             self.live, self._written, self._pretrained = (), [], None
-            self._weight_stamp = _weight_stamp(weight)
+            self._tensor_stamp = _stamp(weight)
         self.in_graph = False
 
     def forget(self) -> None:
         """Look at the weight anew next time; it must hold the originals then."""
-        self._supports.clear()
+        self._entries.clear()
         self._finished.clear()
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
         before = self.earlier.pop(adapter_name, ())
         unused = set(before).difference(*self.earlier.values())
-        for container in self._containers():
+        tables: list[dict[str, Any]] = [self.slices, self.observers, self.candidates]
+        for table in (*tables, self._entries, self._finished):
             for name in (adapter_name, *unused):
-                container.pop(name, None)
+                table.pop(name, None)
 
-    def _containers(self) -> list[dict[str, Any]]:
-        return [self.pools, self.observers, self.candidates, self._supports, self._finished]
+    def _stack_of(self, names: Sequence[str]) -> tuple[tuple[str, bool], ...]:
+        """Return (adapter, whether its candidates' change is meant), the lowest first."""
+        earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
+        dense = [(name, True) for name in names if name in self.candidates]
+        own = [(name, False) for name in names if name in self.slices]
+        return (*((name, False) for name in earlier), *dense, *own)
 
-    def originals_at(self, weight: Tensor, adapter_name: str) -> Tensor:
-        """Return the pretrained entries that an adapter changes, in slot order."""
-        if adapter_name not in self.live:
-            self.withdraw(weight)
-        return self._support(adapter_name, weight).undo
+    def _stamps(self, stack: tuple[tuple[str, bool], ...]) -> tuple[Any, ...]:
+        return tuple(
+            [
+                version(self.candidates[name]) if whole else self.slices[name].stamp()
+                for name, whole in stack
+            ]
+        )
 
-    def original(self, weight: Tensor) -> Tensor:
+    # --- what it holds -------------------------------------------------------------------------
+
+    def original(self) -> Tensor:
         """Return a copy of the weight with the original entries."""
-        copy = weight.detach().clone()
+        copy = self.tensor.detach().clone()
         self._restore(copy)
         return copy
 
-    def pretrained(self, weight: Tensor) -> Tensor:
-        """Return the weight with the original entries, a copy only where changes are live."""
-        return self.original(weight) if self.live else weight.detach()
+    def pretrained(self) -> Tensor:
+        """Return the weight with the original entries, a copy only where changes are on it."""
+        return self.original() if self.live else self.tensor.detach()
 
-    def foundation(self, weight: Tensor, adapter_name: str) -> Tensor:
-        """Return a copy of the weight as an adapter finds it: with earlier changes in it."""
-        copy = self.original(weight)
+    def foundation(self, adapter_name: str) -> Tensor:
+        """Return the weight as an adapter finds it: its original entries and earlier changes."""
+        if adapter_name not in self.earlier:
+            return self.pretrained()
+        copy = self.original()
         with torch.no_grad():
-            for name in self.earlier.get(adapter_name, ()):
-                self._write(name, copy, self._support(name, copy), onto_others=True)
+            for name in self.earlier[adapter_name]:
+                self._write(name, copy, self._entries_of(name, copy), onto_others=True)
         return copy
 
-    def taps(self, weight: Tensor) -> tuple[list[Tap], list[Tensor]]:
-        """Return what live adapters want from the weight's gradient, and their slices of values."""
-        taps, slices = [], []
+    def scored(self, adapter_name: str) -> Tensor:
+        """Return the weight as scores see it; what is not selected is the foundation's."""
+        is_in = adapter_name not in self.earlier or adapter_name in self.live
+        return self.tensor if is_in else self.foundation(adapter_name)
+
+    def originals_at(self, adapter_name: str) -> Tensor:
+        """Return the entries that an adapter's changes are added to, in slot order."""
+        if adapter_name not in self.live:
+            self.withdraw()
+        if adapter_name in self.earlier:
+            weight, index = self.foundation(adapter_name), self.slices[adapter_name].indices()
+            return weight.view(-1)[index.to(weight.device)]
+        return self._entries_of(adapter_name, self.tensor).undo
+
+    def kept(self, name: str) -> list[Tensor]:
+        """Return what is kept to write and withdraw an adapter's change, beside its pool."""
+        found = (table.get(name) for table in (self._entries, self._finished))
+        tensors = [(e.indices, e.undo, e.adapted) for e in found if e is not None]
+        return [tensor for parts in tensors for tensor in parts if tensor is not None]
+
+    # --- gradient ------------------------------------------------------------------------------
+
+    def taps(self) -> tuple[list[Tap], list[Tensor]]:
+        """Return what active adapters want from the weight's gradient, and where it goes."""
+        taps, stand_ins = [], []
         self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
-            pool, ordinal = self.pools[name]
-            observer, support = self.observers.get(name), self._support(name, weight)
-            # While nothing is selected one layer keeps the values in the graph: DDP waits for them.
-            wanted = observer is not None or support.spans or pool.is_last_of_empty(ordinal)
-            if pool.values.requires_grad and wanted:
-                taps.append(Tap(support.indices, observer))
-                slices.append(pool.slices()[ordinal])
-        return taps, slices
+            part, observer = self.slices[name], self.observers.get(name)
+            entries = self._entries_of(name, self.tensor)
+            if part.trains and (observer is not None or part.spans or part.keeps_graph):
+                taps.append(Tap(entries.indices, observer))
+                stand_ins.append(part.stand_in())
+        return taps, stand_ins
 
-    def _write_candidates(self, names: tuple[str, ...], weight: Tensor) -> None:
-        """Add the change of all entries of an adapter whose candidates train (Eq. 4)."""
-        for name in names:
-            if name in self.candidates:
-                change = self.candidates[name].to(weight.device)
-                weight.detach().copy_((weight.detach().float() + change).to(weight.dtype))
+    # --- writing -------------------------------------------------------------------------------
 
     def _restore(self, weight: Tensor) -> None:
         if self._pretrained is not None:
             weight.detach().copy_(self._pretrained)
             return
-        for indices, undo in self._written:
-            put(weight, indices, undo)
+        for entries in self._written:
+            _put(weight, entries.indices, entries.undo)
 
-    def _support(self, name: str, weight: Tensor) -> Support:
+    def _entries_of(self, name: str, weight: Tensor) -> _Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
-        pool, ordinal = self.pools[name]
-        spans = pool.layout()[ordinal]
-        known = self._supports.get(name)
-        if known is not None and known.spans is spans:
+        part = self.slices[name]
+        known = self._entries.get(name)
+        if known is not None and known.spans is part.spans:
             return known
-        index = pool.indices(ordinal).to(weight.device)
-        indices = pool.room(ordinal, index_dtype(weight), weight.device)
-        undo = pool.room(ordinal, weight.dtype, weight.device)
+        index = part.indices().to(weight.device)
+        indices = part.room(_index_dtype(weight), weight.device)
+        undo = part.room(weight.dtype, weight.device)
         indices.copy_(index)
         finished = self._finished.get(name)
         if name in self.live and finished is not None:
             undo[index.argsort()] = finished.undo
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
-        self._supports[name] = Support(spans, indices, undo)
-        return self._supports[name]
+        self._entries[name] = _Entries(indices, undo, part.spans)
+        return self._entries[name]
 
-    def _write_all(self, names: tuple[str, ...], weight: Tensor, *, num_earlier: int) -> None:
+    def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
-        for name in names:  # originals first: adapters may share entries
-            self._finished.pop(name, None)
-            self._support(name, weight)
-        if self._pretrained is None and any(name in self.candidates for name in names):
-            self._pretrained = weight.detach().clone()
-        for position, name in enumerate(names):
-            if position == num_earlier:
-                self._write_candidates(names, weight)
-            support = self._supports[name]
-            self._write(name, weight, support, onto_others=position > 0)
-            self._written.append((support.indices, support.undo))
+        for name, whole in stack:  # originals first: adapters may share entries
+            if whole and self._pretrained is None:
+                self._pretrained = weight.detach().clone()
+            elif not whole:
+                self._finished.pop(name, None)
+                self._entries_of(name, weight)
+        for position, (name, whole) in enumerate(stack):
+            if whole:
+                change = self.candidates[name].to(weight.device)
+                weight.detach().copy_(adapt(weight.detach(), change))
+            else:
+                self._write(name, weight, self._entries[name], onto_others=position > 0)
+                self._written.append(self._entries[name])
 
-    def _write(self, name: str, weight: Tensor, support: Support, *, onto_others: bool) -> None:
+    def _write(self, name: str, weight: Tensor, entries: _Entries, *, onto_others: bool) -> None:
         """Write original plus change, added in fp32; on shared entries onto what is there."""
-        if not support.indices.numel():
-            return
-        start = support.undo
-        if onto_others:
-            start = weight.detach().view(-1).index_select(0, support.indices.long())
-        put(weight, support.indices, self._add_change(name, start, support.spans))
-
-    def _add_change(self, name: str, start: Tensor, spans: Spans) -> Tensor:
-        """Return entries plus an adapter's change of them, in slot order."""
-        values = self.pools[name][0].values.detach()
-        parts = [values[a:b] for a, b in spans]
-        change = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(start.device)
-        return (start.float() + change).to(start.dtype)
+        if entries.indices.numel():
+            start = entries.undo
+            if onto_others:
+                start = weight.detach().view(-1).index_select(0, entries.indices.long())
+            change = self.slices[name].change().to(start.device)
+            _put(weight, entries.indices, adapt(start, change))
 
     def _write_finished(
-        self, name: str, stamp: tuple[Any, ...], weight: Tensor, *, keep: bool
+        self, name: str, stamps: tuple[Any, ...], weight: Tensor, *, keep: bool
     ) -> bool:
         """Write an adapter as it was kept; return whether it is (made so where `keep` asks)."""
-        if name in self.candidates:
-            return False
         finished = self._finished.get(name)
-        if finished is None or finished.stamp != stamp:
+        if finished is None or finished.adapted is None or finished.stamp != stamps:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, stamp, weight)
-        put(weight, finished.indices, finished.adapted)
-        self._written.append((finished.indices, finished.undo))
+            finished = self._finished[name] = self._finish(name, stamps, weight)
+        _put(weight, finished.indices, cast(Tensor, finished.adapted))
+        self._written.append(finished)
         return True
 
-    def _finish(self, name: str, stamp: tuple[Any, ...], weight: Tensor) -> Finished:
-        """Return an adapter's entries ready to write; the weight must hold the originals."""
-        pool, ordinal = self.pools[name]
-        spans = pool.layout()[ordinal]
-        if len(spans) < 2:  # sorted already
-            support = self._support(name, weight)
-            adapted = self._add_change(name, support.undo, spans) if spans else support.undo
-            return Finished(stamp, support.indices, support.undo, adapted)
-        if self._supports.pop(name, None) is not None:
-            pool.free_room()
-        index = pool.indices(ordinal).to(weight.device)
+    def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> _Entries:
+        """Return an adapter's entries ready to write; the weight must hold the originals.
+
+        In the weight's order, which is several times as fast to write as that of many picks.
+        """
+        part = self.slices[name]
+        if len(part.spans) < 2:  # sorted already
+            own = self._entries_of(name, weight)
+            change = part.change().to(own.undo.device)
+            adapted = adapt(own.undo, change) if part.spans else own.undo
+            return _Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
+        if self._entries.pop(name, None) is not None:
+            part.free_room()
+        index = part.indices().to(weight.device)
         undo = weight.detach().view(-1).index_select(0, index)
-        adapted = self._add_change(name, undo, spans)
+        adapted = adapt(undo, part.change().to(undo.device))
         index, order = index.sort()
-        indices = index.to(index_dtype(weight))
-        return Finished(stamp, indices, undo[order], adapted[order])
-
-    def kept(self, name: str) -> list[Tensor]:
-        """Return what is kept to write and withdraw an adapter's change, beside its pool."""
-        support, finished = self._supports.get(name), self._finished.get(name)
-        parts = [] if support is None else [support.indices, support.undo]
-        if finished is not None:
-            parts += [finished.indices, finished.undo, finished.adapted]
-        return parts
-
-    def _stamp_of(self, weight: Tensor, names: tuple[str, ...]) -> tuple[Any, ...]:
-        """Return what must not have changed for the weight to be up to date."""
-        return names, _weight_stamp(weight), self._values_stamp(names)
-
-    def _values_stamp(self, names: tuple[str, ...]) -> tuple[Any, ...]:
-        pools = tuple([self.pools[name][0].stamp() for name in names])
-        return pools, tuple([version(self.candidates[n]) for n in names if n in self.candidates])
+        indices = index.to(_index_dtype(weight))
+        return _Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
 
 
-def _weight_stamp(weight: Tensor) -> tuple[Any, ...]:
+def _stamp(weight: Tensor) -> tuple[Any, ...]:
     return id(weight), weight.dtype, weight.device, version(weight)
+
+
+def _index_dtype(weight: Tensor) -> torch.dtype:
+    """Return the type that flat positions in a weight are kept in."""
+    return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
+
+
+def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """Overwrite entries of a weight at flat positions."""
+    if indices.numel():  # scatter_ is faster than index_copy_
+        weight.detach().view(-1).scatter_(0, indices.long(), entries)

@@ -2,6 +2,7 @@
 """The PEFT face: importing this package registers SFA."""
 
 from ..config import SFAConfig
+from ..sparse import optimizer
 from .layer import SFALayer as SFALayer
 from .model import SFAModel as SFAModel
 from .upstream.files import install
@@ -9,3 +10,4 @@ from .upstream.peft_type import register
 
 register(SFAConfig, SFAModel)
 install()
+optimizer.install()

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sparse.weight import CompiledPass, eager
-from .layer import SFALayer
+from ..sparse.weight import eager
+from .layer import CompiledPass, SFALayer
 
 #: Name under which the hooked model keeps its pass.
 _ATTRIBUTE = "_sfa_compiled_pass"

@@ -1,33 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`SFALayer`: a layer with the sparse change of its parameters and its external adapter."""
+"""`SFALayer`: a layer with the sparse change of its parameters and its external adapter.
+
+Original entries are always put back by overwriting, so every state is exact, whatever came before.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..config import SFAConfig
-from ..errors import SFAError, SFAWarning
-from ..files.record import Resolved
-from ..selection.unfinished import is_unfinished
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
-from ..sparse.weight import CompiledPass, LiveEntries, eager
-from .external import apply_bottleneck, make_projections
-from .switching import Switching
+from ..sparse.weight import Weight, eager
+from ..sparse.writing import now_or_together
+from .adapter import Adapter, LayerStore
+from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .quantised import stored
 
-#: Training forwards with an unfinished selection after which a missing selector is reported.
-_PATIENCE = 3
+
+class CompiledPass:
+    """One compiled forward of a whole model: what layers prepared holds while it is open."""
+
+    is_open = False
 
 
-class SFALayer(Switching):
+class SFALayer(nn.Module, BaseTunerLayer):
     """A layer whose selected weights and external adapter train while the rest stays frozen.
 
     Args:
@@ -61,10 +64,9 @@ class SFALayer(Switching):
         self.sfa_up = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
-        self.entries: dict[str, LiveEntries] = {}  # by name of the base layer's parameter
+        self.adapters: dict[str, Adapter] = {}  # those that were added here, by name
+        self.weights: dict[str, Weight] = {}  # by name of the base layer's parameter
         self.prepared_for: CompiledPass | None = None  # whose forward may use what was prepared
-        self.saved_names: dict[str, str] = {}  # by adapter: path in its file, where it is another
-        self.resolved: dict[str, Resolved] = {}  # by adapter: what its budget was solved to
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
         self.out_features = getattr(base_layer, f"out_{kind}", None)
@@ -73,68 +75,78 @@ class SFALayer(Switching):
 
     def update_layer(
         self,
-        adapter_name: str,
-        config: SFAConfig,
+        adapter: Adapter,
         *,
         path: str,
-        pool: Pool | None,
-        pool_size: int,
-        packed_size: int | None = None,
         parameters: Sequence[str],
         width: int,
     ) -> None:
         """Add an adapter.
 
         Args:
-            adapter_name: The adapter.
-            config: Its configuration.
+            adapter: The adapter.
             path: The layer's path in the model the adapter belongs to; task models that share a
                 backbone may hold it under different names.
-            pool: The adapter's pool, None where it changes no pretrained weight of the model.
-            pool_size: Length of the pool; the first layer with a parameter to change holds it.
-            packed_size: Bytes of a saved selection that is about to be loaded there, or None.
             parameters: Names of this layer's parameters whose entries may be selected.
             width: Width of the external adapter, 0 for none.
         """
-        weight = self.base_weight
+        name, config = adapter.name, adapter.config
+        self.adapters[name] = adapter
         for parameter in parameters:
-            if pool is None:
-                break
-            ordinal = pool.add_tensor(self, parameter, f"{path}.{parameter}")
-            entries = self.entries.setdefault(parameter, LiveEntries())
-            entries.pools[adapter_name] = (pool, ordinal)
-            if ordinal == 0:
-                device, dtype = weight.device, weight.dtype  # PEFT casts to fp32 later
-                self.sfa_pool[adapter_name] = nn.Parameter(
-                    torch.zeros(pool_size, device=device, dtype=dtype)
-                )
-                self.sfa_slots[adapter_name] = torch.full(
-                    (pool_size,), -1, dtype=pool.slots_dtype, device=device
-                )
-                if packed_size is not None:
-                    self.sfa_packed[adapter_name] = torch.zeros(
-                        packed_size, dtype=torch.uint8, device=device
-                    )
+            if adapter.pool is None:
+                self._make_store(adapter)
+            cast(Pool, adapter.pool).add(self.weight(parameter), f"{path}.{parameter}")
         if width:
             down, up = make_projections(
                 self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
             )
-            self.sfa_down[adapter_name], self.sfa_up[adapter_name] = down, up
+            self.sfa_down[name], self.sfa_up[name] = down, up
         self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _make_store(self, adapter: Adapter) -> None:
+        """Hold an adapter's values and positions (of all its layers: this is the first)."""
+        size, packed_size = adapter.record.internal, adapter.record.packed
+        # PEFT casts the values to fp32 later.
+        options = {"device": self.base_weight.device, "dtype": self.base_weight.dtype}
+        self.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
+        few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
+        options["dtype"] = torch.int32 if few else torch.int64
+        self.sfa_slots[adapter.name] = torch.full((size,), -1, **options)
+        if packed_size is not None:
+            options["dtype"] = torch.uint8
+            self.sfa_packed[adapter.name] = torch.zeros(packed_size, **options)
+        adapter.make_pool(LayerStore(self, adapter.name))
+
+    def weight(self, parameter: str) -> Weight:
+        """Return what carries the changes of a parameter."""
+        if parameter not in self.weights:
+            self.weights[parameter] = Weight(self, parameter)
+        return self.weights[parameter]
+
+    def parameter(self, name: str) -> Tensor:
+        """Return a parameter of the base layer, with the entries of live adapters in it."""
+        return cast(Tensor, getattr(self.get_base_layer(), name))
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight as it is stored (its first tensor where it has none)."""
+        return next(stored(self.get_base_layer()))
+
+    def has_adapter(self, adapter_name: str) -> bool:
+        """Whether an adapter changes this layer's parameters or output."""
+        return (
+            adapter_name in self.sfa_down
+            or any(adapter_name in weight.slices for weight in self.weights.values())
+            or any(adapter_name in weight.earlier for weight in self.weights.values())
+        )
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT would also cast to the base's dtype, which loses bits of a loaded fp32 adapter.
         target = device or self.base_weight.device
-        containers: list[Any] = [
-            self.sfa_pool,
-            self.sfa_slots,
-            self.sfa_packed,
-            self.sfa_down,
-            self.sfa_up,
-        ]
-        for container in containers:
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            container: Any = getattr(self, name)
             if adapter_name in container:
                 item = container[adapter_name]
                 tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
@@ -162,16 +174,15 @@ class SFALayer(Switching):
     def _finish_loading(self) -> None:
         """Unpack what a loader left; where nothing was loaded, wait no longer."""
         for name in list(self.sfa_packed):
-            pool = self.find_pool(name)
-            if pool is not None and pool.slots is not None:
-                pool.drop_packed()
+            self.adapters[name].unpack()
+            cast(LayerStore, self.adapters[name].store).drop_packed()
 
     def _pretrained_forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged:
             self.unmerge()
         if self.in_graph:
             # A forward whose backward may still come used the weight as it is: leave it alone.
-            originals = {n: e.original(self.parameter(n)) for n, e in self.entries.items()}
+            originals = {name: weight.original() for name, weight in self.weights.items()}
             return torch.func.functional_call(self.base_layer, originals, args, kwargs)
         self.withdraw()
         return self.base_layer(*args, **kwargs)
@@ -180,23 +191,24 @@ class SFALayer(Switching):
         if not torch.is_grad_enabled() or self.merged:
             return self.base_layer(*args, **kwargs)
         watched = {}
-        for parameter, entries in self.entries.items():
-            if self._is_prepared():
-                taps, slices = entries.prepared
-            else:
-                taps, slices = self._taps(parameter, entries)
+        for name, weight in self.weights.items():
+            ready = weight.prepared if self._is_prepared() else None
+            taps, stand_ins = self._taps(weight) if ready is None else ready
             if taps:
-                watched[parameter] = LiveWeight.apply(self.parameter(parameter), taps, *slices)
+                watched[name] = LiveWeight.apply(self.parameter(name), taps, *stand_ins)
         if not watched:
             return self.base_layer(*args, **kwargs)
         # By name and not F.linear: any layer type and the hooks on it keep working.
         return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
     @eager  # a cut is kept between forwards, so no graph may own it
-    def _taps(self, parameter: str, entries: LiveEntries) -> tuple[list[Tap], list[Tensor]]:
-        for name in entries.live:
-            self._watch(*entries.pools[name])
-        return entries.taps(self.parameter(parameter))
+    def _taps(self, weight: Weight) -> tuple[list[Tap], list[Tensor]]:
+        if self.training:
+            for name in weight.live:
+                adapter = self.adapters.get(name)
+                if adapter is not None and adapter.pool and adapter.pool.weights[0] is weight:
+                    adapter.watch()
+        return weight.taps()
 
     def _is_prepared(self) -> bool:
         """Whether this is a compiled forward that may use what `prepare` found."""
@@ -210,38 +222,189 @@ class SFALayer(Switching):
         if usable:
             self.refresh(self._effective_adapters())
             tapped = torch.is_grad_enabled()
-            for parameter, entries in self.entries.items():
-                entries.prepared = self._taps(parameter, entries) if tapped else ([], [])
+            for weight in self.weights.values():
+                weight.prepared = self._taps(weight) if tapped else ([], [])
 
-    def _watch(self, pool: Pool, ordinal: int) -> None:
-        """Report once that a selection is being trained which nobody makes."""
-        if ordinal or not (pool.needs_selector and self.training and pool.values.requires_grad):
+    # --- the changes on its weights ------------------------------------------------------------
+
+    def refresh(self, names: Sequence[str], *, keep: bool = False) -> None:
+        """Make the base layer's parameters hold the changes of the named adapters."""
+        for weight in self.weights.values():
+            weight.refresh(names, keep=keep)
+
+    def withdraw(self) -> None:
+        """Put the original entries back into the parameters, to the bit."""
+        self.prepared_for = None
+        for weight in self.weights.values():
+            weight.withdraw()
+
+    @property
+    def in_graph(self) -> bool:
+        """Whether a backward that needs the parameters as they are may still come."""
+        return any(weight.in_graph for weight in self.weights.values())
+
+    def _write_active(self) -> None:
+        self.prepared_for = None
+        self.refresh(self._effective_adapters(), keep=True)
+
+    def _switch(self, action: Callable[[], None]) -> None:
+        weight = self.base_weight
+        if self.weights and not weight.is_meta:
+            now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
+
+    # --- which adapters act --------------------------------------------------------------------
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate adapters.
+
+        In eval mode what they change is written at once; in train mode by the next forward, since
+        an optimizer may come first.
+        """
+        before = self.active_adapters
+        self.mark_active(adapter_names, inference_mode=inference_mode)
+        if self.merged:
             return
-        if pool.idle_forwards < _PATIENCE and pool.config and is_unfinished(pool, pool.config):
-            pool.idle_forwards += 1
-            if pool.idle_forwards == _PATIENCE:
-                selected = pool.num_assigned
-                lacking = (
-                    f"beyond the {selected} of {pool.size} that an unfinished run selected"
-                    if selected
-                    else "so only the external adapters and the head learn"
-                )
-                warnings.warn(
-                    f"Adapter `{pool.adapter_name}`: training goes on but nothing selects weights, "
-                    f"{lacking}. Pass "
-                    "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
-                    "each optimizer.step() in an own loop.",
-                    SFAWarning,
-                    stacklevel=2,
-                )
+        if not (self.training or self.disable_adapters):
+            self._switch(self._write_active)
+        elif self.active_adapters != before:
+            self._switch(self.withdraw)
+
+    def mark_active(self, adapter_names: str | list[str], *, inference_mode: bool) -> None:
+        """Activate adapters without writing; while one is added, its pool is not complete."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def act_at_once(self, adapter_names: list[str]) -> None:
+        """Activate adapters for inference and write what they change, before any forward.
+
+        Unlike `set_adapter` this leaves alone what is trainable, so its cost does not grow with the
+        number of adapters.
+        """
+        self._active_adapter = list(adapter_names)
+        self._write_active()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
+        super().enable_adapters(enabled)
+        if not self.merged and not self.in_graph:
+            self._switch(self.withdraw)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter from the layer."""
+        self.withdraw()
+        for weight in self.weights.values():
+            weight.remove(adapter_name)
+        super().delete_adapter(adapter_name)
+        self.adapters.pop(adapter_name, None)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        # PEFT takes the first of these when the active adapter is deleted, and looks for it among
+        # tensors; most layers hold none, since the pool is on the first one.
+        changed = {name for weight in self.weights.values() for name in weight.slices}
+        return sorted(changed.union(super()._all_available_adapter_names()))
+
+    def _effective_adapters(self) -> list[str]:
+        """Names whose change and external adapter act now."""
+        if self.merged:
+            return list(self.merged_adapters)
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if self.has_adapter(name)]
+
+    # --- merging -------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Leave the change of adapters in the weight until `unmerge`.
+
+        External adapters cannot be folded into a weight: they stay in the forward.
+
+        Args:
+            safe_merge: Whether to check first that nothing becomes NaN or infinite.
+            adapter_names: Adapters to merge; None for the active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a value that is not finite.
+        """
+        names = [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
+        if safe_merge:
+            for name in names:
+                self._check_finite(name)
+        self.merged_adapters.extend(names)
+        if names:
+            self._switch(lambda: self.refresh(self.merged_adapters))
+
+    def unmerge(self) -> None:
+        """Put the original entries back, to the bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.merged_adapters.clear()
+        self._switch(self.withdraw)
+
+    def _check_finite(self, name: str) -> None:
+        tensors: list[Tensor] = []
+        if name in self.sfa_down:
+            tensors += [*self.sfa_down[name].parameters(), *self.sfa_up[name].parameters()]
+        tensors += [w.slices[name].change() for w in self.weights.values() if name in w.slices]
+        if not all(bool(torch.isfinite(t).all()) for t in tensors):
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
+            )
+
+    def unload(self) -> nn.Module:
+        """Return what stands in the wrapper's place afterwards: the base layer, merged or not."""
+        base = self.get_base_layer()
+        if not self.merged:
+            self.withdraw()
+            return base
+        kept = [
+            (self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down
+        ]
+        return AdaptedLayer(base, kept) if kept else base
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Like any module's, with the original entries in the base layer unless merged.
+
+        Values and positions that wait to be unpacked are left out, so that a loader (transformers'
+        own) does not miss them in a file that has them packed.
+        """
+        state = super().state_dict(*args, **kwargs)
+        start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        for name in self.sfa_packed:
+            state.pop(f"{start}sfa_pool.{name}", None)
+            state.pop(f"{start}sfa_slots.{name}", None)
+        for name, weight in self.weights.items():
+            key = f"{start}base_layer.{name}"
+            if weight.live and not self.merged and key in state:
+                state[key] = weight.original()
+        return state
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._forget()  # what is loaded next are original weights
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self._forget()
+        super()._apply(fn, recurse)
+        if self.merged:
+            self.refresh(self.merged_adapters)
+        return self
+
+    def _forget(self) -> None:
+        """Take changes out of the weights, and look at these anew next time."""
+        self.withdraw()
+        for weight in self.weights.values():
+            weight.forget()
 
     def extra_repr(self) -> str:
         """Name the role, and per adapter the selected weights and the external adapter's width."""
         parts = [f"role={self.role}"]
-        for parameter, entries in self.entries.items():
-            numel = self.parameter(parameter).numel()
-            for name, (pool, ordinal) in entries.pools.items():
-                parts.append(f"{name}: {pool.count(ordinal)} of {numel} in {parameter} selected")
+        for parameter, weight in self.weights.items():
+            numel = weight.tensor.numel()
+            for name, part in weight.slices.items():
+                selected = part.change().numel()
+                parts.append(f"{name}: {selected} of {numel} in {parameter} selected")
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)
@@ -253,43 +416,16 @@ def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
     return [layer for layer in layers if layer.has_adapter(adapter_name)]
 
 
+def find_adapter(model: nn.Module, adapter_name: str) -> Adapter | None:
+    """Return an adapter of a model, unpacked; None where it has none of that name."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer))
+    adapter = next((m.adapters[adapter_name] for m in layers if adapter_name in m.adapters), None)
+    if adapter is not None:
+        adapter.unpack()
+    return adapter
+
+
 def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
-    pools = (layer.find_pool(adapter_name) for layer in adapter_layers(model, adapter_name))
-    return next((pool for pool in pools if pool is not None), None)
-
-
-def check_name(name: str, model: nn.Module | None = None) -> None:
-    """Check that PEFT can use a name for an adapter.
-
-    PEFT keeps adapters in module dicts, whose keys may be neither paths nor attributes, and finds
-    an adapter's tensors by its name between the dots of their paths.
-
-    Args:
-        name: The name.
-        model: The model that gets the adapter, to compare with the names in its paths.
-
-    Raises:
-        SFAError: If it cannot.
-    """
-    taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
-    if not name or "." in name or "sfa_" in name or taken:
-        raise SFAError(
-            f"{name!r} cannot name a task or an adapter: PEFT uses it itself, or it is empty or "
-            "has a dot. Choose another word."
-        )
-    if name in ("weight", "bias") or (model is not None and name in _names_inside(model)):
-        raise SFAError(
-            f"{name!r} cannot name a task or an adapter: a module or a tensor of the model has "
-            "that name, and PEFT would mix up their tensors in files. Choose another word."
-        )
-
-
-def _names_inside(module: nn.Module) -> set[str]:
-    """Return the names of all modules and tensors of a model, without those of adapters."""
-    if isinstance(module, BaseTunerLayer):
-        return _names_inside(module.get_base_layer())
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        return _names_inside(module.original_module)
-    names = {*module._parameters, *module._buffers, *module._modules}
-    return names.union(*(_names_inside(child) for child in module.children()))
+    adapter = find_adapter(model, adapter_name)
+    return None if adapter is None else adapter.pool

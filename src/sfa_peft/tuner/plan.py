@@ -14,11 +14,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
-from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
+from ..budget import BudgetPlan, solve_budget, with_selection
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning, TargetError
 from ..files.folder import check_tensors
-from ..files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolved
+from ..files.record import Resolved, SavedLayer, SavedTensor, read_resolved
 from .external import output_features
 from .quantised import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
@@ -38,73 +38,34 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Reused:
-    """A saved selection that a new adapter trains.
+class Plan:
+    """Everything the tuner needs to know to inject one adapter.
 
     Attributes:
-        parameters: By layer of this model the parameters that it may change.
-        count: Number of selected weights.
+        backbone: The backbone, None if unknown.
+        record: What the adapter's files will say of it, by the names of this model.
+        targets: Layers to wrap by path, in the order that positions count their parameters.
+        loaded: Whether the record is that of a saved adapter.
+        renamed: By path in its file the path of a layer here, where that is another.
+        earlier: Layers that an earlier adapter changes.
     """
 
-    parameters: Mapping[str, Sequence[str]]
-    count: int
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything the tuner needs to know to inject one adapter."""
-
     backbone: Backbone | None
-    budget: BudgetPlan
+    record: Resolved
     targets: Mapping[str, Target]
-    saved: Resolved | None = None  # where sizes come from a saved adapter: what its file says
-    renamed: Mapping[str, str] = field(default_factory=dict)  # path in the file to path here
-    chain: tuple[Link, ...] = ()  # earlier adapters, the oldest first
-    earlier: frozenset[str] = frozenset()  # layers that one of them changes
-
-    @property
-    def loaded(self) -> bool:
-        """Whether sizes come from a saved adapter."""
-        return self.saved is not None
-
-    def path_here(self, tensor: str) -> str:
-        """Return the full name that a tensor of the file has in this model."""
-        return _here(tensor, self.renamed)
-
-    def to_resolved(self) -> Resolved:
-        """Return what a file must record so that the same adapter can be built again.
-
-        A loaded adapter keeps what its file says of the base.
-        """
-        saved = {_here(t.name, self.renamed): t for t in (self.saved.tensors if self.saved else ())}
-        fresh = {
-            f"{t.name}.{p}": SavedTensor(f"{t.name}.{p}", shape)
-            for t in self.targets.values()
-            for p, shape in t.parameters.items()
-        }
-        return Resolved(
-            total=self.budget.total,
-            allowed=self.budget.allowed,
-            adapter_dim=self.budget.adapter_dim,
-            internal=self.budget.internal,
-            layers={
-                t.name: SavedLayer(t.width, t.role, t.block, t.index)
-                for t in self.targets.values()
-                if t.parameters or t.width
-            },
-            tensors=tuple(replace(saved.get(n, t), name=n) for n, t in fresh.items()),
-            backbone=self.backbone.model_type if self.backbone else None,
-            chain=self.chain,
-        )
+    loaded: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    earlier: frozenset[str] = frozenset()
 
 
-def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None) -> Plan:
+def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = None) -> Plan:
     """Find the layers to adapt and solve the budget (or take both from a saved adapter).
 
     Args:
         model: The model, with or without other adapters.
         config: What to adapt; where it is of a saved adapter, its `resolved` decides.
-        reused: The selection that a new adapter trains, None where it makes its own.
+        reused: Record of the selection that a new adapter trains, by the names of this model;
+            None where it makes its own.
 
     Raises:
         TargetError: If nothing is found, or a named layer cannot be wrapped.
@@ -142,7 +103,7 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None)
         eligible=sum(parameter.numel() for parameter in eligible.values()),
     )
     if reused is not None:
-        budget = with_selection(budget, reused.count, config.budget)
+        budget = with_selection(budget, reused.internal, config.budget)
     elif not outputs and config.rho is None:
         warnings.warn(
             "None of the targeted layers ends an attention or MLP sub-layer, so the whole budget "
@@ -157,7 +118,26 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Reused | None = None)
         own = parameters.get(name, ()) if budget.internal else ()
         if own or name in budget.widths:
             targets[name] = _target(name, layer, roles, own, budget.widths.get(name, 0))
-    return Plan(backbone, budget, targets)
+    return Plan(backbone, _record(budget, targets, backbone), targets)
+
+
+def _record(
+    budget: BudgetPlan, targets: Mapping[str, Target], backbone: Backbone | None
+) -> Resolved:
+    sizes = {f"{t.name}.{p}": s for t in targets.values() for p, s in t.parameters.items()}
+    return Resolved(
+        total=budget.total,
+        allowed=budget.allowed,
+        adapter_dim=budget.adapter_dim,
+        internal=budget.internal,
+        layers=_layers(targets),
+        tensors=tuple(SavedTensor(name, shape) for name, shape in sizes.items()),
+        backbone=backbone.model_type if backbone else None,
+    )
+
+
+def _layers(targets: Mapping[str, Target]) -> dict[str, SavedLayer]:
+    return {n: SavedLayer(t.width, t.role, t.block, t.index) for n, t in targets.items()}
 
 
 def _target(
@@ -260,20 +240,15 @@ def _loaded_plan(
         for n, own in parameters.items()
         if own or n in widths
     }
-    budget = BudgetPlan(
-        total=saved.total,
-        allowed=saved.allowed,
-        adapter_dim=saved.adapter_dim,
-        widths=widths,
-        external=sum(
-            adapter_parameters(output_features(modules[n]), width, config.external_bias)
-            for n, width in widths.items()
-        ),
-        internal=saved.internal,
-        eligible=saved.num_weights,
+    listed = {n: replace(t, name=n) for n, t in zip(names, saved.tensors, strict=True)}
+    record = replace(
+        saved,
+        layers=_layers(targets),
+        tensors=tuple(listed[f"{t.name}.{p}"] for t in targets.values() for p in t.parameters),
+        backbone=backbone.model_type if backbone else None,
     )
     moved = {a: b for a, b in renamed.items() if a != b}
-    return Plan(backbone, budget, targets, saved, moved, saved.chain)
+    return Plan(backbone, record, targets, loaded=True, renamed=moved)
 
 
 def _here(tensor: str, renamed: Mapping[str, str]) -> str:

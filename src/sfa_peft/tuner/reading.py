@@ -1,31 +1,202 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saved adapters read against a model that they are not loaded into."""
+"""The one reader: what an adapter's files say of a model, and their tensors as the model holds them.
+
+A saved adapter is read either into a model (`unpack_state`, called while PEFT loads it) or against
+a model that it is not loaded into (`read_saved`): to reuse its selection, to build on it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import AdapterFileError, SFAError, TargetError
-from ..files.folder import check_selection
-from ..files.packing import adapt, unpack
-from ..files.record import read_resolved
-from ..sparse.pool import Pool
-from .plan import Plan, Reused, make_plan
-from .saving import State, base_reader, by_tensor, check_base, pretrained_tensor
+from ..errors import AdapterFileError, SFAError, SFAWarning, TargetError
+from ..files.folder import check_selection, reading_once, selection_of
+from ..files.packing import PackedSelection
+from ..files.record import Resolved, is_same_base, read_resolved, type_name
+from ..sparse import delta
+from ..sparse.delta import Delta
+from .adapter import Adapter, base_reader, unpack_selection
+from .layer import SFALayer
+from .plan import Plan, make_plan
 from .targets import is_excluded
 
-#: By full name of a tensor: flat positions (int64, strictly increasing) and change (float32).
-Selection = Mapping[str, tuple[Tensor, Tensor]]
+State = dict[str, Tensor]
+
+#: "0" loads onto other pretrained weights where no config can be passed; with a warning.
+_ENVIRONMENT = "SFA_CHECK_BASE"
+
+
+# --- into a model ------------------------------------------------------------------------------
+
+
+def unpack_state(adapter: Adapter, state: State, *, strict: bool) -> State:
+    """Return the tensors of a file as the model holds them.
+
+    Args:
+        adapter: The adapter in the model.
+        state: Tensors by key, without adapter names.
+        strict: Whether the base must hold the values that the adapter was trained on.
+
+    Raises:
+        AdapterFileError: If the selection is damaged or belongs to another model or base.
+    """
+    state = _renamed(adapter, state)
+    pool = adapter.pool
+    for key in list(state):
+        if key.endswith("sfa_packed"):
+            if pool is None:
+                raise AdapterFileError(
+                    f"{key}: a selection, but adapter `{adapter.name}` changes no weights (rho=1). "
+                    "Build it from the adapter's own config."
+                )
+            packed = selection_of(state.pop(key), key)
+            _check_manifest(adapter, packed, strict=strict)
+            slots, values = unpack_selection(pool, packed)
+            state[key.replace("sfa_packed", "sfa_slots")] = slots
+            state[key.replace("sfa_packed", "sfa_pool")] = values
+        elif key.endswith("sfa_slots") and pool is not None:
+            values = state.get(key.replace("sfa_slots", "sfa_pool"))
+            if values is not None:
+                check_selection(key, state[key], values, pool.starts[-1])
+    if adapter.store is not None:
+        adapter.store.drop_packed()
+    return state
+
+
+def in_pool_type(adapter: Adapter, state: State) -> State:
+    """Return tensors with the values in their pool's type, which becomes float32 if it must.
+
+    Pools are float32 unless `autocast_adapter_dtype=False`, or where a loader leaves it out; 16
+    bits may not hold what was trained in 32.
+    """
+    key = next((key for key in state if ".sfa_pool." in key), None)
+    if adapter.pool is None or key is None:
+        return state
+    values, parameter = state[key], adapter.pool.values
+    kept = values.to(parameter.dtype)
+    if torch.equal(kept.float(), values.float()):
+        return {**state, key: kept}
+    if not parameter.is_meta:
+        parameter.data = parameter.data.float()
+    return state
+
+
+def _renamed(adapter: Adapter, state: State) -> State:
+    """Return the tensors under the paths that their layers have in this model."""
+    new_paths = adapter.new_paths
+    if not new_paths:
+        return state
+    pattern = re.compile(r"(^|.*\.)(" + "|".join(map(re.escape, new_paths)) + r")(\.sfa_.*)")
+    found = {}
+    for key, tensor in state.items():
+        match = pattern.fullmatch(key)
+        found[f"{match[1]}{new_paths[match[2]]}{match[3]}" if match else key] = tensor
+    return found
+
+
+def _check_manifest(adapter: Adapter, packed: PackedSelection, *, strict: bool) -> None:
+    """Check that a packed selection is of the very tensors that its positions count here.
+
+    Raises:
+        AdapterFileError: Naming the first tensor that differs.
+    """
+    pool = adapter.pool
+    if packed.manifest is None or pool is None:
+        return
+    paths = [
+        f"{adapter.new_paths.get(layer, layer)}.{parameter}"
+        for layer, _, parameter in (t.name.rpartition(".") for t in packed.manifest)
+    ]
+    if paths != pool.names:
+        pairs = zip(paths, pool.names, strict=False)
+        theirs, ours = next((p for p in pairs if p[0] != p[1]), (len(paths), len(pool.names)))
+        raise AdapterFileError(
+            f"{packed.where}: its positions count `{theirs}` where adapter `{adapter.name}` counts "
+            f"`{ours}`. It was made for other layers: load it under a new name, with its own "
+            "config."
+        )
+    known = [tensor.digests for tensor in adapter.record.tensors]
+    for weight, name, tensor, digests in zip(
+        pool.weights, pool.names, packed.manifest, known, strict=True
+    ):
+        if tensor.digests == digests:
+            continue  # checked when the layers were planned
+        base = weight.pretrained()
+        if not base.is_meta and is_same_base(base, tensor.digests, tensor.dtype) is False:
+            _report_other_base(adapter.name, name, strict)
+            return
+
+
+# --- the base ----------------------------------------------------------------------------------
+
+
+def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool) -> None:
+    """Check that the base holds the pretrained values that a saved adapter was trained on.
+
+    Raises:
+        AdapterFileError: Naming the first tensor that differs, if `strict`.
+    """
+    others = set()
+    for saved in plan.record.tensors if plan.loaded else ():
+        weight = pretrained_tensor(model, saved.name)
+        if not saved.digests or weight.is_meta:
+            continue
+        same = is_same_base(weight, saved.digests, saved.dtype)
+        if same is False:
+            _report_other_base(adapter_name, saved.name, strict)
+            return
+        if type_name(weight.dtype) != saved.dtype:
+            others.add((saved.dtype, type_name(weight.dtype), same))
+    for before, now, same in sorted(others, key=str):
+        verified = "its values are the rounded ones" if same else "its values cannot be verified"
+        warnings.warn(
+            f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
+            f"one ({verified}). Changes are added in float32 and rounded to {now}, so outputs "
+            "differ from those in training by that rounding.",
+            SFAWarning,
+            stacklevel=5,
+        )
+
+
+def pretrained_tensor(model: nn.Module, name: str) -> Tensor:
+    """Return a parameter with its original entries, also where adapters are on it."""
+    path, _, parameter = name.rpartition(".")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, BaseTunerLayer):
+        return getattr(layer, parameter).detach()
+    if isinstance(layer, SFALayer) and parameter in layer.weights:
+        return layer.weights[parameter].pretrained()
+    return getattr(layer.get_base_layer(), parameter).detach()
+
+
+def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
+    message = (
+        f"Adapter `{adapter_name}` was trained on other pretrained weights: `{name}` holds "
+        "other values here. "
+    )
+    if strict and os.environ.get(_ENVIRONMENT) != "0":
+        raise AdapterFileError(
+            message + "Load it onto the model it was trained on; or, to load it all the same, read "
+            "its config with SFAConfig.from_pretrained, set check_base=False and pass "
+            f"config=config (or set {_ENVIRONMENT}=0)."
+        )
+    warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
+
+
+# --- against a model ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -36,8 +207,7 @@ class SavedAdapter:
         source: Folder or Hub id.
         config: Its config.
         plan: Its layers and tensors, found in the model.
-        selection: Its selected entries by the names of this model, in the file's order; tensors
-            without any are left out.
+        deltas: Its sparse change by the names of this model, in the file's order.
         state: All its tensors by key, as in the file.
         digest: SHA-256 of the stored selection, hexadecimal.
         chain: Earlier adapters that it builds on, the oldest first.
@@ -46,15 +216,10 @@ class SavedAdapter:
     source: str
     config: SFAConfig
     plan: Plan
-    selection: Selection
+    deltas: Mapping[str, Delta]
     state: State
     digest: str
     chain: tuple[SavedAdapter, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """Number of selected weights."""
-        return sum(indices.numel() for indices, _ in self.selection.values())
 
 
 def read_saved(
@@ -79,21 +244,28 @@ def read_saved(
             f"{source}: the chain of earlier adapters comes back to it, so none can be the first. "
             "Were folders moved or overwritten? Restore the earlier adapters."
         )
-    config, state = _read_files(source)
-    chain = read_chain(model, config, source, strict=strict, later=(*later, key))
-    plan = make_plan(model, config)
-    check_base(model, source, plan, strict=strict)
-    names = [plan.path_here(t.name) for t in plan.saved.tensors] if plan.saved else []
-    weights = [_with_changes(pretrained_tensor(model, name), name, chain) for name in names]
-    stored = {k: t for k, t in state.items() if k.endswith(("sfa_packed", "sfa_slots", "sfa_pool"))}
-    if bool(stored) != bool(names):
-        raise AdapterFileError(
-            f"{source}: its config lists {len(names)} tensors that it changes, but the file holds "
-            f"{'a' if stored else 'no'} selection; damaged. Save the adapter again."
-        )
-    entries = _unpack(source, stored, weights) if stored else []
-    selection = {n: e for n, e in zip(names, entries, strict=True) if e[0].numel()}
-    return SavedAdapter(source, config, plan, selection, state, _digest(stored), chain)
+    with reading_once():
+        config, state = _read_files(source)
+        chain = read_chain(model, config, source, strict=strict, later=(*later, key))
+        plan = make_plan(model, config)
+        check_base(model, source, plan, strict=strict)
+        names = [tensor.name for tensor in plan.record.tensors]
+        stored = next((k for k in state if k.endswith("sfa_packed")), None)
+        if (stored is not None) != bool(names):
+            raise AdapterFileError(
+                f"{source}: its config lists {len(names)} tensors that it changes, but the file "
+                f"holds {'no' if stored is None else 'a'} selection; damaged. Save the adapter "
+                "again."
+            )
+        deltas: dict[str, Delta] = {}
+        if stored is not None:
+            weights = [_with_changes(pretrained_tensor(model, n), n, chain) for n in names]
+            packed = selection_of(state[stored], f"{source}: {stored}")
+            base_at = base_reader(weights.__getitem__, source)
+            found = packed.unpack([weight.numel() for weight in weights], base_at)
+            deltas = {n: d for n, d in zip(names, found, strict=True) if d.indices.numel()}
+        digest = _digest(None if stored is None else state[stored])
+        return SavedAdapter(source, config, plan, deltas, state, digest, chain)
 
 
 def read_chain(
@@ -141,6 +313,28 @@ def read_chain(
     ) from errors[0]
 
 
+def reuse(saved: SavedAdapter, config: SFAConfig) -> Resolved:
+    """Return the record of a saved selection as a plan takes it: `internal` is what is selected.
+
+    Raises:
+        TargetError: If the new config leaves out or saves whole a layer that is selected from, or
+            nothing is selected.
+    """
+    if not saved.deltas:
+        raise TargetError(
+            f"selection_from={saved.source!r}: no weight is selected there. Was that adapter "
+            "trained with SFACallback or SFASelector?"
+        )
+    record = saved.plan.record
+    for name in record.parameters:
+        if is_excluded(config, name) is not None:
+            raise TargetError(
+                f"selection_from={saved.source!r} selects weights of `{name}`, which "
+                "exclude_modules or modules_to_save of the new config takes. Change those."
+            )
+    return replace(record, internal=delta.count(saved.deltas))
+
+
 def _places(source: str, folder: str | None) -> list[str]:
     """Return where an earlier adapter may be: as given, or seen from the later one's folder."""
     found = [source]
@@ -154,11 +348,8 @@ def _places(source: str, folder: str | None) -> list[str]:
 def _with_changes(weight: Tensor, name: str, chain: Sequence[SavedAdapter]) -> Tensor:
     """Return a weight with the changes of earlier adapters, added one after the other."""
     for saved in chain:
-        if name in saved.selection and not weight.is_meta:
-            indices, change = (t.to(weight.device) for t in saved.selection[name])
-            flat = weight.reshape(-1).clone()
-            flat[indices] = adapt(flat[indices], change)
-            weight = flat.view(weight.shape)
+        if name in saved.deltas and not weight.is_meta:
+            weight = saved.deltas[name].added_to(weight)
     return weight
 
 
@@ -183,61 +374,8 @@ def _read_files(source: str) -> tuple[SFAConfig, State]:
         ) from error
 
 
-def _unpack(source: str, stored: State, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Return (positions, change) of each tensor."""
-    sizes = [weight.numel() for weight in weights]
-    packed = next((k for k in stored if k.endswith("sfa_packed")), None)
-    if packed is not None:
-        base_at = base_reader(weights.__getitem__, source)
-        return unpack(stored[packed], sizes, base_at, f"{source}: {packed}")
-    slots = next((t for k, t in stored.items() if k.endswith("sfa_slots")), torch.empty(0))
-    values = next((t for k, t in stored.items() if k.endswith("sfa_pool")), torch.empty(1))
-    check_selection(f"{source}: sfa_slots", slots, values, sum(sizes))
-    return by_tensor(slots, values.float(), list(accumulate(sizes, initial=0)))
-
-
-def _digest(stored: State) -> str:
+def _digest(packed: Tensor | None) -> str:
     found = hashlib.sha256()
-    for key in sorted(stored):
-        tensor = stored[key].contiguous()
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    if packed is not None:
+        found.update(packed.contiguous().numpy().data)
     return found.hexdigest()
-
-
-def reuse(saved: SavedAdapter, config: SFAConfig) -> Reused:
-    """Return a saved selection as a plan takes it.
-
-    Raises:
-        TargetError: If the new config leaves out or saves whole a layer that is selected from, or
-            nothing is selected.
-    """
-    if not saved.selection:
-        raise TargetError(
-            f"selection_from={saved.source!r}: no weight is selected there. Was that adapter "
-            "trained with SFACallback or SFASelector?"
-        )
-    parameters = {n: list(t.parameters) for n, t in saved.plan.targets.items() if t.parameters}
-    for name in parameters:
-        if is_excluded(config, name) is not None:
-            raise TargetError(
-                f"selection_from={saved.source!r} selects weights of `{name}`, which "
-                "exclude_modules or modules_to_save of the new config takes. Change those."
-            )
-    return Reused(parameters, saved.count)
-
-
-def fill_pool(pool: Pool, selection: Selection, *, with_values: bool) -> None:
-    """Assign the next free slots of a pool to saved entries.
-
-    Args:
-        pool: An empty pool.
-        selection: By the names of the pool's tensors.
-        with_values: Whether values are set to the saved change; otherwise they stay as they are.
-    """
-    none = torch.empty(0, dtype=torch.int64), torch.empty(0)
-    found = [selection.get(name, none) for name in pool.names]
-    pool.assign([indices for indices, _ in found])
-    if with_values:
-        with torch.no_grad():
-            change = torch.cat([change for _, change in found])
-            pool.values[: change.numel()] = change.to(pool.values)

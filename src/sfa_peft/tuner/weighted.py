@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse changes of several adapters as one: the arithmetic, and PEFT's `add_weighted_adapter`."""
+"""PEFT's `add_weighted_adapter`, and the config of an adapter that unites several."""
 
 from __future__ import annotations
 
@@ -9,77 +9,25 @@ from numbers import Real
 from typing import Any
 
 import numpy as np
-import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..files.record import Resolved, SavedLayer
-from ..sparse.pool import Pool
-from .layer import SFALayer, adapter_layers, find_pool
-from .reading import Selection, fill_pool
+from ..sparse.delta import Deltas, count, unite
+from .adapter import Adapter
+from .layer import find_adapter, find_pool
 from .targets import own_modules
 
-#: How the changes of several adapters become one.
-METHODS = ("sum", "larger", "disjoint")
 #: The one of PEFT's names for a combination that means something here.
 LINEAR = "linear"
-
-
-def selection_of(pool: Pool | None) -> Selection:
-    """Return a pool's entries in the order of their positions; values float32, on the CPU."""
-    if pool is None:
-        return {}
-    values = pool.values.detach().float().cpu()
-    found = {}
-    for ordinal, name in enumerate(pool.names):
-        spans = pool.layout()[ordinal]
-        if spans:
-            indices, order = pool.indices(ordinal).cpu().sort()
-            found[name] = indices, torch.cat([values[a:b] for a, b in spans])[order]
-    return found
-
-
-def unite(selections: Sequence[Selection], factors: Sequence[float], method: str) -> Selection:
-    """Return the union of selections by tensor; values float32, added in float64.
-
-    Args:
-        selections: By tensor flat positions (int64, strictly increasing) and changes.
-        factors: One for each selection, for "sum".
-        method: "sum", "larger" or "disjoint" (the first that has an entry gives its change).
-    """
-    united = {}
-    for name in dict.fromkeys(n for selection in selections for n in selection):
-        present = [
-            (*selection[name], factor)
-            for selection, factor in zip(selections, factors, strict=True)
-            if name in selection
-        ]
-        indices = torch.cat([i for i, _, _ in present]).unique()
-        values = torch.zeros(indices.numel(), dtype=torch.float64)
-        taken = torch.zeros(indices.numel(), dtype=torch.bool)
-        for own, change, factor in present:
-            places = torch.searchsorted(indices, own)
-            values[places] = _joined(values[places], taken[places], change, factor, method)
-            taken[places] = True
-        united[name] = indices, values.float()
-    return united
-
-
-def _joined(before: Tensor, taken: Tensor, change: Tensor, factor: float, method: str) -> Tensor:
-    change = change.double()
-    if method == "sum":
-        return before + factor * change
-    if method == "larger":
-        return torch.where(change.abs() > before.abs(), change, before)
-    return torch.where(taken, before, change)
 
 
 def union_config(
     model: nn.Module,
     parts: Sequence[Resolved],
-    selection: Selection,
+    deltas: Deltas,
     like: SFAConfig,
     *,
     widths: Mapping[str, int] | None = None,
@@ -91,7 +39,7 @@ def union_config(
     Args:
         model: The model inside the tuner.
         parts: Layers and tensors of each, by the names of the model; sizes are those of the first.
-        selection: The united entries.
+        deltas: The united change.
         like: Config whose task type, base and biases it takes.
         widths: Widths of its external adapters by layer.
         external: Number of their parameters.
@@ -101,14 +49,14 @@ def union_config(
     tensors = {t.name: t for part in parts for t in part.tensors}
     found = {n: layer for part in parts for n, layer in part.layers.items()}
     layers = {n: found[n] for n in own_modules(model) if n in found}  # in the model's order
-    count = sum(indices.numel() for indices, _ in selection.values())
+    selected = count(deltas)
     total = parts[0].total
-    allowed = min(total, max(count + external, 1))
+    allowed = min(total, max(selected + external, 1))
     resolved = Resolved(
         total=total,
         allowed=allowed,
         adapter_dim=parts[0].adapter_dim if widths else 0,
-        internal=count,
+        internal=selected,
         layers={
             n: SavedLayer(widths.get(n, 0), a.role, a.block, a.index) for n, a in layers.items()
         },
@@ -138,14 +86,14 @@ def add_weighted(
     _check_way(combination_type, options)
     _check_arguments(tuner.peft_config, adapters, weights, adapter_name)
     model = tuner.model
-    parts = [_resolved(name, adapter_layers(model, name)) for name in adapters]
+    parts = [_find(model, name) for name in adapters]
     heads = _find_heads(model, adapters)
-    selections = [selection_of(find_pool(model, name)) for name in adapters]
-    selection = unite(selections, [float(w) for w in weights], "sum")
+    changes = [part.pool.deltas() if part.pool else {} for part in parts]
+    united = unite(changes, [float(w) for w in weights], "sum")
     tuner.peft_config[adapter_name] = union_config(
         model,
-        parts,
-        selection,
+        [part.record for part in parts],
+        united,
         tuner.peft_config[adapters[0]],
         modules_to_save=list(heads) or None,
     )
@@ -156,7 +104,7 @@ def add_weighted(
         raise
     pool = find_pool(model, adapter_name)
     if pool is not None:
-        fill_pool(pool, selection, with_values=True)
+        pool.fill(united, with_values=True)
     for name, owner in heads.items():
         saved: Any = model.get_submodule(name).modules_to_save
         saved[adapter_name].load_state_dict(saved[owner].state_dict())
@@ -205,27 +153,27 @@ def _check_arguments(
         )
 
 
-def _resolved(adapter_name: str, layers: Sequence[SFALayer]) -> Resolved:
-    """Return what an adapter was solved to, if its effect is a change of pretrained weights."""
-    if not layers:
+def _find(model: nn.Module, adapter_name: str) -> Adapter:
+    """Return an adapter, if its effect is a change of pretrained weights and no more."""
+    adapter = find_adapter(model, adapter_name)
+    if adapter is None:
         raise SFAError(
             f"add_weighted_adapter: `{adapter_name}` is not an SFA adapter. Give SFA adapters."
         )
-    resolved = layers[0].resolved[adapter_name]
-    if any(adapter_name in layer.sfa_down for layer in layers):
+    if adapter.record.widths:
         raise SFAError(
             f"add_weighted_adapter: `{adapter_name}` has external adapters, which are not linear, "
             "so a weighted sum of them has no meaning. Only adapters with rho=0 can be summed; "
             "sfa_peft.tasks.combine(model, adapters, keep=...) sums the sparse changes and takes "
             "the external adapters of one of them."
         )
-    if resolved.chain:
+    if adapter.record.chain:
         raise SFAError(
-            f"add_weighted_adapter: `{adapter_name}` continues `{resolved.chain[-1].source}`, so "
-            "its change is not one of the pretrained weights. Combine adapters of the plain "
-            "backbone."
+            f"add_weighted_adapter: `{adapter_name}` continues "
+            f"`{adapter.record.chain[-1].source}`, so its change is not one of the pretrained "
+            "weights. Combine adapters of the plain backbone."
         )
-    return resolved
+    return adapter
 
 
 def _find_heads(model: nn.Module, adapters: Sequence[str]) -> dict[str, str]:

@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError
-from ...files.contents import CHECKSUM, check_contents, write_tensors
+from ...files.folder import CHECKSUM, read_adapter, reading_once, write_tensors
 from .fits import Load, asked
 from .peft_type import NAME
-from .renamed_heads import heads_as_here
+from .heads import heads_as_here
 from .rollback import unchanged_on_error
 
 _MARK = "_sfa_peft"
@@ -87,12 +87,14 @@ def _write(original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any
 
 
 def _read(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
-    state = original(filename, *args, **kwargs)
     with safe_open(filename, framework="pt") as file:
-        metadata = file.metadata()
-    if CHECKSUM in (metadata or {}):
-        check_contents(filename, metadata, state, state.__getitem__)
-    return state
+        metadata = file.metadata() or {}
+    if CHECKSUM not in metadata:
+        return original(filename, *args, **kwargs)
+    device = inspect.signature(original).bind(filename, *args, **kwargs).arguments.get("device")
+    found = read_adapter(filename).tensors
+    # A selection is unpacked on the CPU, wherever the adapter goes.
+    return {k: t if k.endswith("sfa_packed") else t.to(device or "cpu") for k, t in found.items()}
 
 
 def _fill(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +127,7 @@ def _load_adapter(
     **kwargs: Any,
 ) -> Any:
     _check_there(model_id, kwargs.get("subfolder"))
-    with unchanged_on_error(model, adapter_name):
+    with unchanged_on_error(model, adapter_name), reading_once():
         try:
             return original(model, model_id, adapter_name, *args, **kwargs)
         except (*_READING, RuntimeError) as error:
@@ -148,7 +150,7 @@ def _from_pretrained(
     **kwargs: Any,
 ) -> Any:
     _check_there(model_id, kwargs.get("subfolder"))
-    with unchanged_on_error(model, adapter_name):
+    with unchanged_on_error(model, adapter_name), reading_once():
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 

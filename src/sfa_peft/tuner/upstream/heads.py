@@ -1,18 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules that are trained and saved whole: what PEFT's comparison by the end of names reaches."""
+"""Modules that are trained and saved whole, the task heads.
+
+What PEFT's comparison by the end of names reaches; and tensors of heads under the names that this
+release of Transformers gives them. It renames them while it reads a model's checkpoint, but nothing
+renames them in an adapter's file. PEFT looks them up before it asks the tuner, so `files` calls
+`heads_as_here` first.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import SFAConfig
 from ...errors import TargetError
+
+# What Transformers 5 calls otherwise, with the name in 4. Only names that one release has and the
+# other lacks are compared, so that a pattern that fits too much does no harm.
+_FORMER_NAMES = (
+    (r"\.linear_projections\.", ".linear_c."),  # SegFormer
+    (r"\.aifi\.", ".encoder."),  # RT-DETR, D-FINE
+    (r"(_attn)\.o_proj\.", r"\1.out_proj."),  # DETR and what holds its decoder
+    (r"(layers\.\d+)\.mlp\.(fc[12])\.", r"\1.\2."),
+    (r"(layers\.\d+)\.mlp\.layers\.0\.", r"\1.fc1."),  # D-FINE
+    (r"(layers\.\d+)\.mlp\.layers\.1\.", r"\1.fc2."),
+)
 
 #: Containers that PEFT cannot save whole, because they have no forward.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -119,3 +138,47 @@ def _parts(name: str, modules: Mapping[str, nn.Module], matched: Collection[str]
     for child, part in module.named_children():
         if next(part.parameters(), None) is not None or next(part.buffers(), None) is not None:
             yield from _parts(f"{name}.{child}", modules, matched)
+
+
+# --- names of other releases --------------------------------------------------------------------
+
+
+def former_name(name: str) -> str:
+    """Return the name that a head's tensor had in Transformers 4 (the same for such a name)."""
+    for pattern, former in _FORMER_NAMES:
+        name = re.sub(pattern, former, name)
+    return name
+
+
+def names_here(wanted: Iterable[str], found: Iterable[str]) -> dict[str, str]:
+    """Pair the tensors that a model lacks in a file with those that it has no place for.
+
+    Args:
+        wanted: Names of the model's tensors.
+        found: Names of the file's tensors.
+
+    Returns:
+        By name in the file the name in the model, where they differ by release only.
+    """
+    wanted, found = set(wanted), set(found)
+    spare = {former_name(name): name for name in found - wanted}
+    missing = {former_name(name): name for name in wanted - found}
+    return {spare[former]: name for former, name in missing.items() if former in spare}
+
+
+def heads_as_here(
+    model: nn.Module, adapter_name: str, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return an adapter's tensors with those of its heads named as in a model.
+
+    Args:
+        model: The model with the adapter and its `modules_to_save`.
+        adapter_name: The adapter.
+        state: Tensors by key as in the file, without adapter names.
+    """
+    wrappers: list[tuple[str, Any]] = [
+        (n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+    ]
+    wanted = [f"{n}.{k}" for n, m in wrappers for k in m.adapter_state_dict_load_map(adapter_name)]
+    here = names_here(wanted, (key for key in state if ".sfa_" not in key))
+    return {here.get(key, key): tensor for key, tensor in state.items()}

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Adapter`: the one door to an adapter in a model; a stored selection is unpacked here."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from ..config import SFAConfig
+from ..errors import AdapterFileError, SFAError, SFAWarning
+from ..files.packing import unpack
+from ..files.record import Resolved
+from ..selection.unfinished import is_unfinished
+from ..sparse.pool import Pool
+
+#: Training forwards with an unfinished selection after which a missing selector is reported.
+_PATIENCE = 3
+
+
+class LayerStore:
+    """Values and positions that are a Parameter and a buffer of a layer.
+
+    So that they live in the model, also where the tuner around it is not kept.
+
+    Args:
+        layer: The first layer with a weight that may be selected from.
+        adapter_name: The adapter.
+    """
+
+    def __init__(self, layer: Any, adapter_name: str) -> None:
+        self.layer, self.adapter_name = layer, adapter_name
+
+    @property
+    def values(self) -> nn.Parameter:
+        """The change of each assigned weight, (size,)."""
+        return self.layer.sfa_pool[self.adapter_name]
+
+    @property
+    def slots(self) -> Tensor:
+        """Position of each value, (size,)."""
+        return self.layer.sfa_slots[self.adapter_name]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the model still has the adapter."""
+        return self.adapter_name in self.layer.sfa_pool
+
+    @property
+    def packed(self) -> Tensor | None:
+        """A saved selection that waits to be unpacked, uint8; None where none is awaited."""
+        packed = self.layer.sfa_packed
+        return packed[self.adapter_name] if self.adapter_name in packed else None
+
+    def drop_packed(self) -> None:
+        """Wait for no saved selection any longer."""
+        if self.packed is not None:
+            self.layer.sfa_packed.pop(self.adapter_name)
+
+
+class Adapter:
+    """What makes up one adapter in a model.
+
+    Args:
+        name: Its name.
+        config: Its config.
+        record: What its budget was solved to.
+
+    Attributes:
+        pool: Values and positions of its sparse change; None where it changes no weight.
+        store: Where they lie.
+        new_paths: By path in its file the path of a layer here, where that is another.
+        needs_selector: Whether its selection is made while training and nobody has begun to.
+    """
+
+    def __init__(self, name: str, config: SFAConfig, record: Resolved) -> None:
+        self.name, self.config, self.record = name, config, record
+        self.pool: Pool | None = None
+        self.store: LayerStore | None = None
+        self.new_paths: dict[str, str] = {}
+        self.needs_selector = config.selects_while_training
+        self._idle_forwards = 0  # with an unfinished selection and no selector
+
+    def make_pool(self, store: LayerStore) -> Pool:
+        """Give it a pool, whose weights are added next."""
+        self.store = store
+        self.pool = Pool(
+            self.name,
+            store,
+            lr_ratio=self.config.internal_lr_ratio,
+            decay_weight=self.config.weight_decay_on == "weight",
+        )
+        return self.pool
+
+    def unpack(self) -> None:
+        """Unpack a selection that a loader put into the model as it lies in the file.
+
+        transformers' own loader calls none of PEFT's hooks: the bytes wait on the layer until
+        somebody asks for the adapter.
+
+        Raises:
+            AdapterFileError: If they are damaged, or of another base.
+        """
+        packed = None if self.store is None else self.store.packed
+        if self.pool is None or self.store is None or packed is None:
+            return
+        if packed.is_meta or not bool(packed.any()):
+            return  # not loaded (yet)
+        slots, values = unpack_selection(self.pool, packed, f"adapter `{self.name}`, sfa_packed")
+        kept = self.pool.values
+        kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
+        with torch.no_grad():
+            self.pool.slots.copy_(slots)
+        self.store.drop_packed()
+
+    def watch(self) -> None:
+        """Report once that a selection is being trained which nobody makes (asked by forwards)."""
+        pool = self.pool
+        if not self.needs_selector or pool is None or not pool.values.requires_grad:
+            return
+        if self._idle_forwards >= _PATIENCE or not is_unfinished(pool, self.config):
+            return
+        self._idle_forwards += 1
+        if self._idle_forwards == _PATIENCE:
+            selected = pool.num_assigned
+            lacking = (
+                f"beyond the {selected} of {pool.size} that an unfinished run selected"
+                if selected
+                else "so only the external adapters and the head learn"
+            )
+            warnings.warn(
+                f"Adapter `{self.name}`: training goes on but nothing selects weights, "
+                f"{lacking}. Pass "
+                "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
+                "each optimizer.step() in an own loop.",
+                SFAWarning,
+                stacklevel=2,
+            )
+
+
+def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
+    """Return (positions, values) of a packed selection, of the pool's length and type.
+
+    Raises:
+        AdapterFileError: If it is damaged, or longer than the pool.
+    """
+    base_at = base_reader(lambda i: pool.weights[i].foundation(pool.adapter_name), where)
+    deltas = unpack(packed, pool.sizes, base_at, where)
+    count, size = sum(delta.indices.numel() for delta in deltas), pool.size
+    if count > size:
+        raise AdapterFileError(
+            f"{where}: {count} selected weights, but adapter `{pool.adapter_name}` has room for "
+            f"{size}. It was made with another budget: load it under a new name."
+        )
+    slots = torch.full((size,), -1, dtype=pool.slots.dtype)
+    values = torch.zeros(size, dtype=torch.float32)
+    if count:
+        starts = zip(pool.starts, deltas, strict=False)
+        slots[:count] = torch.cat([d.indices + start for start, d in starts]).to(slots.dtype)
+        values[:count] = torch.cat([delta.change for delta in deltas])
+    return slots, values
+
+
+def base_reader(weight_of: Callable[[int], Tensor], where: str) -> Callable[[int, Tensor], Tensor]:
+    """Return what `unpack` asks for the base: entries of a weight, by ordinal and positions."""
+
+    def base_at(ordinal: int, indices: Tensor) -> Tensor:
+        weight = weight_of(ordinal)
+        if weight.is_meta:
+            raise AdapterFileError(
+                f"{where}: values are stored against the base, which is on the meta device. Load "
+                "the base's weights first."
+            )
+        return weight.reshape(-1)[indices.to(weight.device)]
+
+    return base_at
+
+
+def check_name(name: str, model: nn.Module | None = None) -> None:
+    """Check that PEFT can use a name for an adapter.
+
+    PEFT keeps adapters in module dicts, whose keys may be neither paths nor attributes, and finds
+    an adapter's tensors by its name between the dots of their paths.
+
+    Args:
+        name: The name.
+        model: The model that gets the adapter, to compare with the names in its paths.
+
+    Raises:
+        SFAError: If it cannot.
+    """
+    taken = any(hasattr(container, name) for container in (nn.ModuleDict(), nn.ParameterDict()))
+    if not name or "." in name or "sfa_" in name or taken:
+        raise SFAError(
+            f"{name!r} cannot name a task or an adapter: PEFT uses it itself, or it is empty or "
+            "has a dot. Choose another word."
+        )
+    if name in ("weight", "bias") or (model is not None and name in _names_inside(model)):
+        raise SFAError(
+            f"{name!r} cannot name a task or an adapter: a module or a tensor of the model has "
+            "that name, and PEFT would mix up their tensors in files. Choose another word."
+        )
+
+
+def _names_inside(module: nn.Module) -> set[str]:
+    """Return the names of all modules and tensors of a model, without those of adapters."""
+    if isinstance(module, BaseTunerLayer):
+        return _names_inside(module.get_base_layer())
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        return _names_inside(module.original_module)
+    names = {*module._parameters, *module._buffers, *module._modules}
+    return names.union(*(_names_inside(child) for child in module.children()))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Injection`: one adapter being put into a model, from its config to the last layer."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..config import SFAConfig
+from ..errors import SFAWarning, TargetError
+from ..selection.data_free import select_without_data
+from .adapter import Adapter, check_name
+from .chain import attach_chain, check_same_chain, put_on_chain
+from .layer import SFALayer
+from .plan import make_plan
+from .reading import check_base, read_chain, read_saved, reuse
+from .targets import is_excluded
+from .upstream.heads import check_heads, unmatched_heads
+
+
+class Injection:
+    """Plans an adapter (which changes nothing), wraps layers one by one, and ends the work.
+
+    Args:
+        model: The model, with or without other adapters.
+        name: Name of the adapter.
+        config: Its config.
+
+    Raises:
+        SFAError: If the name cannot be used, or what `make_plan` or the readers of other adapters
+            raise.
+    """
+
+    def __init__(self, model: nn.Module, name: str, config: SFAConfig) -> None:
+        check_name(name, model)
+        self.model, self.config = model, config
+        strict = config.check_base
+        self.reused = None
+        if config.selection_from is not None and config.resolved is None:
+            self.reused = read_saved(model, config.selection_from, strict=strict)
+        reused = reuse(self.reused, config) if self.reused else None
+        self.chain = read_chain(model, config, config.folder, strict=strict)
+        check_same_chain(self.reused, self.chain, config)
+        self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
+        check_heads(model, config, self.plan.targets)
+        check_base(model, name, self.plan, strict=strict)
+        self.adapter = Adapter(name, config, self.plan.record)
+        self.adapter.new_paths = dict(self.plan.renamed)
+
+    def is_target(self, path: str) -> Any:
+        """Return whether a layer is wrapped, or PEFT's mark of those that the config excludes."""
+        if path in self.plan.earlier:
+            return True
+        # PEFT wants to hear of excluded layers apart from those that do not match.
+        excluded = is_excluded(self.config, path)
+        return path in self.plan.targets if excluded is None else excluded
+
+    def wrap(self, layer: nn.Module, path: str) -> SFALayer:
+        """Return a layer with the adapter added, wrapped now unless it was.
+
+        Raises:
+            TargetError: If another tuner has wrapped it.
+        """
+        target, name = self.plan.targets[path], self.adapter.name
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, SFALayer):
+            raise TargetError(
+                f"`{path}` is already wrapped by {type(layer).__name__}; SFA changes the "
+                "layer's own weight and cannot share it with another tuner. Unload the other one."
+            )
+        if not isinstance(layer, SFALayer):
+            layer = SFALayer(
+                layer, name=target.name, role=target.role, block=target.block, stage=target.stage
+            )
+        layer.update_layer(
+            self.adapter, path=target.name, parameters=list(target.parameters), width=target.width
+        )
+        return layer
+
+    def finish(self) -> None:
+        """Attach earlier changes, check the order of layers, select what needs no training."""
+        attach_chain(self.model, self.adapter.name, self.chain)
+        self._check_order()
+        self._warn_of_frozen_head()
+        pool, config = self.adapter.pool, self.config
+        if pool is None:
+            return
+        if self.reused is not None:
+            if not pool.values.is_meta:
+                pool.fill(self.reused.deltas, with_values=config.selection_values == "trained")
+        elif not self.plan.loaded and not config.selects_while_training:
+            select_without_data(pool, config)
+        if not config.init_weights:
+            nn.init.normal_(pool.values, std=0.5)
+            if pool.is_empty:
+                select_without_data(pool, SFAConfig(score="random"))
+
+    def _check_order(self) -> None:
+        """Check that layers were wrapped in the order that stored positions count them in."""
+        pool, wanted = self.adapter.pool, [tensor.name for tensor in self.plan.record.tensors]
+        if pool is not None and pool.names != wanted:
+            pairs = zip(pool.names, wanted, strict=False)
+            first = next((a for a, b in pairs if a != b), "one is missing")
+            raise TargetError(
+                f"The model's layers come in another order than the adapter's (first: `{first}`). "
+                "Load it onto the model it was trained on."
+            )
+
+    def _warn_of_frozen_head(self) -> None:
+        """Say when parameters outside the backbone will not be trained (a forgotten head)."""
+        backbone, saved = self.plan.backbone, self.config.modules_to_save or []
+        if backbone is None or self.plan.loaded or not backbone.name:
+            return
+        frozen = [
+            n
+            for n, _ in self.model.named_parameters()
+            if not n.startswith(f"{backbone.name}.")
+            and not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
+            and "modules_to_save" not in n
+        ]
+        if frozen:
+            tops = sorted({n.split(".")[0] for n in frozen})
+            absent = unmatched_heads(self.model, self.config)
+            typo = f" No module has a name that ends in {', '.join(absent)}." if absent else ""
+            warnings.warn(
+                f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
+                f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task "
+                f"head in modules_to_save to train and save it.{typo}",
+                SFAWarning,
+                stacklevel=4,
+            )
