@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sfa_peft import SFALayer
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 
 #: Standard deviation of every change of a weight (the weights' own is 0.02).
 CHANGE = 1e-3
@@ -67,7 +67,7 @@ class Sparse:
 
     def is_ready(self) -> bool:
         """Whether the next forward would write nothing any more."""
-        weights = [layer.parameter(name) for layer in self.layers for name in layer.entries]
+        weights = [layer.parameter(name) for layer in self.layers for name in layer.weights]
         before = [weight._version for weight in weights]
         for layer in self.layers:
             layer.refresh(layer._effective_adapters())
@@ -79,11 +79,10 @@ class Sparse:
         name = self.names["a"]
         pool = find_pool(self.model, name)
         for layer in self.layers:
-            for entries in layer.entries.values():
-                for kept in (entries._supports.get(name), entries._finished.get(name)):
-                    for tensor in vars(kept).values() if kept is not None else ():
-                        if isinstance(tensor, Tensor) and tensor.numel():
-                            found[tensor.data_ptr()] = tensor.nbytes
+            for weight in layer.weights.values():
+                for tensor in weight.kept(name):
+                    if tensor.numel():
+                        found[tensor.data_ptr()] = tensor.nbytes
         return sum(found.values()) + (pool.values.nbytes + pool.slots.nbytes if pool else 0)
 
 

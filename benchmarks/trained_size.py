@@ -36,7 +36,7 @@ from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
 from sfa_peft.files.container import read_info
 from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 
 INDEX_SECTIONS = 5  # table, skips, lengths and their low bits; planes of values follow
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.
@@ -79,8 +79,8 @@ def train(share: float, args: argparse.Namespace) -> PeftModel:
 def entropy(pool: Pool) -> float:
     """Return bits per index of random positions at each tensor's own density."""
     bits = 0.0
-    for ordinal in range(len(pool.tensors)):
-        size, count = pool.weight(ordinal).numel(), pool.count(ordinal)
+    for ordinal in range(len(pool.weights)):
+        size, count = pool.weights[ordinal].tensor.numel(), pool.count(ordinal)
         for part in (count, size - count):
             bits -= part * log2(part / size) if part else 0.0
     return bits / pool.num_assigned
@@ -90,7 +90,7 @@ def packed_as(pool: Pool, dtype: torch.dtype) -> bytes:
     """Return the packed selection on the backbone in a type."""
     entries = []
     for ordinal, spans in enumerate(pool.layout()):
-        weight = pool.pretrained(ordinal).to(dtype).reshape(-1)
+        weight = pool.weights[ordinal].pretrained().to(dtype).reshape(-1)
         indices, order = pool.indices(ordinal).sort()
         parts = [pool.values.detach()[a:b] for a, b in spans]
         change = torch.cat(parts)[order] if parts else pool.values.detach()[:0]

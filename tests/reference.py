@@ -156,7 +156,7 @@ def masks_of(pool) -> dict[str, Tensor]:
     """Return an adapter's selection as dense masks by parameter name."""
     masks = {}
     for ordinal, name in enumerate(pool.names):
-        weight = pool.weight(ordinal)
+        weight = pool.weights[ordinal].tensor
         mask = torch.zeros(weight.numel(), dtype=torch.bool)
         for a, b in pool.layout()[ordinal]:
             mask[pool.slots[a:b] - pool.starts[ordinal]] = True
@@ -168,7 +168,7 @@ def deltas_of(pool) -> dict[str, Tensor]:
     """Return an adapter's change as dense tensors by parameter name."""
     deltas = {}
     for ordinal, name in enumerate(pool.names):
-        weight = pool.weight(ordinal)
+        weight = pool.weights[ordinal].tensor
         delta = torch.zeros(weight.numel())
         for a, b in pool.layout()[ordinal]:
             delta[pool.slots[a:b] - pool.starts[ordinal]] = pool.values.detach()[a:b].float()

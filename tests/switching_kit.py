@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from sfa_peft import SFAConfig, SFALayer
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP, images, upernet
 
 NAMES = ("one", "two", "three")
@@ -107,7 +107,7 @@ def layers_of(model) -> list[SFALayer]:
 
 def weights_of(model) -> list[torch.Tensor]:
     return [
-        layer.parameter(n).detach().clone() for layer in layers_of(model) for n in layer.entries
+        layer.parameter(n).detach().clone() for layer in layers_of(model) for n in layer.weights
     ]
 
 

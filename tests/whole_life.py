@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfa_peft import SFAConfig, SFASelector, budget_report
 from sfa_peft.backbones import find_backbone
 from sfa_peft.tuner import SFALayer
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 
 STEPS = 3
 BUDGET = 0.25
@@ -111,7 +111,7 @@ def live_through(
     pool = find_pool(model, "default")
     assert selector.selected == pool.values.numel() == report.internal > 0
     expected = evaluate(model, batch)
-    changed = [int((pool.weight(i) != frozen[n]).sum()) for i, n in enumerate(pool.names)]
+    changed = [int((pool.weights[i].tensor != frozen[n]).sum()) for i, n in enumerate(pool.names)]
     assert 0 < sum(changed) <= report.internal
     assert any(layer.sfa_up["default"].weight.any() for layer in adapters(model))
     assert not all(torch.equal(a, b) for a, b in zip(before, expected, strict=True))

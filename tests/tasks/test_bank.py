@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from sfa_peft import SFAError, SFALayer
 from sfa_peft.tasks import TaskBank
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tasks.models import (
     MODELS,
     NAMES,

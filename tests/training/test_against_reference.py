@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import adapter_layers, find_pool
 from tests.reference import DenseReference, assert_same
 from tests.tiny import MLP, images, upernet
 
@@ -53,7 +53,7 @@ def test_every_step_of_swinv2_with_external_adapters_equals_the_dense_reference(
     weights = {name: parameters[name] for name in pool.names}
     reference = DenseReference(weights, pool.values.numel(), total=9, rounds_of=2)
     # The reference's external adapters are plain hooks that read the same projections.
-    for layer in pool.layers:
+    for layer in adapter_layers(model, "default"):
         name = layer.name
         if "default" in layer.sfa_down:
             down, up = layer.sfa_down["default"], layer.sfa_up["default"]

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.reference import masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -54,7 +54,7 @@ def test_a_trainer_run_selects_in_rounds_and_logs_the_share(tmp_path):
     assert shares == expected  # update steps count, not micro-batches
     assert callback.selector.update_steps == 12
     assert not any(
-        pool.entries(i).observers for i in range(len(pool.tensors))
+        pool.weights[i].observers for i in range(len(pool.weights))
     )  # sums are freed after the last pick
 
 
@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_never_selected(caplog):
     for step in range(20):
         model(torch.randn(4, 12)).sum().backward()
         if step == 0:
-            pool.entries(0).observers["default"].function.state[0] = float("nan")
+            pool.weights[0].observers["default"].function.state[0] = float("nan")
         selector.step()
     assert "`first.weight`: gradients were NaN" in caplog.text
     assert selector.selected_share == 1

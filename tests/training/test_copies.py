@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sfa_peft import SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 from tests.training.test_precision import SCORES, STEPS, assert_same, loss_of, make, trained
 
@@ -74,7 +74,7 @@ def test_a_copy_trains_on_by_itself_and_to_the_same_bits(options, selector_first
     assert torch.equal(pools[0].slots, pools[1].slots)
     torch.testing.assert_close(pools[1].values.detach(), values, rtol=0, atol=1e-6)
     bare = find_pool(alone, "default")  # a copy without the selector carries no scores
-    assert not any(bare.entries(i).observers or bare.entries(i).candidates for i in range(2))
+    assert not any(bare.weights[i].observers or bare.weights[i].candidates for i in range(2))
     head = {n: t for n, t in MLP().state_dict().items() if not n.startswith("head")}
     unloaded = alone.unload().state_dict()
     assert all(torch.equal(unloaded[n], t) for n, t in head.items())

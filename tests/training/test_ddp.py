@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_peft import SelectionError, SFAConfig, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 
 STEPS, MICRO, WORLD = 12, 2, 2
@@ -90,7 +90,7 @@ def run(rank: int, world: int, *, resumes: bool = False, **options):
         "scores": traffic.scores,
         "gradients": traffic.gradients,
         "trained": sum(p.numel() * p.element_size() for p in trained),
-        "tensors": [pool.weight(i).numel() for i in range(len(pool.tensors))],
+        "tensors": [pool.weights[i].tensor.numel() for i in range(len(pool.weights))],
     }
 
 

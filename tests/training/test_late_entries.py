@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 
 TOTAL, ROUND = 16, 4

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 
 OPTIONS = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
@@ -135,7 +135,7 @@ def test_a_closed_selector_counts_on_and_selects_nothing():
     selector = SFASelector(model, total_steps=8)
     selector.close()
     pool = find_pool(model, "default")
-    assert not any(pool.entries(i).observers for i in range(len(pool.tensors)))
+    assert not any(pool.weights[i].observers for i in range(len(pool.weights)))
     assert not any(selector.step() for _ in range(4))
     assert selector.selected == 0
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 from tests.training.trainer_runs import make_trainer
 
@@ -163,7 +163,7 @@ def test_an_earlier_state_loaded_over_a_later_one_takes_everything_back(name, tm
     loop.train(1, STEPS, tmp_path)
     final = loop.state()
     pool = find_pool(loop.model, "default")
-    assert not any(pool.entries(i).observers for i in range(2))  # freed by the last pick
+    assert not any(pool.weights[i].observers for i in range(2))  # freed by the last pick
     for step in (14, 9, 6, 2, 11, 4):
         loop.load(tmp_path, step)
         assert loop.selector.update_steps == step

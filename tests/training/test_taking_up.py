@@ -9,7 +9,7 @@ from peft import get_peft_model, inject_adapter_in_model
 from transformers import TrainerCallback
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP, upernet
 from tests.training.trainer_runs import Images, make_trainer
 

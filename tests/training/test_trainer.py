@@ -19,7 +19,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFAWarning, selection_summary
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import images, upernet
 from tests.training.trainer_runs import QUIET, ROUND, STEPS, Images, make_trainer
 
@@ -229,7 +229,7 @@ def test_early_stopping_says_how_much_is_selected(tmp_path, caplog):
         "ended at update step 6, before its last pick after step 9: "
         f"{third} of {pool.size} weights are selected"
     ) in caplog.text
-    assert not any(pool.entries(i).observers for i in range(len(pool.tensors)))  # scores are freed
+    assert not any(pool.weights[i].observers for i in range(len(pool.weights)))  # scores are freed
     trainer.model.save_pretrained(tmp_path / "stopped")
     card = (tmp_path / "stopped" / "README.md").read_text()
     assert f"Only a part of the budget was selected when this was saved: {third:,} of" in card

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAWarning
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -41,7 +41,7 @@ def test_every_bit_of_the_adapted_weights_comes_back(dtype, size, tmp_path):
     loaded = PeftModel.from_pretrained(MLP().to(dtype), tmp_path)
     assert torch.equal(output(loaded, dtype), expected)
     pool = find_pool(loaded, "default")
-    assert all(torch.equal(pool.weight(i), w) for i, w in enumerate(weights))
+    assert all(torch.equal(pool.weights[i].tensor, w) for i, w in enumerate(weights))
     loaded.save_pretrained(tmp_path / "again")
     files = [load_file(f / "adapter_model.safetensors") for f in (tmp_path, tmp_path / "again")]
     assert all(torch.equal(files[0][k], files[1][k]) for k in files[0] | files[1])

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAError, SFASelector, SFAWarning, TargetError
 from sfa_peft.tasks import TaskBank, combine
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -317,7 +317,7 @@ def test_deleting_the_last_later_adapter_forgets_the_earlier_change(three):
     model = PeftModel.from_pretrained(MLP().to(dtype), root / "two", adapter_name="two")
     model.load_adapter(root / "three", "three")
     layer = model.get_base_model().second
-    pools = layer.entries["weight"].pools
+    pools = layer.weights["weight"].slices
     assert len([n for n in pools if n.startswith("earlier")]) == 2  # one is shared
     model.delete_adapter("three")
     assert len([n for n in pools if n.startswith("earlier")]) == 1

@@ -19,7 +19,7 @@ from peft import (
 from peft.utils import TaskType
 
 from sfa_peft import ConfigError, SFAConfig, SFAError, SFAModel
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 
@@ -162,9 +162,9 @@ def test_repr_tells_role_width_and_number_of_selected_weights():
     model = get_peft_model(upernet(), config(budget=0.2))
     layer = next(m for m in model.modules() if getattr(m, "role", "") == "mlp_out")
     found = re.search(r"role=mlp_out, default: (\d+) of (\d+) in weight selected", repr(layer))
-    pool, ordinal = layer.entries["weight"].pools["default"]
+    part = layer.weights["weight"].slices["default"]
     assert found
-    assert (int(found[1]), int(found[2])) == (pool.count(ordinal), layer.base_weight.numel())
+    assert (int(found[1]), int(found[2])) == (part.indices().numel(), layer.base_weight.numel())
     assert f"default: width {layer.sfa_down['default'].out_features}" in repr(layer)
     assert "mlp_out" in str(model)
 

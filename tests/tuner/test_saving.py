@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation
 
 from sfa_peft import AdapterFileError, SFAConfig, SFASelector, SFAWarning
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP, images, upernet
 
 WEIGHTS = "adapter_model.safetensors"
@@ -79,7 +79,7 @@ def test_the_file_holds_adapters_selection_and_head_with_buffers_and_nothing_els
     assert all(".decode_head." in k for k in others)
     assert any(k.endswith("running_var") for k in others)
     pool = find_pool(trained, "default")
-    packed = tensors[f"base_model.model.{pool.layers[0].name}.sfa_packed"]
+    packed = tensors[f"base_model.model.{pool.store.layer.name}.sfa_packed"]
     assert packed.numel() < 5 * pool.values.numel()  # of 8 bytes that positions and values take
 
 
@@ -227,10 +227,10 @@ def test_transformers_own_loader_gives_the_same_bits_and_misses_nothing(dtype, t
         model(batch)
         for loaded in (attached, found, again):
             pool = find_pool(loaded, "default")
-            parameter = pool.anchor.sfa_pool["default"]
+            parameter = pool.store.layer.sfa_pool["default"]
             # Weights and not outputs: transformers loads the base's tensors to other addresses,
             # where kernels round differently.
             loaded.eval()(batch)
-            for ordinal in range(len(ours.tensors)):
-                assert torch.equal(pool.weight(ordinal), ours.weight(ordinal))
+            for ordinal in range(len(ours.weights)):
+                assert torch.equal(pool.weights[ordinal].tensor, ours.weights[ordinal].tensor)
             assert pool.values is parameter  # what an optimizer made before the first use holds

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfa_peft.sparse import writing as together_module
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.switching_kit import (
     ACTIONS,
     Kit,
@@ -160,7 +160,7 @@ def test_an_error_in_a_thread_is_raised_and_the_rest_is_right_afterwards(monkeyp
     session = Session(Kit("mlp", torch.float32))
     monkeypatch.setattr(together_module, "_WORTH_THREADS", 0)
     monkeypatch.setattr(together_module.torch, "get_num_threads", lambda: 2)
-    entries = layers_of(session.model)[0].entries["weight"]
+    entries = layers_of(session.model)[0].weights["weight"]
     with monkeypatch.context() as patch:
         patch.setattr(entries, "_write_finished", lambda *_args, **_options: 1 / 0)
         with pytest.raises(ZeroDivisionError):

@@ -18,7 +18,7 @@ from sfa_peft import (
     selection_summary,
 )
 from sfa_peft.selection import scores
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 from tests.reference import masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -95,7 +95,7 @@ def test_training_changes_selected_entries_only_and_some_of_every_kind(trained):
     assert pool.num_assigned == pool.values.numel()
     changed = set()
     for ordinal, (name, mask) in enumerate(masks_of(pool).items()):
-        differs = pool.weight(ordinal).detach() != base[name]
+        differs = pool.weights[ordinal].tensor.detach() != base[name]
         assert not (differs & ~mask).any(), name
         if differs.any():
             changed |= {end for end in ENDS if name.endswith(end)}
@@ -121,7 +121,7 @@ def test_merging_keeps_the_output_and_unmerging_the_pretrained_bits(trained):
     base = dict(upernet().named_parameters())
     pool = find_pool(trained, "default")
     for ordinal, name in enumerate(pool.names):
-        assert torch.equal(pool.weight(ordinal), base[name])
+        assert torch.equal(pool.weights[ordinal].tensor, base[name])
     assert torch.equal(logits(trained), expected)
     with trained.disable_adapter():
         backbone = trained.base_model.model.backbone
@@ -143,9 +143,9 @@ def test_the_summary_has_a_row_per_parameter_and_the_budget_counts_them(trained)
         assert row["share"] == row["selected"] / row["numel"]
     report = budget_report(trained)
     assert report.external + report.internal == report.allowed
-    resolved = pool.layers[0].resolved["default"]
+    resolved = pool.store.layer.adapters["default"].record
     assert [(t.name, t.shape) for t in resolved.tensors] == [
-        (n, tuple(pool.weight(i).shape)) for i, n in enumerate(pool.names)
+        (n, tuple(pool.weights[i].tensor.shape)) for i, n in enumerate(pool.names)
     ]
 
 

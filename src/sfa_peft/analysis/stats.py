@@ -12,8 +12,7 @@ from torch import nn
 
 from ..errors import TargetError
 from ..sparse.pool import Pool
-from ..tuner.layer import SFALayer
-from ..tuner.model import adapter_layers, find_pool
+from ..tuner.layer import SFALayer, adapter_layers, find_pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000
@@ -79,7 +78,7 @@ def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetRepo
         TargetError: If the model has no such SFA adapter.
     """
     layers = _layers(model, adapter_name)
-    resolved = layers[0].resolved[adapter_name]
+    resolved = layers[0].adapters[adapter_name].record
     widths: dict[int | None, list[int]] = defaultdict(list)
     external = 0
     for layer in layers:
@@ -116,12 +115,13 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
     if pool is None:
         return []
     rows = []
-    for ordinal, (layer, parameter) in enumerate(pool.tensors):
-        numel, selected = pool.weight(ordinal).numel(), pool.count(ordinal)
+    for ordinal, weight in enumerate(pool.weights):
+        layer: Any = weight.owner
+        numel, selected = pool.weights[ordinal].tensor.numel(), pool.count(ordinal)
         rows.append(
             {
-                "name": pool.names[ordinal].removesuffix(f".{parameter}"),
-                "parameter": parameter,
+                "name": pool.names[ordinal].removesuffix(f".{weight.parameter}"),
+                "parameter": weight.parameter,
                 "role": layer.role,
                 "layer": layer.block,
                 "numel": numel,
@@ -140,9 +140,10 @@ def stage_shares(pool: Pool) -> dict[str, float]:
     """
     sizes: dict[str, int] = defaultdict(int)
     selected: dict[str, int] = defaultdict(int)
-    for ordinal, (layer, _) in enumerate(pool.tensors):
+    for ordinal, weight in enumerate(pool.weights):
+        layer: Any = weight.owner
         stage = "other" if layer.stage is None else f"stage{layer.stage + 1}"
-        sizes[stage] += pool.weight(ordinal).numel()
+        sizes[stage] += pool.weights[ordinal].tensor.numel()
         selected[stage] += pool.count(ordinal)
     return {stage: selected[stage] / size for stage, size in sizes.items()}
 
@@ -154,7 +155,7 @@ def _line(name: str, count: int, total: int, note: str = "") -> str:
 def _layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
     layers = adapter_layers(model, adapter_name)
     if not layers:
-        names = sorted({n for m in model.modules() if isinstance(m, SFALayer) for n in m.resolved})
+        names = sorted({n for m in model.modules() if isinstance(m, SFALayer) for n in m.adapters})
         raise TargetError(
             f"The model has no SFA adapter named `{adapter_name}`; it has {names or 'none'}. Give "
             "adapter_name, or wrap the model first: get_peft_model(model, SFAConfig(...))."

@@ -46,7 +46,7 @@ class Candidates:
         """Let the next forward write weights with the changes, and picks rank them."""
         for ordinal, change in enumerate(self.changes):
             self.accumulators[ordinal].state = change.detach()
-            self.pool.entries(ordinal).candidates[self.pool.adapter_name] = change.detach()
+            self.pool.weights[ordinal].candidates[self.pool.adapter_name] = change.detach()
         self.pool.withdraw()
 
     def _take(self, ordinal: int, _weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
@@ -72,7 +72,10 @@ class Candidates:
         decay = settings.get("weight_decay", 0) if self.pool.decay_weight else 0
         coupled = not is_decoupled(optimizer, settings)
         self.pool.withdraw()  # so that weights are the pretrained ones
-        weights = [self.pool.scored_weight(i).detach() for i in range(len(self.changes))]
+        weights = [
+            self.pool.weights[i].scored(self.pool.adapter_name).detach()
+            for i in range(len(self.changes))
+        ]
         for change, weight in zip(self.changes, weights, strict=True):
             if decay and coupled:
                 add_decay(change, weight, settings)
@@ -94,7 +97,7 @@ class Candidates:
         """End the dense training: weights hold pretrained values and selected changes only."""
         self.pool.withdraw()
         for ordinal, change in enumerate(self.changes):
-            candidates = self.pool.entries(ordinal).candidates
+            candidates = self.pool.weights[ordinal].candidates
             mine = candidates.get(self.pool.adapter_name)
             if mine is not None and mine.data_ptr() == change.data_ptr():
                 del candidates[self.pool.adapter_name]

@@ -11,7 +11,7 @@ from .topk import RandomSource, Source, TensorSource
 
 def select_without_data(pool: Pool, config: SFAConfig) -> None:
     """Make the whole selection at once, by a score that needs no gradients."""
-    weights = [pool.scored_weight(i) for i in range(len(pool.tensors))]
+    weights = [pool.weights[i].scored(pool.adapter_name) for i in range(len(pool.weights))]
     if any(weight.is_meta for weight in weights) or pool.values.is_meta:
         return
     sources: list[Source] = [TensorSource(w) for w in weights]

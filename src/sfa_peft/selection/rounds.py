@@ -73,7 +73,7 @@ class Run:
         for ordinal, name in enumerate(self.pool.names):
             self.accumulators[name] = Accumulator(
                 score,
-                partial(self.pool.scored_weight, ordinal),
+                partial(self.pool.weights[ordinal].scored, self.pool.adapter_name),
                 dtype=dtype,
                 key=name,
                 loss_scale=self.loss_scale,
@@ -107,7 +107,7 @@ class Run:
         if self.pool.driver is not self:  # another selector took over
             return
         for ordinal, name in enumerate(self.pool.names):
-            observers = self.pool.entries(ordinal).observers
+            observers = self.pool.weights[ordinal].observers
             if wanted and name in self.observers:
                 observers[self.pool.adapter_name] = self.observers[name]
             else:
@@ -184,7 +184,7 @@ class Run:
                 [self.pool.indices(i).sort().values for i in range(size)],
                 ranking=self.config.ranking,
                 granularity=self.config.granularity,
-                row_sizes=row_sizes([self.pool.weight(i) for i in range(size)]),
+                row_sizes=row_sizes([self.pool.weights[i].tensor for i in range(size)]),
                 distribution=distribution,
             )
         )

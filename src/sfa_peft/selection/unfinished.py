@@ -16,7 +16,7 @@ def is_unfinished(pool: Pool, config: SFAConfig) -> bool:
     """
     if not config.selects_while_training:
         return False
-    selected = sum(pool.count(i) for i in range(len(pool.tensors)))
+    selected = pool.num_selected
     return selected == 0 or pool.size - selected > _most_left_open(pool, config)
 
 
@@ -24,7 +24,7 @@ def _most_left_open(pool: Pool, config: SFAConfig) -> int:
     """Return the most slots that a finished selection may leave open."""
     left = 0
     if config.granularity == "row":  # less than the row that did not fit any more
-        sizes = row_sizes([pool.weight(i) for i in range(len(pool.tensors))])
+        sizes = row_sizes([pool.weights[i].tensor for i in range(len(pool.weights))])
         left = max(sizes) - 1 if config.ranking == "global" else sum(sizes) - len(sizes)
     if config.schedule == "literal":  # 1/n, and n is at least 2
         left += pool.size if config.select_until is not None else pool.size - pool.size // 2

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import SFAError
-from ..tuner.layer import SFALayer, check_name
+from ..tuner.adapter import check_name
+from ..tuner.layer import SFALayer
 from .claims import Claim, Claims
 from .loading import guard_forward, load_frozen, read_config, remove_adapter
 from .memory import TaskMemory, count_bytes, measure, tensors_of

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
-from ..tuner.layer import check_name
-from ..tuner.model import find_pool
-from ..tuner.reading import Selection, fill_pool
+from ..sparse.delta import METHODS, Deltas, unite
+from ..tuner.adapter import check_name
+from ..tuner.layer import find_adapter, find_pool
 from ..tuner.upstream.files import fill_adapter
 from ..tuner.upstream.rollback import unchanged_on_error
-from ..tuner.weighted import METHODS, union_config, unite
+from ..tuner.weighted import union_config
 from .overlaps import CombineReport, count_overlaps
 from .parts import Part, read_parts
 
@@ -89,7 +89,7 @@ def combine(
             peft_model = get_peft_model(model, config, adapter_name=name)
         pool = find_pool(peft_model, name)
         if pool is not None:
-            fill_pool(pool, selection, with_values=True)
+            pool.fill(selection, with_values=True)
         if kept is not None:
             _take_over(peft_model, name, kept)
     return peft_model, report
@@ -108,10 +108,11 @@ def _take_over(model: PeftModel, name: str, kept: Part) -> None:
 
 def _selection_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """Return the selection that an adapter has, by key as in a file."""
-    pool = find_pool(model, name)
-    if pool is None:
+    adapter = find_adapter(model, name)
+    if adapter is None or adapter.pool is None or adapter.store is None:
         return {}
-    start = f"base_model.model.{pool.anchor.name}"
+    pool, layer = adapter.pool, adapter.store.layer
+    start = f"base_model.model.{layer.name}"
     values = pool.values.detach()
     return {f"{start}.sfa_pool": values.clone(), f"{start}.sfa_slots": pool.slots.clone()}
 
@@ -159,7 +160,7 @@ def _check_chains(parts: Sequence[Part]) -> None:
 
 
 def _config(
-    model: nn.Module, parts: Sequence[Part], kept: Part | None, selection: Selection
+    model: nn.Module, parts: Sequence[Part], kept: Part | None, selection: Deltas
 ) -> SFAConfig:
     """Return the config of an adapter that is as large as the union."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import ConfigError, SFAError
-from ..files.packing import change_to
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
-from ..tuner.model import find_pool
+from ..sparse.delta import change_to
+from ..tuner.layer import find_pool
 from ..tuner.plan import Plan, make_plan
 from .sharing import refuse_tuned
 
@@ -123,7 +123,7 @@ def extract(
     _check_heads(model, config, base, tuned)
     chosen = pick(
         [TensorSource(change) for change in changes.values()],
-        plan.budget.internal,
+        plan.record.internal,
         [torch.empty(0, dtype=torch.int64, device=c.device) for c in changes.values()],
         ranking=config.ranking,
         granularity=config.granularity,

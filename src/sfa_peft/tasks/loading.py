@@ -95,4 +95,4 @@ def guard_forward(model: nn.Module, use: Callable[[], AbstractContextManager[Any
 
 
 def _serves_any(layer: SFALayer) -> bool:
-    return bool(layer.sfa_down) or any(entries.pools for entries in layer.entries.values())
+    return bool(layer.sfa_down) or any(weight.slices for weight in layer.weights.values())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..tuner.model import adapter_layers, find_pool
+from ..tuner.layer import adapter_layers, find_pool
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def measure(model: nn.Module, name: str, shared: nn.Module) -> TaskMemory:
     for layer in adapter_layers(model, name):
         if name in layer.sfa_down:
             external += [*layer.sfa_down[name].parameters(), *layer.sfa_up[name].parameters()]
-        for entries in layer.entries.values():
+        for entries in layer.weights.values():
             switching += entries.kept(name)
     # The adapter may also change layers of the head: count nothing twice.
     counted = {id(t) for t in [*own_parts, *external, *tensors_of(shared)]}

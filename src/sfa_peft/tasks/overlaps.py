@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from ..tuner.reading import Selection
+from ..sparse.delta import Deltas
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class CombineReport:
         return "\n".join(lines)
 
 
-def count_overlaps(selections: Mapping[str, Selection]) -> CombineReport:
+def count_overlaps(selections: Mapping[str, Deltas]) -> CombineReport:
     """Return what selections share, by adapter."""
     counts = {name: _size(selection) for name, selection in selections.items()}
     union = shared = 0
@@ -72,7 +72,7 @@ def count_overlaps(selections: Mapping[str, Selection]) -> CombineReport:
     return CombineReport(counts, union, shared, pairs)
 
 
-def _pair(first: str, second: str, selections: Mapping[str, Selection]) -> PairOverlap:
+def _pair(first: str, second: str, selections: Mapping[str, Deltas]) -> PairOverlap:
     a, b = selections[first], selections[second]
     shared = same = 0
     for tensor in a.keys() & b.keys():
@@ -96,5 +96,5 @@ def _shared(a: Tensor, a_change: Tensor, b: Tensor, b_change: Tensor) -> tuple[i
     return int(inside.sum()), int(same.sum())
 
 
-def _size(selection: Selection) -> int:
+def _size(selection: Deltas) -> int:
     return sum(indices.numel() for indices, _ in selection.values())

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..files.record import Resolved
-from ..tuner.model import adapter_layers, find_pool
-from ..tuner.reading import SavedAdapter, Selection, read_saved
-from ..tuner.weighted import selection_of
+from ..sparse.delta import Deltas
+from ..tuner.layer import find_adapter
+from ..tuner.reading import SavedAdapter, read_saved
 
 _PREFIX = "base_model.model."
 
@@ -36,7 +36,7 @@ class Part:
     source: str
     config: SFAConfig
     resolved: Resolved
-    selection: Selection
+    selection: Deltas
     others: Mapping[str, Tensor]
 
     @property
@@ -70,21 +70,20 @@ def read_parts(model: nn.Module, sources: Sequence[str]) -> list[Part]:
 
 def _loaded(model: PeftModel, name: str) -> Part:
     config = model.peft_config[name]
-    layers = adapter_layers(model, name)
-    if not isinstance(config, SFAConfig) or not layers:
+    adapter = find_adapter(model, name)
+    if not isinstance(config, SFAConfig) or adapter is None:
         raise SFAError(f"combine: `{name}` is not an SFA adapter. Give SFA adapters.")
     state = cast(dict[str, Tensor], get_peft_model_state_dict(model, adapter_name=name))
     others = {k: t.detach().clone() for k, t in state.items() if not _is_selection(k)}
-    return Part(
-        name, config, layers[0].resolved[name], selection_of(find_pool(model, name)), others
-    )
+    deltas = adapter.pool.deltas() if adapter.pool else {}
+    return Part(name, config, adapter.record, deltas, others)
 
 
 def _saved(saved: SavedAdapter) -> Part:
     others = {
         _renamed(k, saved.plan.renamed): t for k, t in saved.state.items() if not _is_selection(k)
     }
-    return Part(saved.source, saved.config, saved.plan.to_resolved(), saved.selection, others)
+    return Part(saved.source, saved.config, saved.plan.record, saved.deltas, others)
 
 
 def _is_selection(key: str) -> bool:

@@ -40,8 +40,8 @@ def refuse_sharded(model: nn.Module, pool: Pool) -> None:
     kind = None
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         kind = "FullyShardedDataParallel"
-    for ordinal in range(len(pool.tensors)):
-        weight = pool.weight(ordinal)
+    for ordinal in range(len(pool.weights)):
+        weight = pool.weights[ordinal].tensor
         if isinstance(weight, DTensor):
             kind = "fully_shard (FSDP2)"
         elif hasattr(weight, "ds_id"):

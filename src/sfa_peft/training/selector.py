@@ -15,7 +15,7 @@ from ..selection.rules import check_settings
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
 from ..selection.unfinished import is_unfinished
-from ..tuner.model import find_pool
+from ..tuner.layer import find_adapter
 from .active import active_adapter, adapter_config
 from .guards import refuse_reentrant_checkpointing, refuse_sharded
 
@@ -60,13 +60,14 @@ class SFASelector:
         inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
         self.adapter_name = adapter_name or active_adapter(inner)
         self.config = adapter_config(inner, self.adapter_name)
-        self.pool = find_pool(inner, self.adapter_name)
+        adapter: Any = find_adapter(inner, self.adapter_name)
+        self.pool = adapter.pool
         self._run: Run | None = None
         self._warned = False
         if self.pool is None or not self.config.selects_while_training:
             return
         refuse_sharded(model, self.pool)
-        self.pool.needs_selector = False
+        adapter.needs_selector = False
         if self.pool.is_empty:
             find_score(self.config.score)
             schedule = make_schedule(
@@ -104,7 +105,7 @@ class SFASelector:
         """Number of pretrained weights selected so far (asks no device between two picks)."""
         if self.pool is None:
             return 0
-        return sum(self.pool.count(i) for i in range(len(self.pool.tensors)))
+        return self.pool.num_selected
 
     @property
     def selected_share(self) -> float:

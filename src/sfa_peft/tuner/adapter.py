@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError, SFAWarning
-from ..files.packing import unpack
+from ..files.packing import PackedSelection, read_packed
 from ..files.record import Resolved
 from ..selection.unfinished import is_unfinished
 from ..sparse.pool import Pool
@@ -55,7 +55,7 @@ class LayerStore:
     def packed(self) -> Tensor | None:
         """A saved selection that waits to be unpacked, uint8; None where none is awaited."""
         packed = self.layer.sfa_packed
-        return packed[self.adapter_name] if self.adapter_name in packed else None
+        return packed[self.adapter_name] if self.adapter_name in packed else None  # noqa: SIM401
 
     def drop_packed(self) -> None:
         """Wait for no saved selection any longer."""
@@ -111,7 +111,8 @@ class Adapter:
             return
         if packed.is_meta or not bool(packed.any()):
             return  # not loaded (yet)
-        slots, values = unpack_selection(self.pool, packed, f"adapter `{self.name}`, sfa_packed")
+        selection = read_packed(packed, f"adapter `{self.name}`, sfa_packed")
+        slots, values = unpack_selection(self.pool, selection)
         kept = self.pool.values
         kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
         with torch.no_grad():
@@ -143,14 +144,15 @@ class Adapter:
             )
 
 
-def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def unpack_selection(pool: Pool, packed: PackedSelection) -> tuple[Tensor, Tensor]:
     """Return (positions, values) of a packed selection, of the pool's length and type.
 
     Raises:
         AdapterFileError: If it is damaged, or longer than the pool.
     """
+    where = packed.where
     base_at = base_reader(lambda i: pool.weights[i].foundation(pool.adapter_name), where)
-    deltas = unpack(packed, pool.sizes, base_at, where)
+    deltas = packed.unpack(pool.sizes, base_at)
     count, size = sum(delta.indices.numel() for delta in deltas), pool.size
     if count > size:
         raise AdapterFileError(

@@ -96,4 +96,4 @@ def _weight(model: nn.Module, tensor: str) -> Weight:
     layer = model.get_submodule(path)
     if not isinstance(layer, SFALayer):  # wrapped by `put_on_chain`
         raise TargetError(f"`{path}` is not adapted, but an earlier adapter changes it.")
-    return layer.weight(parameter)
+    return layer.carrier(parameter)

@@ -65,7 +65,7 @@ class Injection:
         Raises:
             TargetError: If another tuner has wrapped it.
         """
-        target, name = self.plan.targets[path], self.adapter.name
+        target = self.plan.targets[path]
         if isinstance(layer, BaseTunerLayer) and not isinstance(layer, SFALayer):
             raise TargetError(
                 f"`{path}` is already wrapped by {type(layer).__name__}; SFA changes the "

@@ -95,7 +95,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         for parameter in parameters:
             if adapter.pool is None:
                 self._make_store(adapter)
-            cast(Pool, adapter.pool).add(self.weight(parameter), f"{path}.{parameter}")
+            cast(Pool, adapter.pool).add(self.carrier(parameter), f"{path}.{parameter}")
         if width:
             down, up = make_projections(
                 self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
@@ -117,7 +117,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.sfa_packed[adapter.name] = torch.zeros(packed_size, **options)
         adapter.make_pool(LayerStore(self, adapter.name))
 
-    def weight(self, parameter: str) -> Weight:
+    def carrier(self, parameter: str) -> Weight:
         """Return what carries the changes of a parameter."""
         if parameter not in self.weights:
             self.weights[parameter] = Weight(self, parameter)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one reader: what an adapter's files say of a model, and their tensors as the model holds them.
+"""The one reader: what an adapter's files say of a model, and their tensors as it holds them.
 
 A saved adapter is read either into a model (`unpack_state`, called while PEFT loads it) or against
 a model that it is not loaded into (`read_saved`): to reuse its selection, to build on it.

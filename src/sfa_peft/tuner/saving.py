@@ -8,9 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from ..files.fingerprint import digests, type_name
 from ..files.packing import Entries, pack, with_manifest
-from ..files.record import Resolved, SavedTensor
+from ..files.record import Resolved, SavedTensor, digests, type_name
 from ..sparse.delta import by_weight
 from ..sparse.pool import Pool
 from .adapter import Adapter

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.model import find_pool
+from sfa_peft.tuner.layer import find_pool
 
 HERE = Path(__file__).parent
 STEPS = 4
@@ -80,8 +80,10 @@ def adapted_weights(model: nn.Module) -> dict[str, Tensor]:
     pool: Any = find_pool(model, "default")
     found = {}
     for ordinal, name in enumerate(pool.names):
-        changed = pool.weight(ordinal) != pool.pretrained(ordinal)
-        found[f"{ordinal}.{'weight' if name.endswith('weight') else 'bias'}"] = pool.weight(ordinal)
+        changed = pool.weights[ordinal].tensor != pool.weights[ordinal].pretrained()
+        found[f"{ordinal}.{'weight' if name.endswith('weight') else 'bias'}"] = pool.weights[
+            ordinal
+        ].tensor
         found[f"{ordinal}.changed"] = changed
     return {k: v.detach().clone().contiguous() for k, v in found.items()}
 

@@ -28,8 +28,8 @@ from ...config import SFAConfig
 from ...errors import AdapterFileError
 from ...files.folder import CHECKSUM, read_adapter, reading_once, write_tensors
 from .fits import Load, asked
-from .peft_type import NAME
 from .heads import heads_as_here
+from .peft_type import NAME
 from .rollback import unchanged_on_error
 
 _MARK = "_sfa_peft"
