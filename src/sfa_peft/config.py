@@ -23,7 +23,7 @@ from .config_checks import (
     check_score,
     check_types,
 )
-from .files.folder import check_complete
+from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
 from .model_card import METRICS, CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
@@ -273,9 +273,11 @@ class SFAConfig(PeftConfig):
         """Write `adapter_config.json`, and a section of the model card beside it."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".partial-") as partial:
-            super().save_pretrained(partial, **kwargs)
-            (Path(partial) / CONFIG_NAME).replace(folder / CONFIG_NAME)
+        with tempfile.TemporaryDirectory() as elsewhere:  # PEFT writes in place
+            super().save_pretrained(elsewhere, **kwargs)
+            written = (Path(elsewhere) / CONFIG_NAME).read_bytes()
+        with replacing(folder / CONFIG_NAME) as partial:
+            partial.write_bytes(written)
         mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
         known = mapping.get("parent_library", "").startswith("transformers.")
         write_section(

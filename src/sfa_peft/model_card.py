@@ -7,7 +7,6 @@ The section stands between two marks; saving again replaces it and leaves the re
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import SFAError
+from .files.folder import replacing
 
 _START, _END = "<!-- sfa_peft: written anew on every save -->", "<!-- sfa_peft: end -->"
 _HEADING = "## Loading this Selective Feature Adapter"
@@ -146,7 +146,8 @@ def write_section(
         text = _SECTION.sub(lambda _: section, text, count=1)
     else:
         text = f"{text.rstrip()}\n\n{section}".lstrip()
-    replace_file(card, text)
+    with replacing(card) as partial:
+        partial.write_text(text, encoding="utf-8", errors=_KEEP)
 
 
 def _usage(base: str | None, base_class: str | None) -> Iterator[str]:
@@ -211,10 +212,3 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
     for row in (heads, ["---"] * len(heads), *rows):
         cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in row)
         yield f"| {' | '.join(cells)} |"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it: it is never half written."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8", errors=_KEEP)
-    partial.replace(path)

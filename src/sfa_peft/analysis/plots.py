@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files.folder import replacing
+
 
 def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Draw the share of selected weights by block, a line for each role.
@@ -39,8 +41,7 @@ def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     axes.set_title("Where the selected weights are")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure.savefig(partial, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
     plt.close(figure)
-    partial.replace(path)
     return path

@@ -8,6 +8,7 @@ and the model's sizes before memory is taken for it. A blob that does not hold i
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AdapterFileError
-from .entropy import check_section, expand, squeeze
-from .header import BLOCKS, INDEX_SECTIONS, BlobInfo, Parts, assemble, parse
+from .entropy import Section, check_section, expand, squeeze
 from .indices import RECORD, pack_indices, read_table, stream_lengths, unpack_indices
-from .values import ValueMode, decode_values, encode_values, plane_lengths
+from .values import BLOCK, BLOCKS, ValueMode, decode_values, encode_values, plane_lengths
+
+MAGIC = b"SFADELTA"
+VERSION = 1
+
+# Magic, version, flags, mode, sections, block, tensors, CRC-32 of the base entries, entries, bytes.
+_HEADER = struct.Struct("<8sHHBBHIIQQ")
+_SECTION = struct.Struct("<QQI")  # stored bytes, expanded bytes, codec
+_CHECKSUM = struct.Struct("<I")
+_LENGTH = slice(32, 40)  # of the whole blob, in its header
+_WEIGHTS = 1  # flag: values are adapted weights, not changes; of the modes that need the base
+_INDEX_SECTIONS = ("table", "skips", "low bits of skips", "lengths", "low bits of lengths")
 
 BaseEntries = Callable[[int, NDArray[np.int64]], NDArray[Any]]
 
@@ -43,20 +54,38 @@ class SelectedEntries:
     base: NDArray[Any] | None = None
 
 
-def encode_entries(
-    tensors: Sequence[SelectedEntries],
-    mode: ValueMode,
-    *,
-    are_weights: bool = False,
-    block: int = 128,
-) -> bytes:
+@dataclass(frozen=True)
+class Blob:
+    """A blob taken apart: whole, but its sections are not expanded yet.
+
+    Attributes:
+        mode: How values are stored.
+        num_tensors: Number of weight tensors, those without a selected entry included.
+        num_entries: Number of selected entries of all tensors.
+        block: Values per block of `ValueMode.INT8`, otherwise 0.
+        base_crc: Checksum of the base weights at the positions, 0 where the mode needs none.
+        sections: Table, four streams of positions, the planes of values.
+    """
+
+    mode: ValueMode
+    num_tensors: int
+    num_entries: int
+    block: int
+    base_crc: int
+    sections: Sequence[Section]
+
+    @property
+    def section_nbytes(self) -> tuple[int, ...]:
+        """Stored bytes of each section."""
+        return tuple(len(section.data) for section in self.sections)
+
+
+def encode_entries(tensors: Sequence[SelectedEntries], mode: ValueMode) -> bytes:
     """Encode the selected entries of all tensors as one blob.
 
     Args:
         tensors: One item per weight tensor, in an order that the reader knows.
         mode: How to store values; see `ValueMode` for what each takes and loses.
-        are_weights: Whether values are adapted weights (always so in modes that need the base).
-        block: Values in one block of `ValueMode.INT8`, 64 to 256; other modes have no blocks.
 
     Returns:
         The blob; the same bytes each time with one version of zlib.
@@ -65,41 +94,62 @@ def encode_entries(
         AdapterFileError: If positions, values or base weights are not what the mode takes, or a
             value is NaN or infinite.
     """
-    if mode is ValueMode.INT8 and block not in BLOCKS:
-        raise AdapterFileError(f"block {block}: INT8 takes 64 to 256 values in a block.")
     _check_lengths(tensors, mode)
     counts = [t.indices.size for t in tensors]
     values = _joined([t.values for t in tensors], mode)
     bases = [t.base for t in tensors if t.base is not None]
     base = _joined(bases, mode) if mode.needs_base else None
     packed = pack_indices([t.indices for t in tensors], [t.size for t in tensors])
-    planes = encode_values(mode, values, base, counts, block)
+    planes = encode_values(mode, values, base, counts)
     sections = [squeeze(raw) for raw in (*packed, *planes)]
-    info = BlobInfo(
-        mode=mode,
-        are_weights=are_weights or mode.needs_base,
-        num_tensors=len(tensors),
-        num_entries=sum(counts),
-        block=block if mode is ValueMode.INT8 else 0,
-        section_nbytes=tuple(len(s.data) for s in sections),
+    block = BLOCK if mode is ValueMode.INT8 else 0
+    return assemble(Blob(mode, len(tensors), sum(counts), block, _crc(base), sections))
+
+
+def assemble(blob: Blob) -> bytes:
+    """Return header, section heads, sections and checksum as one byte string."""
+    sections = blob.sections
+    total = _HEADER.size + len(sections) * _SECTION.size + _CHECKSUM.size
+    header = _HEADER.pack(
+        MAGIC,
+        VERSION,
+        _flags(blob.mode),
+        blob.mode,
+        len(sections),
+        blob.block,
+        blob.num_tensors,
+        blob.base_crc,
+        blob.num_entries,
+        total + sum(blob.section_nbytes),
     )
-    return assemble(Parts(info, _crc(base), sections))
+    heads = [_SECTION.pack(len(s.data), s.nbytes, s.codec) for s in sections]
+    body = b"".join([header, *heads, *(s.data for s in sections)])
+    return body + _CHECKSUM.pack(zlib.crc32(body))
 
 
-def read_info(blob: bytes | bytearray | memoryview, *, where: str = "selection") -> BlobInfo:
-    """Check a blob's header, length and checksum, and return what it says of itself.
+def declared_length(data: bytes | memoryview) -> int:
+    """Return how long the blob at the start of some bytes says that it is; all of it if too short.
+
+    Args:
+        data: A blob, and what may follow it. Nothing is checked.
+    """
+    return int.from_bytes(data[_LENGTH], "little") if len(data) > _LENGTH.stop else len(data)
+
+
+def read_blob(data: bytes | bytearray | memoryview, *, where: str = "selection") -> Blob:
+    """Take a blob apart; what its sections hold is whole once this returns.
 
     Raises:
         AdapterFileError: If it is not a blob, of another version, cut short or damaged.
     """
     try:
-        return parse(memoryview(blob).cast("B")).info
+        return _read_blob(memoryview(data).cast("B"))
     except AdapterFileError as error:
         raise AdapterFileError(f"{where}: {error}") from error.__cause__
 
 
 def decode_entries(
-    blob: bytes | bytearray | memoryview,
+    blob: Blob,
     sizes: Sequence[int],
     *,
     base_entries: BaseEntries | None = None,
@@ -108,7 +158,7 @@ def decode_entries(
     """Decode a blob after checking all that it declares.
 
     Args:
-        blob: As `encode_entries` returned it.
+        blob: As `read_blob` returned it.
         sizes: Number of weights of each tensor in the model, in the order of encoding.
         base_entries: Called as `base_entries(ordinal, indices)` for each tensor when values are
             stored against the base (`ValueMode.needs_base`); returns the base weights there in
@@ -120,11 +170,11 @@ def decode_entries(
         once more the expanded bytes, never more than the model's sizes allow.
 
     Raises:
-        AdapterFileError: If the blob is damaged, of another version, of another model, or was
-            written against other base weights.
+        AdapterFileError: If the blob is damaged, of another model, or was written against other
+            base weights.
     """
     try:
-        return _decode(parse(memoryview(blob).cast("B")), sizes, base_entries)
+        return _decode(blob, sizes, base_entries)
     except AdapterFileError as error:
         raise AdapterFileError(f"{where}: {error}") from error.__cause__
 
@@ -158,34 +208,99 @@ def _crc(base: NDArray[Any] | None) -> int:
     return zlib.crc32(base.astype(base.dtype.newbyteorder("<"), copy=False).tobytes())
 
 
-def _decode(
-    parts: Parts, sizes: Sequence[int], base_entries: BaseEntries | None
-) -> list[SelectedEntries]:
-    info, sections = parts.info, parts.sections
-    mode = info.mode
-    if info.num_tensors != len(sizes):
+def _flags(mode: ValueMode) -> int:
+    return _WEIGHTS if mode.needs_base else 0
+
+
+def _read_blob(data: memoryview) -> Blob:
+    if len(data) < _HEADER.size or bytes(data[:8]) != MAGIC:
         raise AdapterFileError(
-            f"written for {info.num_tensors} tensors, the model has {len(sizes)}. Load the adapter "
+            f"expected a selection of {_HEADER.size} bytes or more that starts with {MAGIC!r}, got "
+            f"{len(data)} bytes that start with {bytes(data[:8])!r}. Is this an SFA adapter?"
+        )
+    fields = _HEADER.unpack(data[: _HEADER.size])
+    version, flags, mode_number, num_sections, block = fields[1:6]
+    num_tensors, base_crc, num_entries, nbytes = fields[6:]
+    if version != VERSION:
+        raise AdapterFileError(
+            f"format version {version} is not known; this version of sfa-peft reads {VERSION}. "
+            "Upgrade sfa-peft, or save the adapter again if the file is damaged."
+        )
+    if nbytes != len(data):
+        raise AdapterFileError(
+            f"expected {nbytes} bytes, got {len(data)}; cut short or damaged. Copy or save the "
+            "adapter again."
+        )
+    first = _HEADER.size + num_sections * _SECTION.size
+    if first + _CHECKSUM.size > nbytes or _CHECKSUM.unpack(data[-4:])[0] != zlib.crc32(data[:-4]):
+        raise AdapterFileError("the checksum does not match; damaged. Copy or save it again.")
+    mode = _checked_mode(mode_number, flags, block, num_sections)
+    sections = _cut(data, first)
+    return Blob(mode, num_tensors, num_entries, block, base_crc, sections)
+
+
+def _checked_mode(number: int, flags: int, block: int, num_sections: int) -> ValueMode:
+    try:
+        mode = ValueMode(number)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"value mode {number} is not known; this version reads "
+            f"{', '.join(str(int(known)) for known in ValueMode)}. Upgrade sfa-peft."
+        ) from error
+    is_block = block in BLOCKS if mode is ValueMode.INT8 else block == 0
+    whole = num_sections == len(_INDEX_SECTIONS) + mode.num_planes
+    if not is_block or flags != _flags(mode) or not whole:
+        raise AdapterFileError(
+            f"flags {flags}, block {block} and {num_sections} sections do not go with mode "
+            f"{mode.name}; damaged, or written by a later version."
+        )
+    return mode
+
+
+def _cut(data: memoryview, first: int) -> list[Section]:
+    """Return the sections of a blob of which the first starts at `first`."""
+    heads = [_SECTION.unpack_from(data, at) for at in range(_HEADER.size, first, _SECTION.size)]
+    stored = [head[0] for head in heads]
+    room = len(data) - first - _CHECKSUM.size
+    if sum(stored) != room:
+        raise AdapterFileError(
+            f"sections of {sum(stored)} bytes in all, room for {room}; damaged. Save the adapter "
+            "again."
+        )
+    edges = pairwise(accumulate(stored, initial=first))
+    return [
+        Section(codec, expanded, data[a:b])
+        for (_, expanded, codec), (a, b) in zip(heads, edges, strict=True)
+    ]
+
+
+def _decode(
+    blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
+) -> list[SelectedEntries]:
+    mode, sections = blob.mode, blob.sections
+    if blob.num_tensors != len(sizes):
+        raise AdapterFileError(
+            f"written for {blob.num_tensors} tensors, the model has {len(sizes)}. Load the adapter "
             "onto the model it was trained on."
         )
     check_section(sections[0], RECORD.itemsize * len(sizes), "table")
     records = read_table(expand(sections[0], "table"), sizes)
     counts = [record.entries for record in records]
-    if sum(counts) != info.num_entries:
+    if sum(counts) != blob.num_entries:
         raise AdapterFileError(
-            f"{info.num_entries} entries in the header, {sum(counts)} in the table; damaged. Save "
+            f"{blob.num_entries} entries in the header, {sum(counts)} in the table; damaged. Save "
             "the adapter again."
         )
-    lengths = [*stream_lengths(records), *plane_lengths(mode, counts, info.block)]
-    names = [*INDEX_SECTIONS[1:], *(f"plane {i}" for i in range(mode.num_planes))]
+    lengths = [*stream_lengths(records), *plane_lengths(mode, counts, blob.block)]
+    names = [*_INDEX_SECTIONS[1:], *(f"plane {i}" for i in range(mode.num_planes))]
     # All sections are checked before the first is expanded.
     for section, expected, name in zip(sections[1:], lengths, names, strict=True):
         check_section(section, expected, name)
     raw = [expand(s, name) for s, name in zip(sections[1:], names, strict=True)]
     indices = unpack_indices(records, raw[:4])
-    bases = _read_bases(parts, indices, base_entries) if mode.needs_base else None
+    bases = _read_bases(blob, indices, base_entries) if mode.needs_base else None
     base = None if bases is None else _joined(bases, mode)
-    values = decode_values(mode, raw[4:], base, counts, info.block)
+    values = decode_values(mode, raw[4:], base, counts, blob.block)
     edges = pairwise(accumulate(counts, initial=0))
     return [
         SelectedEntries(sizes[i], indices[i], values[a:b], None if bases is None else bases[i])
@@ -194,9 +309,9 @@ def _decode(
 
 
 def _read_bases(
-    parts: Parts, indices: Sequence[NDArray[np.int64]], base_entries: BaseEntries | None
+    blob: Blob, indices: Sequence[NDArray[np.int64]], base_entries: BaseEntries | None
 ) -> list[NDArray[Any]]:
-    mode = parts.info.mode
+    mode = blob.mode
     if base_entries is None:
         raise AdapterFileError(
             f"values are stored against the base weights ({mode.name}); pass `base_entries`."
@@ -208,7 +323,7 @@ def _read_bases(
                 f"tensor {ordinal}: expected {positions.size} base weights as {mode.dtype}, got "
                 f"{base.dtype} {list(base.shape)}. Cast the base to the type it was trained in."
             )
-    if _crc(_joined(bases, mode)) != parts.base_crc:
+    if _crc(_joined(bases, mode)) != blob.base_crc:
         raise AdapterFileError(
             "the base weights at the selected positions are not those it was written against. Load "
             "the adapter onto the model it was trained on, in the same type."

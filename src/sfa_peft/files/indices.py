@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AdapterFileError
-from .number_lists import ListSizes, NumberList, Streams, pack_numbers, unpack_sums
 
 Indices = NDArray[np.int64]
+Streams = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # symbols and low bits of a list
 
 RECORD = np.dtype(
     [
@@ -35,6 +35,41 @@ RECORD = np.dtype(
 )
 
 MAX_SIZE = 1 << 48  # weights in one tensor; keeps every sum below inside int64
+ESCAPE = 255  # as a symbol: add it and go on
+
+
+class ListSizes(NamedTuple):
+    """How long a packed list is."""
+
+    numbers: int
+    escapes: int  # bytes of 255
+    shift: int  # bits of each number that stand apart
+
+    @property
+    def num_symbols(self) -> int:
+        """Bytes of symbols."""
+        return self.numbers + self.escapes
+
+    @property
+    def num_low_bytes(self) -> int:
+        """Bytes of low bits: one bit plane after the other, each in whole bytes."""
+        return self.shift * ((self.numbers + 7) // 8)
+
+    def can_sum_to(self, total: int) -> bool:
+        """Whether the numbers may sum to `total` or less, so that no sum passes int64."""
+        if self.numbers == 0:
+            return self.escapes == 0 and self.shift == 0
+        least = max(self.numbers, ESCAPE * self.escapes)
+        return self.shift < 64 and least << self.shift <= total
+
+
+class NumberList(NamedTuple):
+    """A packed list."""
+
+    symbols: bytes
+    low_bits: bytes
+    escapes: int
+    shift: int
 
 
 class Record(NamedTuple):
@@ -89,8 +124,8 @@ def pack_indices(indices: Sequence[Indices], sizes: Sequence[int]) -> PackedIndi
     for ordinal, (positions, size) in enumerate(zip(indices, sizes, strict=True)):
         _check_positions(ordinal, positions, size)
         tensor_skips, tensor_lengths = _runs(positions)
-        skips.append(pack_numbers(tensor_skips))
-        lengths.append(pack_numbers(tensor_lengths))
+        skips.append(_pack_numbers(tensor_skips))
+        lengths.append(_pack_numbers(tensor_lengths))
         head = (size, positions.size, tensor_skips.size)
         records.append(
             Record(
@@ -194,16 +229,6 @@ def _unpack_tensor(ordinal: int, record: Record, skips: Streams, lengths: Stream
     return skipped
 
 
-def _sums(ordinal: int, sizes: ListSizes, streams: Streams) -> Indices:
-    sums = unpack_sums(sizes, streams)
-    if sums is None:
-        raise AdapterFileError(
-            f"tensor {ordinal}: its streams do not hold the {sizes.numbers} numbers of the "
-            "table; the file is damaged. Save the adapter again."
-        )
-    return sums
-
-
 def _check_positions(ordinal: int, positions: Indices, size: int) -> None:
     if positions.ndim != 1 or positions.dtype != np.int64 or not 0 <= size < MAX_SIZE:
         raise AdapterFileError(
@@ -256,3 +281,49 @@ def _is_possible(record: Record) -> bool:
 
 def _told(record: Record) -> str:
     return ", ".join(f"{name} {value}" for name, value in record._asdict().items())
+
+
+def _pack_numbers(numbers: Indices) -> NumberList:
+    """Pack numbers of 0 or more, int64 (n,); the shift follows from their mean."""
+    if not numbers.size:
+        return NumberList(b"", b"", 0, 0)
+    # High parts below 128 on average: few escapes, and low bits that are as good as random.
+    shift = max(0, (int(numbers.sum()) // numbers.size).bit_length() - 7)
+    high = numbers >> shift
+    planes = [np.packbits((numbers >> bit & 1) != 0, bitorder="little") for bit in range(shift)]
+    low_bits = b"".join(plane.tobytes() for plane in planes)
+    if int(high.max()) < ESCAPE:
+        return NumberList(high.astype(np.uint8).tobytes(), low_bits, 0, shift)
+    escapes = high // ESCAPE
+    ends = np.cumsum(escapes + 1) - 1
+    symbols = np.full(int(ends[-1]) + 1, ESCAPE, dtype=np.uint8)
+    symbols[ends] = high - ESCAPE * escapes
+    return NumberList(symbols.tobytes(), low_bits, symbols.size - numbers.size, shift)
+
+
+def _sums(ordinal: int, sizes: ListSizes, streams: Streams) -> Indices:
+    """Return the running sums of packed numbers.
+
+    Args:
+        ordinal: The tensor, for the message.
+        sizes: Checked with `can_sum_to` some total far inside int64.
+        streams: Symbols and low bits of these sizes.
+    """
+    symbols, low_bits = streams
+    sums = np.cumsum(symbols, dtype=np.int64)
+    if sizes.escapes or (symbols.size and int(symbols.max()) == ESCAPE):
+        ends = symbols != ESCAPE
+        if not ends[-1] or int(np.count_nonzero(ends)) != sizes.numbers:
+            raise AdapterFileError(
+                f"tensor {ordinal}: its streams do not hold the {sizes.numbers} numbers of the "
+                "table; the file is damaged. Save the adapter again."
+            )
+        sums = sums[ends]
+    if sizes.shift:
+        sums <<= sizes.shift
+        low = np.zeros(sizes.numbers, dtype=np.int64)
+        for bit, plane in enumerate(low_bits.reshape(sizes.shift, -1)):
+            bits = np.unpackbits(plane, count=sizes.numbers, bitorder="little")
+            low |= bits.astype(np.int64) << bit
+        sums += np.cumsum(low)
+    return sums

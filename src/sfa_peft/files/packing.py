@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between a selection in torch tensors and the blob that a file holds (see `container`).
+"""Between a selection in torch tensors and what a file holds of it under `sfa_packed`.
+
+That is a blob (see `container`) and, behind it, its manifest: names and digests of its tensors. A
+blob has no names. A loader that does not read `adapter_config.json` again (loading under a name
+that exists, resuming, a state dict handed over) would put changes into other tensors of equal size,
+or onto another base, without noticing.
 
 "exact" keeps every bit of the adapted weights. A float32 base gets the change with as few digits as
 lead to the same adapted weight; a 16-bit base gets the distance in units in the last place, which
@@ -9,6 +14,8 @@ the weight's own resolution; checkpoints of the training state keep it.
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +24,14 @@ import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
-from .container import SelectedEntries, decode_entries, encode_entries, read_info
-from .manifest import append_manifest, split_manifest
+from .container import (
+    Blob,
+    SelectedEntries,
+    declared_length,
+    decode_entries,
+    encode_entries,
+    read_blob,
+)
 from .record import SavedTensor
 from .values import ValueMode
 
@@ -26,7 +39,12 @@ from .values import ValueMode
 SAVED_VALUES = ("exact", "bfloat16", "int8")
 
 _ULPS = {torch.bfloat16: ValueMode.ULPS_BFLOAT16, torch.float16: ValueMode.ULPS_FLOAT16}
-_DTYPE_OF = {ValueMode.ULPS_BFLOAT16: torch.bfloat16, ValueMode.ULPS_FLOAT16: torch.float16}
+_DTYPE_OF = {mode: dtype for dtype, mode in _ULPS.items()}
+
+#: Bytes of the checksum between a blob and its manifest.
+_CRC = 4
+#: More than any model's names take; a damaged manifest cannot ask for more.
+_LARGEST_MANIFEST = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -70,18 +88,11 @@ def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
 
 
 def with_manifest(packed: Tensor, tensors: Sequence[SavedTensor]) -> Tensor:
-    """Return a packed selection followed by names and digests of its tensors."""
-    data = append_manifest(_numpy(packed).tobytes(), tensors)
+    """Return a packed selection followed by its manifest: CRC-32 (4 bytes), then JSON (zlib)."""
+    text = json.dumps([t.to_dict() for t in tensors], separators=(",", ":"))
+    body = zlib.compress(text.encode(), 9)
+    data = _numpy(packed).tobytes() + zlib.crc32(body).to_bytes(_CRC, "little") + body
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def manifest_of(packed: Tensor, where: str) -> tuple[SavedTensor, ...] | None:
-    """Return what the manifest behind a packed selection lists; None where there is none.
-
-    Raises:
-        AdapterFileError: If it is damaged.
-    """
-    return split_manifest(_numpy(packed.cpu()).tobytes(), where)[1]
 
 
 def _pack_changes(changes: Sequence[Tensor], tensors: Sequence[Entries], mode: ValueMode) -> bytes:
@@ -138,37 +149,81 @@ def _shortened(entries: Entries) -> Tensor:
     return torch.where(same, short, entries.change.float())
 
 
-def unpack(
-    blob: Tensor,
-    sizes: Sequence[int],
-    base_at: Callable[[int, Tensor], Tensor],
-    where: str,
-) -> list[tuple[Tensor, Tensor]]:
-    """Return (flat positions int64, change float32) of each tensor, on CPU.
+@dataclass(frozen=True)
+class PackedSelection:
+    """A packed selection after one pass over its bytes: both checksums hold.
+
+    Attributes:
+        blob: Its blob, taken apart.
+        manifest: The tensors that its positions count; None where no manifest follows the blob.
+        where: Names it in messages.
+    """
+
+    blob: Blob
+    manifest: tuple[SavedTensor, ...] | None
+    where: str
+
+    def unpack(
+        self, sizes: Sequence[int], base_at: Callable[[int, Tensor], Tensor]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return (flat positions int64, change float32) of each tensor, on CPU.
+
+        Args:
+            sizes: Number of weights of each tensor in the model.
+            base_at: Returns the pretrained weights of a tensor (by ordinal) at positions.
+
+        Raises:
+            AdapterFileError: If the selection contradicts itself or the sizes, or was written
+                against other weights.
+        """
+        mode = self.blob.mode
+        dtype = _DTYPE_OF.get(mode, torch.float32)
+
+        def base_codes(ordinal: int, indices: np.ndarray) -> np.ndarray:
+            return _codes(base_at(ordinal, torch.from_numpy(indices)), dtype)
+
+        found = decode_entries(self.blob, sizes, base_entries=base_codes, where=self.where)
+        return [(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+
+
+def read_packed(packed: Tensor, where: str) -> PackedSelection:
+    """Take a packed selection apart; what is decoded of it later is whole.
 
     Args:
-        blob: uint8, as `pack` returned it.
-        sizes: Number of weights of each tensor in the model.
-        base_at: Returns the pretrained weights of a tensor (by ordinal) at positions.
-        where: Names the blob in messages.
+        packed: uint8 (nbytes,), as `pack` or `with_manifest` returned it; not to be changed as
+            long as the result is used.
+        where: Names it in messages, for example the file and its key in it.
 
     Raises:
-        AdapterFileError: If the blob is damaged, or was written against other weights.
+        AdapterFileError: If it is damaged or of another version.
     """
-    if blob.dtype != torch.uint8 or blob.ndim != 1:
+    if packed.dtype != torch.uint8 or packed.ndim != 1:
         raise AdapterFileError(
-            f"{where}: expected flat bytes, got {blob.dtype} {list(blob.shape)}; the file is "
-            "damaged."
+            f"{where}: expected flat bytes, got {packed.dtype} {list(packed.shape)}. Save the "
+            "adapter again."
         )
-    data, _ = split_manifest(_numpy(blob.cpu()).tobytes(), where)
-    mode = read_info(data, where=where).mode
-    dtype = _DTYPE_OF.get(mode, torch.float32)
+    data = _numpy(packed).data
+    length = declared_length(data)
+    manifest = _read_manifest(data[length:], where) if length < len(data) else None
+    return PackedSelection(read_blob(data[:length], where=where), manifest, where)
 
-    def base_codes(ordinal: int, indices: np.ndarray) -> np.ndarray:
-        return _codes(base_at(ordinal, torch.from_numpy(indices)).cpu(), dtype)
 
-    found = decode_entries(data, sizes, base_entries=base_codes, where=where)
-    return [(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+def _read_manifest(data: memoryview, where: str) -> tuple[SavedTensor, ...]:
+    damaged = AdapterFileError(
+        f"{where}: the list of tensors behind the selection is damaged. Copy or save the adapter "
+        "again."
+    )
+    body = data[_CRC:]
+    if zlib.crc32(body) != int.from_bytes(data[:_CRC], "little"):
+        raise damaged
+    try:
+        reader = zlib.decompressobj()
+        text = reader.decompress(body, _LARGEST_MANIFEST)
+        if not reader.eof or reader.unused_data:
+            raise damaged
+        return tuple(SavedTensor.from_dict(t) for t in json.loads(text))
+    except (zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise damaged from error
 
 
 def _change(entries: SelectedEntries, mode: ValueMode, dtype: torch.dtype) -> Tensor:

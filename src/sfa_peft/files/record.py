@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `adapter_config.json` says of a saved adapter under `resolved`: sizes, layers, tensors.
 
-Version 1 listed layers of which only the weight could be changed, version 2 tensors; both kept
-values and positions as plain tensors. Version 3 packs them (see `packing`) and adds the digest of
-every tensor's pretrained values, and roles beside the paths. Version 4 is written only for an
-adapter that builds on earlier ones, which it lists; readers of version 3 must not ignore that.
+Each tensor has digests of its pretrained values, so that an adapter notices when it meets other
+ones. Version 4 is written only for an adapter that builds on earlier ones, which it lists; readers
+of version 3 must not ignore that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..errors import AdapterFileError
 
@@ -20,7 +24,12 @@ CHAIN_VERSION = 4
 #: A packed selection takes less than this, whatever is selected; more is damage.
 _LARGEST_BYTES_PER_WEIGHT = 16
 _LARGEST_REST = 1 << 26
-READABLE_VERSIONS = (1, 2, 3, 4)
+READABLE_VERSIONS = (FORMAT_VERSION, CHAIN_VERSION)
+
+#: Hexadecimal digits kept of a SHA-256: 64 bits, against mistakes and not against attackers.
+_DIGITS = 16
+#: Types that a float32 base is also likely to be loaded in.
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -61,14 +70,32 @@ class SavedTensor:
     Attributes:
         name: Full name in the model.
         shape: Its shape.
-        dtype: Type it had ("float32"), None where an old file does not say.
-        digests: By type, the digest of the pretrained values in it (see `fingerprint`).
+        dtype: Type it had ("float32"), None before an adapter is saved.
+        digests: By type, the digest of the pretrained values in it (see `digests`).
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "digests": dict(self.digests),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SavedTensor:
+        """Return what `to_dict` was given (ValueError, TypeError or KeyError if it was not)."""
+        dtype = data["dtype"]
+        if dtype is not None and not isinstance(dtype, str):
+            raise TypeError(f"expected the name of a type, got {dtype!r}")
+        digests = {str(k): str(v) for k, v in data["digests"].items()}
+        return cls(str(data["name"]), _shape(data["shape"]), dtype, digests)
 
 
 @dataclass(frozen=True)
@@ -82,7 +109,7 @@ class Resolved:
         internal: Number of selected weights, assigned or not yet.
         layers: Adapted layers by path.
         tensors: Tensors that positions count, in their order.
-        packed: Bytes of the packed selection; None where values and positions are plain tensors.
+        packed: Bytes of the packed selection; None where no weight is changed.
         backbone: `model_type` of the backbone, None if unknown.
         chain: Earlier adapters that the change is made on top of, the oldest first.
     """
@@ -100,7 +127,7 @@ class Resolved:
     @property
     def num_weights(self) -> int:
         """Number of weights that positions count."""
-        return sum(_product(t.shape) for t in self.tensors)
+        return sum(math.prod(t.shape) for t in self.tensors)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -123,7 +150,7 @@ class Resolved:
                 {"name": n, "width": a.width, "role": a.role, "block": a.block, "index": a.index}
                 for n, a in self.layers.items()
             ],
-            "tensors": [tensor_to_dict(t) for t in self.tensors],
+            "tensors": [t.to_dict() for t in self.tensors],
         }
 
 
@@ -139,10 +166,7 @@ def read_resolved(data: Any) -> Resolved:
             f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
             f"reads {', '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
         )
-    wanted = {"total", "allowed", "adapter_dim", "internal"}
-    wanted |= {1: {"layers", "external"}, 2: {"tensors", "external"}}.get(
-        version, {"tensors", "layers", "packed"}
-    )
+    wanted = {"total", "allowed", "adapter_dim", "internal", "tensors", "layers", "packed"}
     wanted |= {"chain"} if version == CHAIN_VERSION else set()
     missing = wanted - set(data)
     if missing:
@@ -151,7 +175,7 @@ def read_resolved(data: Any) -> Resolved:
             "written by hand? Save the adapter again."
         )
     try:
-        return _read(data, version)
+        return _read(data)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise AdapterFileError(
             f"adapter_config.json: `resolved` is damaged ({type(error).__name__}: {error}). Save "
@@ -159,26 +183,17 @@ def read_resolved(data: Any) -> Resolved:
         ) from error
 
 
-def _read(data: Mapping[str, Any], version: int) -> Resolved:
-    if version == 1:
-        tensors = [SavedTensor(f"{n}.weight", _shape(s)) for n, s in data["layers"]]
-    elif version == 2:
-        tensors = [SavedTensor(str(n), _shape(s)) for n, s in data["tensors"]]
-    else:
-        tensors = [tensor_from_dict(t) for t in data["tensors"]]
-    if version < FORMAT_VERSION:
-        names = dict.fromkeys([t.name.rpartition(".")[0] for t in tensors] + list(data["external"]))
-        layers = {n: SavedLayer(_size(data["external"].get(n, 0))) for n in names}
-    else:
-        layers = {str(a["name"]): _layer(a) for a in data["layers"]}
-    packed = data.get("packed")
+def _read(data: Mapping[str, Any]) -> Resolved:
+    tensors = [SavedTensor.from_dict(t) for t in data["tensors"]]
+    layers = {str(a["name"]): _layer(a) for a in data["layers"]}
+    packed = data["packed"]
     duplicates = len(tensors) - len({t.name for t in tensors})
     if duplicates:
         raise ValueError(f"{duplicates} tensors are listed twice")
     stray = {t.name.rpartition(".")[0] for t in tensors} - set(layers)
     if stray:
         raise ValueError(f"tensors of {sorted(stray)[0]}, which is not among the layers")
-    most = sum(_product(t.shape) for t in tensors)
+    most = sum(math.prod(t.shape) for t in tensors)
     if _size(data["internal"]) > most:
         raise ValueError(f"internal {data['internal']} of {most} weights")
     if packed is not None and _size(packed) > _LARGEST_BYTES_PER_WEIGHT * most + _LARGEST_REST:
@@ -200,25 +215,6 @@ def _layer(data: Mapping[str, Any]) -> SavedLayer:
     return SavedLayer(_size(data["width"]), data["role"], data["block"], data["index"])
 
 
-def tensor_to_dict(tensor: SavedTensor) -> dict[str, Any]:
-    """Return a tensor's record as JSON can hold it."""
-    return {
-        "name": tensor.name,
-        "shape": list(tensor.shape),
-        "dtype": tensor.dtype,
-        "digests": dict(tensor.digests),
-    }
-
-
-def tensor_from_dict(data: Mapping[str, Any]) -> SavedTensor:
-    """Return a tensor's record (ValueError, TypeError or KeyError if it is none)."""
-    dtype = data["dtype"]
-    if dtype is not None and not isinstance(dtype, str):
-        raise TypeError(f"expected the name of a type, got {dtype!r}")
-    digests = {str(k): str(v) for k, v in data["digests"].items()}
-    return SavedTensor(str(data["name"]), _shape(data["shape"]), dtype, digests)
-
-
 def _size(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"expected a number of at least 0, got {value!r}")
@@ -229,8 +225,63 @@ def _shape(value: Any) -> tuple[int, ...]:
     return tuple(_size(n) for n in value)
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def check_tensors(
+    saved: Sequence[tuple[str, Sequence[int]]], found: Mapping[str, Sequence[int]]
+) -> None:
+    """Check that every tensor of a saved adapter is in the model, with the shape it had.
+
+    Args:
+        saved: (full name, shape) of the tensors that stored positions refer to.
+        found: Shapes of the model's parameters, by full name.
+
+    Raises:
+        AdapterFileError: Naming the first tensor that differs.
+    """
+    for name, shape in saved:
+        if name not in found:
+            raise AdapterFileError(
+                f"Adapter of another model? It changes `{name}`, which this model does not have. "
+                "Load it onto the model (and head) it was trained on; where that is this one, use "
+                "the major version of transformers that it was saved with, since names changed."
+            )
+        if list(found[name]) != list(shape):
+            raise AdapterFileError(
+                f"Adapter of another model? `{name}` has shape {list(found[name])} here, the "
+                f"adapter was trained on {list(shape)}. Load it onto the model it was trained on."
+            )
+
+
+def _digest(tensor: Tensor) -> str:
+    """Return the digest of a tensor's bytes in C order (its shape and type are not part of it)."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()[:_DIGITS]
+
+
+def digests(tensor: Tensor) -> dict[str, str]:
+    """Return digests by type: the tensor's own, and those it has after rounding to 16 bits."""
+    types = [tensor.dtype, *(t for t in _NARROW if t.itemsize < tensor.dtype.itemsize)]
+    return {type_name(t): _digest(tensor.to(t)) for t in types}
+
+
+def is_same_base(tensor: Tensor, saved: Mapping[str, str], dtype: str | None) -> bool | None:
+    """Whether a tensor holds the values that digests were taken of, as far as its type can tell.
+
+    Args:
+        tensor: A weight of the present base.
+        saved: Digests by type.
+        dtype: Type of the base they were taken of.
+
+    Returns:
+        None where the two types have no digest in common.
+    """
+    own = type_name(tensor.dtype)
+    if own in saved:
+        return _digest(tensor) == saved[own]
+    if dtype in saved and dtype is not None:
+        return _digest(tensor.to(getattr(torch, dtype))) == saved[dtype]
+    return None
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """Return "float32" for torch.float32."""
+    return str(dtype).removeprefix("torch.")

@@ -19,16 +19,18 @@ from ..errors import AdapterFileError
 
 Array = NDArray[Any]
 
+BLOCK = 128  # values in a block of INT8, as written
+BLOCKS = range(64, 257)  # as read
+
 
 class ValueMode(IntEnum):
     """How values are stored; the numbers are those of the file.
 
-    `FLOAT32`, `BFLOAT16`, `FLOAT16`: the values' own bits, lossless. float32 values written as
-    `BFLOAT16` are rounded to nearest even: relative error at most 2^-8 (absolute 2^-134 below
-    2^-126).
+    `FLOAT32`, `BFLOAT16`: the values' own bits, lossless. float32 values written as `BFLOAT16` are
+    rounded to nearest even: relative error at most 2^-8 (absolute 2^-134 below 2^-126).
 
-    `ULPS_FLOAT32`, `ULPS_BFLOAT16`, `ULPS_FLOAT16`: adapted weights as their distance from the base
-    weights in units in the last place, lossless; reading needs the base weights.
+    `ULPS_BFLOAT16`, `ULPS_FLOAT16`: adapted weights as their distance from the base weights in
+    units in the last place, lossless; reading needs the base weights.
 
     `INT8`: float32 values in blocks, each value a multiple of 1/127 of the largest in its block:
     absolute error at most 1/253 of the block's largest absolute value, plus 2^-150.
@@ -36,8 +38,6 @@ class ValueMode(IntEnum):
 
     FLOAT32 = 1
     BFLOAT16 = 2
-    FLOAT16 = 3
-    ULPS_FLOAT32 = 4
     ULPS_BFLOAT16 = 5
     ULPS_FLOAT16 = 6
     INT8 = 7
@@ -45,12 +45,12 @@ class ValueMode(IntEnum):
     @property
     def needs_base(self) -> bool:
         """Whether values are coded against the base weights at the same positions."""
-        return self in (self.ULPS_FLOAT32, self.ULPS_BFLOAT16, self.ULPS_FLOAT16)
+        return self in (self.ULPS_BFLOAT16, self.ULPS_FLOAT16)
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of decoded values: float32, or uint16 for the codes of 16-bit floats."""
-        wide = self in (self.FLOAT32, self.ULPS_FLOAT32, self.INT8)
+        wide = self in (self.FLOAT32, self.INT8)
         return np.dtype(np.float32 if wide else np.uint16)
 
     @property
@@ -60,7 +60,7 @@ class ValueMode(IntEnum):
 
 
 def encode_values(
-    mode: ValueMode, values: Array, base: Array | None, counts: Sequence[int], block: int
+    mode: ValueMode, values: Array, base: Array | None, counts: Sequence[int]
 ) -> list[bytes]:
     """Split values into byte planes.
 
@@ -69,7 +69,6 @@ def encode_values(
         values: (n,) of `mode.dtype`, all tensors in turn; for `BFLOAT16` float32 is rounded.
         base: (n,) of `mode.dtype`: the base weights, for modes that need them.
         counts: Values of each tensor; blocks of `INT8` end with the tensor.
-        block: Values in one block of `INT8`.
 
     Returns:
         `mode.num_planes` byte strings.
@@ -87,7 +86,7 @@ def encode_values(
         )
     check_finite(values, mode)
     if mode is ValueMode.INT8:
-        quotients, largest = _quantise(values, _block_lengths(counts, block))
+        quotients, largest = _quantise(values, _block_lengths(counts, BLOCK))
         return [quotients.tobytes(), *_split(_rotate_left(_bits(largest)))]
     if mode.needs_base:
         base_bits = _bits(cast(Array, base))
@@ -151,15 +150,6 @@ def round_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return codes.astype(np.uint16)
 
 
-def as_float32(values: Array, mode: ValueMode) -> NDArray[np.float32]:
-    """Return decoded values as float32, exactly; codes of 16-bit floats become numbers."""
-    if mode in (ValueMode.BFLOAT16, ValueMode.ULPS_BFLOAT16):
-        return (values.astype(np.uint32) << 16).view(np.float32)
-    if mode in (ValueMode.FLOAT16, ValueMode.ULPS_FLOAT16):
-        return values.view(np.float16).astype(np.float32)
-    return values
-
-
 def check_finite(values: Array, mode: ValueMode) -> None:
     """Check that no value is NaN or infinite.
 
@@ -177,7 +167,7 @@ def check_finite(values: Array, mode: ValueMode) -> None:
 
 
 def _exponent_mask(mode: ValueMode) -> Any:
-    if mode in (ValueMode.FLOAT16, ValueMode.ULPS_FLOAT16):
+    if mode is ValueMode.ULPS_FLOAT16:
         return np.uint16(0x7C00)
     return np.uint16(0x7F80) if mode.dtype == np.uint16 else np.uint32(0x7F800000)
 
@@ -242,7 +232,7 @@ def _by_exponent(base: Array, mode: ValueMode) -> NDArray[np.intp]:
     A change of a given size is more units the smaller the base weight is; kept together, distances
     of one scale share a Huffman table.
     """
-    shift = {0x7C00: 10, 0x7F80: 7, 0x7F800000: 23}[int(_exponent_mask(mode))]
+    shift = 10 if mode is ValueMode.ULPS_FLOAT16 else 7
     return np.argsort(((base & _exponent_mask(mode)) >> shift).astype(np.uint8), kind="stable")
 
 

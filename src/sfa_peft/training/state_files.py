@@ -11,6 +11,7 @@ import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import SelectionError
+from ..files.folder import replacing
 
 #: File of the selector's state in a Trainer checkpoint.
 STATE_NAME = "sfa_selector.pt"
@@ -20,9 +21,8 @@ def write_state(state: dict[str, Any], output_dir: Path, step: int) -> None:
     """Write a state beside the checkpoints, so that a half-written one is never the last."""
     path = _beside(output_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with replacing(path) as partial:
+        torch.save(state, partial)
 
 
 def move_into_checkpoints(output_dir: Path) -> None:

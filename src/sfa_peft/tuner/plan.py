@@ -17,8 +17,14 @@ from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, adapter_parameters, solve_budget, with_selection
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning, TargetError
-from ..files.folder import check_tensors
-from ..files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolved
+from ..files.record import (
+    Link,
+    Resolved,
+    SavedLayer,
+    SavedTensor,
+    check_tensors,
+    read_resolved,
+)
 from .external import output_features
 from .quantised import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,12 +15,11 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError, TargetError
-from ..files.folder import check_selection
-from ..files.packing import adapt, unpack
+from ..files.packing import adapt, read_packed
 from ..files.record import read_resolved
 from ..sparse.pool import Pool
 from .plan import Plan, Reused, make_plan
-from .saving import State, base_reader, by_tensor, check_base, pretrained_tensor
+from .saving import State, base_reader, check_base, pretrained_tensor
 from .targets import is_excluded
 
 #: By full name of a tensor: flat positions (int64, strictly increasing) and change (float32).
@@ -85,7 +83,7 @@ def read_saved(
     check_base(model, source, plan, strict=strict)
     names = [plan.path_here(t.name) for t in plan.saved.tensors] if plan.saved else []
     weights = [_with_changes(pretrained_tensor(model, name), name, chain) for name in names]
-    stored = {k: t for k, t in state.items() if k.endswith(("sfa_packed", "sfa_slots", "sfa_pool"))}
+    stored = {k: t for k, t in state.items() if k.endswith("sfa_packed")}
     if bool(stored) != bool(names):
         raise AdapterFileError(
             f"{source}: its config lists {len(names)} tensors that it changes, but the file holds "
@@ -185,15 +183,10 @@ def _read_files(source: str) -> tuple[SFAConfig, State]:
 
 def _unpack(source: str, stored: State, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Return (positions, change) of each tensor."""
+    key, packed = next(iter(stored.items()))
+    base_at = base_reader(weights.__getitem__, source)
     sizes = [weight.numel() for weight in weights]
-    packed = next((k for k in stored if k.endswith("sfa_packed")), None)
-    if packed is not None:
-        base_at = base_reader(weights.__getitem__, source)
-        return unpack(stored[packed], sizes, base_at, f"{source}: {packed}")
-    slots = next((t for k, t in stored.items() if k.endswith("sfa_slots")), torch.empty(0))
-    values = next((t for k, t in stored.items() if k.endswith("sfa_pool")), torch.empty(1))
-    check_selection(f"{source}: sfa_slots", slots, values, sum(sizes))
-    return by_tensor(slots, values.float(), list(accumulate(sizes, initial=0)))
+    return read_packed(packed, f"{source}: {key}").unpack(sizes, base_at)
 
 
 def _digest(stored: State) -> str:

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAWarning
-from ..files.fingerprint import digests, is_same_base, type_name
 from ..files.folder import check_selection
-from ..files.packing import Entries, manifest_of, pack, unpack, with_manifest
-from ..files.record import Resolved, SavedTensor
+from ..files.packing import Entries, PackedSelection, pack, read_packed, with_manifest
+from ..files.record import Resolved, SavedTensor, digests, is_same_base, type_name
 from ..sparse.pool import Pool
 from .layer import SFALayer
 from .plan import Plan
@@ -111,9 +110,9 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, str
                     f"{key}: a selection, but adapter `{adapter_name}` changes no weights (rho=1). "
                     "Build it from the adapter's own config."
                 )
-            packed = state.pop(key)
-            _check_manifest(layers, pool, packed, key, strict=strict)
-            slots, values = unpack_selection(pool, packed, key)
+            packed = read_packed(state.pop(key), key)
+            _check_manifest(layers, pool, packed, strict=strict)
+            slots, values = unpack_selection(pool, packed)
             state[key.replace("sfa_packed", "sfa_slots")] = slots
             state[key.replace("sfa_packed", "sfa_pool")] = values
         elif key.endswith("sfa_slots") and pool is not None:
@@ -126,7 +125,7 @@ def unpack_state(layers: list[SFALayer], adapter_name: str, state: State, *, str
 
 
 def _check_manifest(
-    layers: list[SFALayer], pool: Pool, packed: Tensor, where: str, *, strict: bool
+    layers: list[SFALayer], pool: Pool, packed: PackedSelection, *, strict: bool
 ) -> None:
     """Check that a packed selection is of the very tensors that its positions count here.
 
@@ -134,7 +133,7 @@ def _check_manifest(
         AdapterFileError: Naming the first tensor that differs.
     """
     name = pool.adapter_name
-    listed = manifest_of(packed, where)
+    listed = packed.manifest
     if listed is None:
         return
     here = _new_names(layers, name)
@@ -147,8 +146,9 @@ def _check_manifest(
         pairs = zip(paths, pool.names, strict=False)
         theirs, ours = next((p for p in pairs if p[0] != p[1]), (len(paths), len(pool.names)))
         raise AdapterFileError(
-            f"{where}: its positions count `{theirs}` where adapter `{name}` counts `{ours}`. It "
-            "was made for other layers: load it under a new name, with its own config."
+            f"{packed.where}: its positions count `{theirs}` where adapter `{name}` counts "
+            f"`{ours}`. It was made for other layers: load it under a new name, with its own "
+            "config."
         )
     for ordinal, tensor in enumerate(listed):
         if tensor.digests == known[ordinal]:
@@ -178,19 +178,19 @@ def base_reader(weight_of: Callable[[int], Tensor], where: str) -> Callable[[int
     return base_at
 
 
-def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Tensor]:
+def unpack_selection(pool: Pool, packed: PackedSelection) -> tuple[Tensor, Tensor]:
     """Return (positions, values) of a packed selection, of the pool's length and type.
 
     Raises:
         AdapterFileError: If it is damaged, or longer than the pool.
     """
     sizes = [pool.weight(i).numel() for i in range(len(pool.tensors))]
-    entries = unpack(packed, sizes, base_reader(pool.foundation, where), where)
+    entries = packed.unpack(sizes, base_reader(pool.foundation, packed.where))
     count, size = sum(i.numel() for i, _ in entries), pool.size
     if count > size:
         raise AdapterFileError(
-            f"{where}: {count} selected weights, but adapter `{pool.adapter_name}` has room for "
-            f"{size}. It was made with another budget: load it under a new name."
+            f"{packed.where}: {count} selected weights, but adapter `{pool.adapter_name}` has room "
+            f"for {size}. It was made with another budget: load it under a new name."
         )
     slots = torch.full((size,), -1, dtype=pool.slots_dtype)
     values = torch.zeros(size)
@@ -308,7 +308,8 @@ def settle(pool: Pool) -> None:
         return  # not loaded (yet)
     pool.settle = None  # values and positions are read below
     try:
-        slots, values = unpack_selection(pool, packed, f"adapter `{pool.adapter_name}`, sfa_packed")
+        where = f"adapter `{pool.adapter_name}`, sfa_packed"
+        slots, values = unpack_selection(pool, read_packed(packed, where))
     except AdapterFileError:
         pool.settle = settle
         raise

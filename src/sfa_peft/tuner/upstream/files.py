@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError
-from ...files.contents import CHECKSUM, check_contents, write_tensors
+from ...files.folder import CHECKSUM, check_contents, write_tensors
 from .fits import Load, asked
 from .peft_type import NAME
 from .renamed_heads import heads_as_here
@@ -91,7 +91,7 @@ def _read(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any
     with safe_open(filename, framework="pt") as file:
         metadata = file.metadata()
     if CHECKSUM in (metadata or {}):
-        check_contents(filename, metadata, state, state.__getitem__)
+        check_contents(filename, metadata, state)
     return state
 
 
