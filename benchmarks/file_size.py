@@ -17,8 +17,8 @@ from math import log2
 
 import numpy as np
 
-from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_info
-from sfa_peft.files.values import ValueMode, as_float32, round_to_bfloat16
+from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_blob
+from sfa_peft.files.values import ValueMode, round_to_bfloat16
 
 OTHERS = {
     "PEFT SHiRA: int64 position and fp32 value": 12,
@@ -59,11 +59,10 @@ def as_mode(delta, mode: ValueMode) -> list[SelectedEntries]:
     for size, indices, base, change in delta:
         if mode is ValueMode.ULPS_BFLOAT16:
             start = round_to_bfloat16(base)
-            adapted = round_to_bfloat16(as_float32(start, ValueMode.BFLOAT16) + change)
+            adapted = round_to_bfloat16((start.astype(np.uint32) << 16).view(np.float32) + change)
             tensors.append(SelectedEntries(size, indices, adapted, start))
         else:
-            values = base + change if mode.needs_base else change
-            tensors.append(SelectedEntries(size, indices, values, base))
+            tensors.append(SelectedEntries(size, indices, change))
     return tensors
 
 
@@ -77,7 +76,6 @@ def main() -> None:
     args = parse()
     modes = [
         ValueMode.ULPS_BFLOAT16,
-        ValueMode.ULPS_FLOAT32,
         ValueMode.FLOAT32,
         ValueMode.BFLOAT16,
         ValueMode.INT8,
@@ -95,13 +93,13 @@ def main() -> None:
             p = entries / sum(sizes)
             entropy = (-p * log2(p) - (1 - p) * log2(1 - p)) / p
             blob = encode_entries(tensors, mode)
-            stored = read_info(blob).section_nbytes
+            stored = read_blob(blob).section_nbytes
             index_bits = 8 * sum(stored[:INDEX_SECTIONS]) / entries
             value_bits = 8 * sum(stored[INDEX_SECTIONS:]) / entries
             encode = seconds(lambda t=tensors, m=mode: encode_entries(t, m))
             decode = seconds(
                 lambda b=blob, s=sizes, o=bases: decode_entries(
-                    b, s, base_entries=lambda ordinal, _: o[ordinal]
+                    read_blob(b), s, base_entries=lambda ordinal, _: o[ordinal]
                 )
             )
             print(

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
 from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
-from sfa_peft.files.container import read_info
+from sfa_peft.files.container import read_blob
 from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool
 from sfa_peft.tuner.layer import find_pool
@@ -107,7 +107,7 @@ def rows_of(share: float, model: PeftModel) -> list[dict[str, Any]]:
     rows = []
     for name in ("float32", "bfloat16"):
         blob = packed_as(pool, getattr(torch, name))
-        sections = read_info(blob).section_nbytes
+        sections = read_blob(blob).section_nbytes
         index = 8 * sum(sections[:INDEX_SECTIONS]) / pool.num_assigned
         size = len(blob) / pool.num_assigned
         bar = next(b for least, b in BARS[name] if share >= least)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from sfa_peft.errors import AdapterFileError
-from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries
+from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_blob
 from sfa_peft.files.record import Resolved, SavedLayer, SavedTensor, read_resolved
 from sfa_peft.files.values import ValueMode, check_finite
 
@@ -74,7 +74,8 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
 def check_blob(data: bytes, bases: list[np.ndarray]) -> bool:
     """Decode; return whether it was accepted, after checking that the result is whole."""
     try:
-        found = decode_entries(data, SIZES, base_entries=lambda i, p: np.resize(bases[i], p.shape))
+        blob = read_blob(data)
+        found = decode_entries(blob, SIZES, base_entries=lambda i, p: np.resize(bases[i], p.shape))
     except AdapterFileError:
         return False
     for size, entries in zip(SIZES, found, strict=True):
@@ -83,7 +84,7 @@ def check_blob(data: bytes, bases: list[np.ndarray]) -> bool:
             raise RuntimeError("positions out of order or range")
         if entries.values.shape != indices.shape:
             raise RuntimeError("values of another length")
-        check_finite(entries.values, ValueMode(data[12]))
+        check_finite(entries.values, blob.mode)
     return True
 
 

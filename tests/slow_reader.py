@@ -7,8 +7,8 @@ It believes what it reads; that a damaged blob is refused is the library's busin
 import struct
 import zlib
 
-WIDTHS = {1: 4, 2: 2, 3: 2, 4: 4, 5: 2, 6: 2, 7: 4}  # bytes of a value, by mode
-EXPONENTS = {4: (23, 0xFF), 5: (7, 0xFF), 6: (10, 0x1F)}  # modes against the base: shift, mask
+WIDTHS = {1: 4, 2: 2, 5: 2, 6: 2, 7: 4}  # bytes of a value, by mode
+EXPONENTS = {5: (7, 0xFF), 6: (10, 0x1F)}  # modes against the base: shift, mask
 
 
 def read(blob, base=None):

@@ -5,8 +5,11 @@ import struct
 import zlib
 
 import numpy as np
+import torch
 
-from sfa_peft.files.container import SelectedEntries, decode_entries, read_info
+from sfa_peft.files.container import SelectedEntries, decode_entries, read_blob
+from sfa_peft.files.packing import with_manifest
+from sfa_peft.files.record import SavedTensor
 from sfa_peft.files.values import ValueMode
 from tests import slow_reader
 
@@ -66,11 +69,17 @@ GOLDEN = {
 }
 BLOB, TENSORS = GOLDEN[ValueMode.FLOAT32]
 SIZES = [12, 600]
+LISTED = (
+    SavedTensor("a.weight", (3, 4), "float32", {"float32": "00ff"}),
+    SavedTensor("b.bias", (600,)),
+)
+PACKED = with_manifest(torch.frombuffer(bytearray(BLOB), dtype=torch.uint8), LISTED)
 
 
 def decode(blob, tensors):
     sizes = [tensor.size for tensor in tensors]
-    return decode_entries(blob, sizes, base_entries=lambda ordinal, _: tensors[ordinal].base)
+    bases = [tensor.base for tensor in tensors]
+    return decode_entries(read_blob(blob), sizes, base_entries=lambda ordinal, _: bases[ordinal])
 
 
 def assert_same(found, expected):
@@ -83,7 +92,7 @@ def assert_same(found, expected):
 
 
 def assert_slow_reader_agrees(blob, found):
-    mode = read_info(blob).mode
+    mode = read_blob(blob).mode
     base = [_unsigned(t.base) for t in found] if mode.needs_base else None
     number, tensors = slow_reader.read(bytes(blob), base)
     assert number == mode

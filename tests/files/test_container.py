@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft.errors import AdapterFileError
-from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_info
+from sfa_peft.files.container import (
+    SelectedEntries,
+    assemble,
+    decode_entries,
+    encode_entries,
+    read_blob,
+)
+from sfa_peft.files.entropy import DEFLATE, STORED, Section, squeeze
+from sfa_peft.files.indices import RECORD
 from sfa_peft.files.values import ValueMode
 from tests.files.golden import (
     BLOB,
@@ -18,6 +28,7 @@ from tests.files.golden import (
     assert_slow_reader_agrees,
     decode,
     entries,
+    sealed,
 )
 
 EXACT = [mode for mode in ValueMode if mode is not ValueMode.INT8]
@@ -53,9 +64,9 @@ def test_what_is_encoded_comes_back_and_a_second_reader_agrees(mode, data):
     assert blob == encode_entries(tensors, mode)
 
 
-@given(adapters(ValueMode.INT8), st.integers(64, 256))
-def test_int8_decodes_to_the_same_floats_in_a_second_reader(tensors, block):
-    blob = encode_entries(tensors, ValueMode.INT8, block=block)
+@given(adapters(ValueMode.INT8))
+def test_int8_decodes_to_the_same_floats_in_a_second_reader(tensors):
+    blob = encode_entries(tensors, ValueMode.INT8)
 
     assert_slow_reader_agrees(blob, decode(blob, tensors))
 
@@ -64,7 +75,7 @@ def test_int8_decodes_to_the_same_floats_in_a_second_reader(tensors, block):
 def test_golden_blobs_stay_readable(mode):
     blob, tensors = GOLDEN[mode]
     if tensors is None:
-        (found,) = decode_entries(blob, [100])
+        (found,) = decode_entries(read_blob(blob), [100])
         np.testing.assert_array_equal(found.indices, np.arange(70))
         np.testing.assert_allclose(found.values, np.linspace(-1, 1, 70), atol=1 / 253)
     else:
@@ -80,35 +91,34 @@ def test_the_worked_example_of_the_format_page_is_the_golden_blob():
     assert bytes.fromhex("".join(lines)) == BLOB
 
 
-def test_info_tells_what_is_inside_without_decoding():
-    info = read_info(BLOB)
+def test_a_blob_tells_what_is_inside_without_decoding():
+    blob = read_blob(BLOB)
 
-    assert (info.mode, info.are_weights, info.block) == (ValueMode.FLOAT32, False, 0)
-    assert (info.num_tensors, info.num_entries) == (2, 7)
-    assert info.section_nbytes == (21, 5, 1, 2, 0, 7, 7, 7, 7)
-    assert read_info(encode_entries([], ValueMode.FLOAT32, are_weights=True)).are_weights
+    assert (blob.mode, blob.block, blob.base_crc) == (ValueMode.FLOAT32, 0, 0)
+    assert (blob.num_tensors, blob.num_entries) == (2, 7)
+    assert blob.section_nbytes == (21, 5, 1, 2, 0, 7, 7, 7, 7)
 
 
 def test_bytes_per_entry_reach_the_targets():
     """2.5 and 10 % of 2 M weights, base of deviation 0.02, change 5e-4 (Laplace)."""
     rng = np.random.default_rng(0)
-    for density, bf16, fp32 in ((0.025, 1.7, 3.9), (0.1, 1.4, 3.9)):
+    for density, bytes_each in ((0.025, 1.7), (0.1, 1.4)):
         indices = np.flatnonzero(rng.random(2_000_000) < density)
         base = rng.normal(0, 0.02, indices.size).astype(np.float32)
         adapted = base + rng.laplace(0, 5e-4, indices.size).astype(np.float32)
         short = [(v.view(np.uint32) >> 16).astype(np.uint16) for v in (adapted, base)]
-        wide = [SelectedEntries(2_000_000, indices, adapted, base)]
-        small = [SelectedEntries(2_000_000, indices, *short)]
-        assert len(encode_entries(small, ValueMode.ULPS_BFLOAT16)) <= bf16 * indices.size
-        assert len(encode_entries(wide, ValueMode.ULPS_FLOAT32)) <= fp32 * indices.size
+        blob = encode_entries(
+            [SelectedEntries(2_000_000, indices, *short)], ValueMode.ULPS_BFLOAT16
+        )
+        assert len(blob) <= bytes_each * indices.size
 
 
 @pytest.mark.parametrize(
     ("tensors", "mode", "message"),
     [
         ([entries(9, [1, 2], [1.0])], "FLOAT32", r"tensor 0: .*of one length, got shapes \[2\]"),
-        ([entries(9, [1], [1.0])], "ULPS_FLOAT32", "tensor 0: .*base weights .* none"),
-        ([entries(9, [1], [1.0], [1.0, 2.0])], "ULPS_FLOAT32", r"shapes \[1\], \[1\], \[2\]"),
+        ([entries(9, [1], [1])], "ULPS_FLOAT16", "tensor 0: .*base weights .* none"),
+        ([entries(9, [1], [1], [1, 2])], "ULPS_FLOAT16", r"shapes \[1\], \[1\], \[2\]"),
         ([entries(9, [1], [np.nan])], "FLOAT32", "NaN"),
         ([entries(9, [9], [1.0])], "FLOAT32", "tensor 0: positions 9 to 9 but it has 9"),
         ([entries(9, [1], [1], dtype=np.uint16)], "FLOAT32", "values of uint16"),
@@ -124,14 +134,147 @@ def test_entries_that_do_not_fit_the_mode_are_refused(tensors, mode, message):
         encode_entries(tensors, ValueMode[mode])
 
 
-@pytest.mark.parametrize("block", [0, 63, 257])
-def test_other_block_lengths_are_refused(block):
-    with pytest.raises(AdapterFileError, match=f"block {block}: INT8 takes 64 to 256"):
-        encode_entries([], ValueMode.INT8, block=block)
-
-
 def test_a_blob_may_lie_in_any_buffer():
-    expected = decode_entries(BLOB, SIZES)
+    expected = decode_entries(read_blob(BLOB), SIZES)
 
     for buffer in (bytearray(BLOB), memoryview(BLOB), np.frombuffer(BLOB, np.uint8).data):
-        assert_same(decode_entries(buffer, SIZES), expected)
+        assert_same(decode_entries(read_blob(buffer), SIZES), expected)
+
+
+def test_a_blob_cut_at_any_byte_is_one_error():
+    for end in range(len(BLOB)):
+        with pytest.raises(AdapterFileError, match="here: "):
+            read_blob(BLOB[:end], where="here")
+    with pytest.raises(AdapterFileError, match="expected 281 bytes, got 282"):
+        read_blob(BLOB + b"\0")
+
+
+def test_any_flipped_bit_is_one_error():
+    for at in range(len(BLOB)):
+        for bit in range(8):
+            damaged = bytearray(BLOB)
+            damaged[at] ^= 1 << bit
+            with pytest.raises(AdapterFileError, match="here: "):
+                read_blob(damaged, where="here")
+
+
+@given(st.binary(max_size=400))
+def test_garbage_is_one_error(garbage):
+    for blob in (garbage, BLOB[:8] + garbage, sealed(BLOB[:40] + garbage + b"1234")):
+        with pytest.raises(AdapterFileError):
+            decode_entries(read_blob(blob), SIZES)
+
+
+@pytest.mark.parametrize("mode", GOLDEN)
+@given(data=st.data())
+def test_a_forged_blob_is_an_error_or_holds_what_a_second_reader_finds(mode, data):
+    """Damage with the checksum made right: checks other than the checksum have to hold."""
+    golden, tensors = GOLDEN[mode]
+    blob = bytearray(golden)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(8, len(blob) - 5))
+        blob[at] = data.draw(st.sampled_from([0, 1, 2, 127, 128, 255, blob[at] ^ 1, blob[at] ^ 16]))
+    blob = sealed(blob)
+    tensors = tensors or [entries(100, [], [])]
+    try:
+        found = decode(blob, tensors)
+    except AdapterFileError:
+        return
+
+    for tensor in found:
+        assert (np.diff(tensor.indices, prepend=-1, append=tensor.size) > 0).all()
+    assert_slow_reader_agrees(blob, found)
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (0, b"X", "starts with b'SFADELTA', got 281 bytes that start with b'XFADELTA'"),
+        (8, b"\x02\x00", "format version 2 is not known; this version of sfa-peft reads 1"),
+        (10, b"\x02\x00", "flags 2, block 0 and 9 sections do not go with mode FLOAT32"),
+        (10, b"\x01\x00", "flags 1, block 0 and 9 sections do not go with mode FLOAT32"),
+        (12, b"\x09", "value mode 9 is not known; this version reads 1, 2, 5, 6, 7"),
+        (12, b"\x02", "9 sections do not go with mode BFLOAT16"),
+        (13, b"\xff", "the checksum does not match"),
+        (14, b"\x40", "block 64 and 9 sections do not go with mode FLOAT32"),
+        (16, b"\x03", "written for 3 tensors, the model has 2"),
+        (24, b"\x08", "8 entries in the header, 7 in the table"),
+        (40, b"\x16", "sections of 58 bytes in all, room for 57"),
+        (48, b"\x55", "table: expected 84 bytes from the counts, the file declares 85"),
+        (56, b"\x02", "table: codec 2 is not known"),
+    ],
+)
+def test_each_wrong_field_has_its_own_message(at, value, message):
+    blob = sealed(BLOB[:at] + value + BLOB[at + len(value) :])
+
+    with pytest.raises(AdapterFileError, match=re.escape(message)):
+        decode_entries(read_blob(blob), SIZES)
+
+
+def test_another_model_is_named_as_the_cause():
+    with pytest.raises(AdapterFileError, match="written for 2 tensors, the model has 1"):
+        decode_entries(read_blob(BLOB), [12])
+    with pytest.raises(AdapterFileError, match="tensor 1: the file's has 600 weights, the model's"):
+        decode_entries(read_blob(BLOB), [12, 601])
+
+
+def test_values_against_a_base_need_that_base():
+    blob, tensors = GOLDEN[ValueMode.ULPS_BFLOAT16]
+    sizes = [tensor.size for tensor in tensors]
+    with pytest.raises(AdapterFileError, match=r"ULPS_BFLOAT16.; pass `base_entries`"):
+        decode_entries(read_blob(blob), sizes)
+
+    other = [replace(tensor, base=tensor.base ^ 1) for tensor in tensors]
+    with pytest.raises(AdapterFileError, match="not those it was written against"):
+        decode(blob, other)
+
+    wide = [replace(tensor, base=tensor.base.astype(np.float32)) for tensor in tensors]
+    with pytest.raises(AdapterFileError, match="tensor 0: expected 3 base weights as uint16"):
+        decode(blob, wide)
+
+
+def _forged(sections, entries):
+    """Return a FLOAT32 blob of one tensor with these sections and a right checksum."""
+    return assemble(replace(read_blob(BLOB), num_tensors=1, num_entries=entries, sections=sections))
+
+
+def _table(size, entries, runs, *rest):
+    record = (size, entries, runs, *rest, *[0] * (4 - len(rest)))
+    return squeeze(np.array([record], RECORD).tobytes())
+
+
+@pytest.mark.parametrize("claimed", [2**20, 2**31, 2**40, 2**47])
+@pytest.mark.parametrize("size", [4096, None])
+@pytest.mark.parametrize("codec", [STORED, DEFLATE])
+def test_huge_declared_sizes_take_no_memory(claimed, size, codec):
+    """One run of `claimed` positions needs few bytes; its values do not."""
+    size = size or claimed
+    tiny = squeeze(bytes(100)).data
+    sections = [
+        _table(size, claimed, 1, 0, 0, 0, claimed.bit_length() - 1),
+        *(Section(STORED, n, bytes(n)) for n in (1, 0, 1, claimed.bit_length() - 1)),
+        *(Section(codec, claimed, tiny) for _ in range(4)),
+    ]
+    blob = _forged(sections, claimed)
+    tracemalloc.start()
+
+    with pytest.raises(AdapterFileError, match=r"contradicts itself|cannot come out of"):
+        decode_entries(read_blob(blob), [size])
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
+
+
+def test_sections_are_all_checked_before_one_is_expanded():
+    bomb = squeeze(bytes(10_000_000))
+    sections = [_table(10**7, 10**7, 10**7), bomb, *(Section(STORED, 0, b"") for _ in range(3))]
+    blob = _forged([*sections, bomb, bomb, bomb, Section(STORED, 9, bytes(9))], 10**7)
+    tracemalloc.start()
+
+    with pytest.raises(AdapterFileError, match="plane 3: expected 10000000 bytes"):
+        decode_entries(read_blob(blob), [10**7])
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000

@@ -163,36 +163,6 @@ def test_renamed_modules_are_found_by_role(tmp_path):
     assert "stages" not in json.dumps(again["resolved"])  # saved under the names of this model
 
 
-def test_files_of_the_second_version_are_still_read(tmp_path):
-    model = trained()
-    expected = output(model)
-    pool = find_pool(model, "default")
-    key = "base_model.model.first"
-    plain = {
-        f"{key}.sfa_pool": pool.values.detach().clone(),
-        f"{key}.sfa_slots": pool.slots.long(),
-    }
-    model.save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    data = json.loads(path.read_text())
-    resolved = data["resolved"]
-    kept = {k: resolved[k] for k in ("total", "allowed", "adapter_dim", "internal")}
-    tensors = [[t["name"], t["shape"]] for t in resolved["tensors"]]
-    data["resolved"] = kept | {"format": 2, "tensors": tensors, "external": {}}
-    path.write_text(json.dumps(data))
-    save_file(plain, tmp_path / "adapter_model.safetensors")
-    assert torch.equal(output(PeftModel.from_pretrained(MLP(), tmp_path)), expected)
-    data["resolved"] = kept | {
-        "format": 1,
-        "layers": [[n.removesuffix(".weight"), s] for n, s in tensors],
-        "external": {},
-    }
-    for new in ("target_parameters", "ranking", "granularity", "schedule", "saved_values"):
-        data.pop(new, None)  # as written before these fields were there
-    path.write_text(json.dumps(data))
-    assert torch.equal(output(PeftModel.from_pretrained(MLP(), tmp_path)), expected)
-
-
 def test_under_an_existing_name_the_base_is_checked_too(tmp_path):
     trained().save_pretrained(tmp_path)
     other = MLP()

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SFAConfig
-from sfa_peft.files import contents
+from sfa_peft.files import folder as files
 from sfa_peft.files.folder import WEIGHTS_NAME, check_complete
 from tests.tiny import upernet
 
@@ -230,12 +230,12 @@ def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
         Path(path).write_bytes(good[: len(good) // 2])
         raise OSError("disk full")
 
-    monkeypatch.setattr(contents, "save_file", write_half)
+    monkeypatch.setattr(files, "save_file", write_half)
     model = adapted(seed=5)
     with pytest.raises(OSError, match="disk full"):
         model.save_pretrained(folder)
     assert (folder / WEIGHTS_NAME).read_bytes() == good
-    assert not list(folder.glob(".partial*"))
+    assert not list(folder.glob(".*partial*"))
     PeftModel.from_pretrained(upernet(), folder)
 
 
@@ -265,7 +265,7 @@ def test_a_killed_save_leaves_the_old_file_or_the_new_one(folder):
 
 
 def test_files_of_other_methods_are_written_and_read_by_peft_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(contents, "save_file", None)
+    monkeypatch.setattr(files, "save_file", None)
     model = get_peft_model(upernet(), peft.LoraConfig(target_modules=["query"]))
     model.save_pretrained(tmp_path)
     (tmp_path / WEIGHTS_NAME).write_bytes(b"")

@@ -4,7 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import AdapterFileError
-from sfa_peft.files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolved
+from sfa_peft.files.record import (
+    Link,
+    Resolved,
+    SavedLayer,
+    SavedTensor,
+    check_tensors,
+    read_resolved,
+)
 
 SIZES = {"total": 100, "allowed": 20, "adapter_dim": 2, "internal": 5}
 WHOLE = Resolved(
@@ -25,24 +32,9 @@ def test_what_is_written_is_read_again():
     assert WHOLE.widths == {"a.b": 2}
 
 
-def test_the_first_version_listed_layers_of_which_the_weight_is_meant():
-    old = read_resolved(SIZES | {"format": 1, "layers": [["a.b", [2, 3]]], "external": {"c": 4}})
-    assert old.tensors == (SavedTensor("a.b.weight", (2, 3)),)
-    assert old.layers == {"a.b": SavedLayer(), "c": SavedLayer(4)}
-    assert old.packed is None
-
-
-def test_the_second_version_listed_tensors():
-    old = read_resolved(
-        SIZES | {"format": 2, "tensors": [["a.b.bias", [20]]], "external": {"a.b": 4}}
-    )
-    assert old.tensors == (SavedTensor("a.b.bias", (20,)),)
-    assert old.layers == {"a.b": SavedLayer(4)}
-
-
-@pytest.mark.parametrize("version", [0, 5, "3", None])
+@pytest.mark.parametrize("version", [0, 1, 2, 5, "3", None])
 def test_an_unknown_version_is_refused_with_the_ones_that_are_read(version):
-    with pytest.raises(AdapterFileError, match=r"reads 1, 2, 3, 4\. Upgrade"):
+    with pytest.raises(AdapterFileError, match=r"reads 3, 4\. Upgrade"):
         read_resolved(WHOLE.to_dict() | {"format": version})
 
 
@@ -90,3 +82,11 @@ def test_a_chain_makes_a_version_of_its_own_and_must_be_there():
     without = {k: v for k, v in chained.to_dict().items() if k != "chain"}
     with pytest.raises(AdapterFileError, match="lacks chain"):
         read_resolved(without)
+
+
+def test_tensors_must_be_there_with_the_shape_they_had():
+    check_tensors([["a", [2, 3]]], {"a": (2, 3), "b": (1, 1)})
+    with pytest.raises(AdapterFileError, match="changes `c`, which this model does not have"):
+        check_tensors([["c", [2, 3]]], {"a": (2, 3)})
+    with pytest.raises(AdapterFileError, match=r"`a` has shape \[3, 2\] here"):
+        check_tensors([["a", [2, 3]]], {"a": (3, 2)})
