@@ -57,7 +57,7 @@ class SFAModel(SwitchingModel):
             source, strict = peft_config.selection_from, peft_config.check_base
             self._reused = read_saved(model, source, strict=strict)
         reused = reuse(self._reused, peft_config) if self._reused else None
-        strict, folder = peft_config.check_base, peft_config.folder
+        strict, folder = peft_config.check_base, peft_config.notes.folder
         self._chain = read_chain(model, peft_config, folder, strict=strict)
         check_same_chain(self._reused, self._chain, peft_config)
         self._plan = put_on_chain(make_plan(model, peft_config, reused), self._chain, peft_config)
@@ -234,7 +234,8 @@ class SFAModel(SwitchingModel):
         resolved = adapter_layers(model, adapter_name)[0].resolved[adapter_name]
         if pool is not None:
             resolved = pack_state(pool, config, resolved, state)
-        config.remember(resolved.to_dict(), card_facts(model, config, adapter_name))
+        facts = card_facts(model, config, adapter_name)
+        config.remember(resolved=resolved.to_dict(), facts=facts)
         return state
 
     @classmethod
