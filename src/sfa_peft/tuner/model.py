@@ -18,11 +18,11 @@ from ..selection.data_free import select_without_data
 from ..sparse.pool import Pool
 from . import compiled
 from .chain import attach_chain, check_same_chain, put_on_chain
-from .facts import card_facts
 from .layer import SFALayer, adapter_layers, check_name, find_pool
 from .model_switching import SwitchingModel
 from .plan import Plan, make_plan
 from .reading import SavedAdapter, fill_pool, read_chain, read_saved, reuse
+from .report import card_facts
 from .saving import check_base, in_pool_type, pack_state, settle, unpack_state
 from .targets import is_excluded
 from .upstream.fits import check_fits

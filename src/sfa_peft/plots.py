@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a selection (the paper's Fig. 5). matplotlib is imported inside functions."""
+"""Pictures of plain data (the paper's Fig. 5). matplotlib is imported inside functions."""
 
 from __future__ import annotations
 
