@@ -26,7 +26,7 @@ class Knobs:
     count: int = option(1, "A count.", whole("a count of at least 1", 1))
     colour: str = choice("red", ("red", "blue"), "What it looks like")
     where: object = patterns("Where.")
-    what: object = names("What.")
+    what: object = names("What.", "all")
     source: object = saved("Whence.")
     length: object = steps("How long.")
     free: object = option("anything", "Not checked.")
@@ -48,8 +48,8 @@ class Knobs:
         ("colour", ["red"], "one of red, blue, got ['red']."),
         ("where", 3, "a list of names, one regular expression or None, got 3."),
         ("where", ["a", 3], "a list of names, one regular expression or None, got ['a', 3]."),
-        ("what", "head", "a list of names or None, got 'head'. Write ['head']."),
-        ("what", 3, "a list of names or None, got 3."),
+        ("what", "head", "a list of names, \"all\" or None, got 'head'. Write ['head']."),
+        ("what", 3, 'a list of names, "all" or None, got 3.'),
         ("source", 3, "a saved adapter's folder or Hub id, or None, got 3."),
         ("length", 0, f"{LENGTH}, got 0. None lets the run decide."),
     ],
@@ -69,6 +69,7 @@ def test_values_that_pass_are_converted():
     assert knobs.source == str(Path("out") / "x")
     assert (knobs.share, knobs.length, knobs.free) == (1, 3, None)
     assert Knobs(where="a|b", what=None).where == "a|b"
+    assert Knobs(what="all").what == ["all"]
     given = ["b", "a"]
     assert Knobs(what=given).what == given
     assert Knobs(what=given).what is not given  # PEFT appends to it

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selective Feature Adapter (SFA) for PEFT; importing the package registers the method."""
 
+from .backbones import head_modules as head_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -37,6 +38,7 @@ __all__ = [
     "SelectionError",
     "TargetError",
     "budget_report",
+    "head_modules",
     "plot_selection",
     "register_score",
     "selection_summary",

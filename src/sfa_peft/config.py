@@ -27,6 +27,8 @@ from .selection.scores import find_score, score_names
 WEIGHT_DECAYS = ("change", "weight")
 #: What the values of a saved selection start from.
 SELECTION_VALUES = ("zero", "trained")
+#: In `modules_to_save`: everything outside the backbone. A list of it, since PEFT extends that.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class SFAConfig(PeftConfig):
         exclude_modules: Names (or one regular expression) of layers to leave alone.
         layers_to_transform: Index or indices of the layers to adapt, matched as everywhere in PEFT.
         layers_pattern: Name of the module list that holds the layers, with `layers_to_transform`.
-        modules_to_save: Modules trained and saved whole, such as the task head.
+        modules_to_save: Modules trained and saved whole, such as the task head. "auto": all that
+            lies outside the backbone (see `head_modules`); the names found are saved.
         score: How weights are ranked. "accumulated_gradient" (Alg. 1): weights that the whole round
             pulls in one direction; the default. "absolute_gradient": weights that matter to single
             batches even where batches disagree; for rounds of few steps. "squared_gradient": the
@@ -165,8 +168,8 @@ class SFAConfig(PeftConfig):
     layers_pattern: list[str] | str | None = option(
         None, "Name of the module list that holds the layers."
     )
-    modules_to_save: list[str] | None = names(
-        "Modules trained and saved whole, such as the task head."
+    modules_to_save: list[str] | str | None = names(
+        "Modules trained and saved whole, such as the task head.", AUTO
     )
     score: str = option(
         "accumulated_gradient",

@@ -54,11 +54,12 @@ def patterns(text: str) -> Any:
     return option(None, text, check, convert=_as_set)
 
 
-def names(text: str) -> Any:
-    """Return the field of names without regular expressions."""
-    expected = "a list of names or None"
-    no_text = Check(lambda v: not isinstance(v, str), expected, "Write [{value!r}].")
-    return option(None, text, no_text, Check(_is_names, expected), convert=_as_list)
+def names(text: str, word: str) -> Any:
+    """Return the field of names without regular expressions, or of one word, kept as `[word]`."""
+    expected = f'a list of names, "{word}" or None'
+    no_text = Check(lambda v: not isinstance(v, str) or v == word, expected, "Write [{value!r}].")
+    are_names = Check(lambda v: v == word or _is_names(v), expected)
+    return option(None, text, no_text, are_names, convert=_as_list)
 
 
 def saved(text: str) -> Any:
@@ -123,4 +124,6 @@ def _as_set(value: Any) -> Any:
 
 
 def _as_list(value: Collection[str]) -> list[str]:
+    if isinstance(value, str):
+        return [value]
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
