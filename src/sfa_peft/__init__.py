@@ -11,7 +11,6 @@ from .errors import SFAError as SFAError
 from .errors import SFAWarning as SFAWarning
 from .errors import TargetError as TargetError
 from .model_card import set_card_metrics as set_card_metrics
-from .plots import plot_selection as plot_selection
 from .selection.scores import register_score as register_score
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
@@ -19,6 +18,7 @@ from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
 from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
+from .tuner.report import plot_selection as plot_selection
 from .tuner.report import selection_summary as selection_summary
 
 __version__ = "0.1.0"

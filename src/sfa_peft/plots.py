@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
+def draw_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Draw the share of selected weights by block, a line for each role.
 
     Args:
@@ -18,14 +18,12 @@ def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     Returns:
         The path.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which keeps state for the whole process
 
     path = Path(path)
     roles = list(dict.fromkeys(row["role"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     for role in roles:
         chosen = [row for row in rows if row["role"] == role]
         known = all(row["layer"] is not None for row in chosen)
@@ -41,6 +39,5 @@ def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     axes.grid(alpha=0.3)
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     figure.savefig(partial, dpi=120)
-    plt.close(figure)
     partial.replace(path)
     return path

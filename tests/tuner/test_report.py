@@ -3,7 +3,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from sfa_peft import SFAConfig, TargetError, budget_report, selection_summary
+from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
 from sfa_peft.tuner.layer import find_pool
 from sfa_peft.tuner.report import card_facts, stage_shares
 from tests.reference import masks_of
@@ -94,3 +94,12 @@ def test_layers_of_no_known_stage_are_counted_as_others():
     rows = selection_summary(plain)
     share = sum(row["selected"] for row in rows) / sum(row["numel"] for row in rows)
     assert stage_shares(plain, "default") == {"other": share}
+
+
+def test_a_model_is_drawn_as_its_rows_are(model, tmp_path):
+    plot_selection(model, tmp_path / "model.png")
+    plot_selection(selection_summary(model), tmp_path / "rows.png")
+    assert (tmp_path / "model.png").read_bytes() == (tmp_path / "rows.png").read_bytes()
+    with pytest.raises(TargetError, match="no SFA adapter named `other`"):
+        plot_selection(model, tmp_path / "other.png", "other")
+    assert not (tmp_path / "other.png").exists()

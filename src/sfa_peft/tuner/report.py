@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -14,6 +15,7 @@ from torch import nn
 from ..config import SFAConfig
 from ..errors import TargetError
 from ..model_card import CardFacts, StageFacts
+from ..plots import draw_selection
 from .layer import SFALayer, adapter_layers, find_pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
@@ -121,6 +123,26 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
     """
     _layers(model, adapter_name)
     return [row for _, row in _count(model, adapter_name)]
+
+
+def plot_selection(
+    source: nn.Module | Sequence[dict[str, Any]], path: str | Path, adapter_name: str = "default"
+) -> Path:
+    """Draw the share of selected weights by block, a line for each role (needs matplotlib).
+
+    Args:
+        source: A model, or what `selection_summary` returned.
+        path: Where to write the picture; its ending decides the format.
+        adapter_name: The adapter of a model.
+
+    Returns:
+        The path.
+
+    Raises:
+        TargetError: If the model has no such SFA adapter.
+    """
+    is_model = isinstance(source, nn.Module)
+    return draw_selection(selection_summary(source, adapter_name) if is_model else source, path)
 
 
 def stage_shares(model: nn.Module, adapter_name: str) -> dict[str, float]:
