@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import json
 
 import pytest
@@ -70,6 +71,25 @@ def test_a_saved_config_is_json_and_reads_back_equal(tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SFA"
     assert SFAConfig.from_pretrained(tmp_path) == config
+
+
+def test_names_in_any_collection_can_be_saved():
+    for collection in (list, tuple, set, frozenset):
+        config = SFAConfig(target_modules=collection(["b", "a"]))
+        assert config.target_modules == {"a", "b"}
+        assert json.loads(json.dumps(config.to_dict()))["target_modules"] == ["a", "b"]
+
+
+def test_what_is_known_of_an_adapter_stays_with_its_config_and_is_no_setting(tmp_path):
+    config = SFAConfig()
+    other = copy.copy(config)
+    config.remember(metrics={"mIoU": 0.5})
+    assert other.notes.metrics is None
+    assert config == other
+    config.save_pretrained(str(tmp_path))
+    again = SFAConfig.from_pretrained(tmp_path)
+    assert (again.notes.folder, again.notes.metrics) == (str(tmp_path), None)
+    assert config.notes.folder is None
 
 
 def test_the_model_card_says_how_to_load_and_says_it_once(tmp_path):

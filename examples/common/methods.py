@@ -64,7 +64,7 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
     checkpoint = find_checkpoint(args)
     backbone = _backbone(base)
     size = sum(p.numel() for p in backbone.module.parameters())
-    head, model, callbacks = head_modules(base, backbone), base, []
+    head, model, callbacks = sfa_peft.head_modules(base), base, []
     if args.method in ("sfa", "internal", "external"):
         config = sfa_peft.SFAConfig(  # SFA: one budget, the head in modules_to_save
             budget=args.budget,
@@ -110,39 +110,6 @@ def adaptformer_width(backbone: Backbone, budget: float) -> int:
         "AdaptFormer of width 1",
         most=max(outputs.values()),
     )
-
-
-def head_modules(model: nn.Module, backbone: Backbone) -> list[str]:
-    """Return the paths of the largest parts with parameters that lie beside the backbone.
-
-    PEFT takes each as the end of a path: RT-DETR's `model.encoder` would mean the backbone's
-    `model.backbone.model.encoder` too. There, and of lists, their parts are named instead.
-    Parts that only share the parameters of others, as some detection heads have, are left out.
-    """
-    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    found: list[str] = []
-    seen: set[int] = set()
-
-    def visit(path: str, module: nn.Module) -> None:
-        for name, child in module.named_children():
-            full = f"{path}.{name}" if path else name
-            own = {id(p) for p in child.parameters()} - seen
-            if full == backbone.name or not own:
-                continue
-            ambiguous = any(n != full and n.endswith(full) for n in names)
-            divided = isinstance(child, (nn.ModuleList, nn.ModuleDict))  # PEFT refuses them
-            if (
-                backbone.name.startswith(f"{full}.")
-                or divided
-                or (ambiguous and [*child.children()])
-            ):
-                visit(full, child)
-            else:
-                found.append(full)
-                seen.update(own)
-
-    visit("", model)
-    return found
 
 
 def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> None:

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selective Feature Adapter (SFA) for PEFT; importing the package registers the method."""
 
-from .analysis import BudgetReport as BudgetReport
-from .analysis import budget_report as budget_report
-from .analysis import plot_selection as plot_selection
-from .analysis import selection_summary as selection_summary
+from .backbones import head_modules as head_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -19,6 +16,10 @@ from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
+from .tuner.report import BudgetReport as BudgetReport
+from .tuner.report import budget_report as budget_report
+from .tuner.report import plot_selection as plot_selection
+from .tuner.report import selection_summary as selection_summary
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "SelectionError",
     "TargetError",
     "budget_report",
+    "head_modules",
     "plot_selection",
     "register_score",
     "selection_summary",

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from .errors import TargetError
+
 ROLES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
 SUPPORTED_MODEL_TYPES = frozenset(
@@ -165,6 +167,52 @@ def role_of(path: str) -> str | None:
     """
     match = _ROLE_PATH.fullmatch(path)
     return None if match is None else match.lastgroup
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Return the paths of the largest parts with parameters that lie outside the backbone.
+
+    They are what `modules_to_save` of any PEFT config takes to train and save the task head whole.
+    PEFT compares ends of paths: RT-DETR's `model.encoder` would mean the backbone's
+    `model.backbone.model.encoder` too. There, and of lists, the parts inside are named instead.
+    Parts that only share the parameters of others, as some detection heads have, are left out.
+
+    Args:
+        model: A task model.
+
+    Raises:
+        TargetError: If it has no backbone that is known, or a part cannot be named apart.
+    """
+    backbone = find_backbone(model)
+    if backbone is None:
+        raise TargetError(
+            "head_modules: no known vision backbone in the model, so what lies outside it is not "
+            f"known. Name the head yourself. The model has: {describe_model(model)}"
+        )
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    found: list[str] = []
+    seen: set[int] = set()
+    waiting = [] if not backbone.name else [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        own = {id(p) for p in module.parameters()} - seen
+        if path == backbone.name or not own:
+            continue
+        others = [n for n in names if n != path and n.endswith(path)]
+        # PEFT refuses lists.
+        divided = isinstance(module, (nn.ModuleList, nn.ModuleDict)) or others
+        children = [(_join(path, name), child) for name, child in module.named_children()]
+        if _is_inside(backbone.name, path) or (divided and children):
+            waiting += reversed(children)
+        elif others:
+            raise TargetError(
+                f"head_modules: PEFT compares ends of names and would take `{others[0]}` for "
+                f"`{path}`. Rename that module, and name the head yourself."
+            )
+        else:
+            found.append(path)
+            seen |= own
+    return found
 
 
 def suggest_targets(model: nn.Module) -> str | None:

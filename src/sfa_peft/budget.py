@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from .config import DEFAULT_RHO
 from .errors import BudgetError
+
+#: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
+DEFAULT_RHO = 0.5
 
 
 @dataclass(frozen=True)

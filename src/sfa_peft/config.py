@@ -3,39 +3,42 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
-from .config_checks import (
-    SELECTION_VALUES,
-    WEIGHT_DECAYS,
-    check_budget,
-    check_layers,
-    check_registered,
-    check_reuse,
-    check_schedule,
-    check_score,
-    check_types,
-)
+from .errors import ConfigError, SFAError
+from .fields import check_fields, choice, names, number, option, patterns, saved, steps, whole
 from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
-from .model_card import METRICS, CardFacts, write_section
+from .model_card import CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
-#: `rho` where neither `rho` nor `adapter_dim` is given (the paper's value, Sec. 3).
-DEFAULT_RHO = 0.5
+#: What weight decay of the optimizer pulls towards its neutral value.
+WEIGHT_DECAYS = ("change", "weight")
+#: What the values of a saved selection start from.
+SELECTION_VALUES = ("zero", "trained")
+#: In `modules_to_save`: everything outside the backbone. A list of it, since PEFT extends that.
+AUTO = "auto"
 
-#: Attribute under which a config keeps where it was read; no field, so it is not written.
-_FOLDER = "_read_from"
+
+@dataclass(frozen=True)
+class Notes:
+    """What is known of an adapter beside its settings; on its config, but in no file of it."""
+
+    folder: str | None = None  # where the config was read from, or Hub id
+    resolved: dict[str, Any] | None = None  # sizes and layers, when it is about to be saved
+    facts: CardFacts | None = None  # what its model card says
+    metrics: Mapping[str, float | str] | None = None  # results in its model card
 
 
 @dataclass
@@ -67,7 +70,8 @@ class SFAConfig(PeftConfig):
         exclude_modules: Names (or one regular expression) of layers to leave alone.
         layers_to_transform: Index or indices of the layers to adapt, matched as everywhere in PEFT.
         layers_pattern: Name of the module list that holds the layers, with `layers_to_transform`.
-        modules_to_save: Modules trained and saved whole, such as the task head.
+        modules_to_save: Modules trained and saved whole, such as the task head. "auto": all that
+            lies outside the backbone (see `head_modules`); the names found are saved.
         score: How weights are ranked. "accumulated_gradient" (Alg. 1): weights that the whole round
             pulls in one direction; the default. "absolute_gradient": weights that matter to single
             batches even where batches disagree; for rounds of few steps. "squared_gradient": the
@@ -128,115 +132,125 @@ class SFAConfig(PeftConfig):
         ConfigError: If a value is out of range or two values contradict each other.
     """
 
-    budget: float = field(
-        default=0.2, metadata={"help": "Trainable share of the backbone, (0, 1]."}
+    budget: float = option(
+        0.2,
+        "Trainable share of the backbone, (0, 1].",
+        number(
+            "a share of the backbone, 0 < budget <= 1",
+            lambda v: 0 < v <= 1,
+            "0.05 is the paper's small setting, 0.2 its large one.",
+        ),
     )
-    rho: float | None = field(
-        default=None, metadata={"help": "Share of the budget for external adapters, [0, 1]."}
+    rho: float | None = option(
+        None,
+        "Share of the budget for external adapters, [0, 1].",
+        number(
+            "the external adapters' share of the budget, 0 <= rho <= 1",
+            lambda v: 0 <= v <= 1,
+            "0.5 is the paper's value.",
+        ),
     )
-    adapter_dim: int | None = field(
-        default=None, metadata={"help": "Width of the external adapters, instead of rho."}
+    adapter_dim: int | None = option(
+        None,
+        "Width of the external adapters, instead of rho.",
+        whole("a width of at least 1", 1, "For no external adapters use rho=0."),
     )
-    external_bias: bool = field(default=True, metadata={"help": "Biases in external adapters."})
-    external_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Layers that get an external adapter on their output."}
+    external_bias: bool = option(True, "Biases in external adapters.")
+    external_modules: list[str] | str | None = patterns(
+        "Layers that get an external adapter on their output."
     )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Layers whose weights may be selected."}
+    target_modules: list[str] | str | None = patterns("Layers whose weights may be selected.")
+    target_parameters: list[str] | str | None = patterns(
+        "Further parameters whose entries may be selected."
     )
-    target_parameters: list[str] | str | None = field(
-        default=None, metadata={"help": "Further parameters whose entries may be selected."}
+    exclude_modules: list[str] | str | None = patterns("Layers to leave alone.")
+    layers_to_transform: list[int] | int | None = option(None, "Indices of the layers to adapt.")
+    layers_pattern: list[str] | str | None = option(
+        None, "Name of the module list that holds the layers."
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Layers to leave alone."}
+    modules_to_save: list[str] | str | None = names(
+        "Modules trained and saved whole, such as the task head.", AUTO
     )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
+    score: str = option(
+        "accumulated_gradient",
+        f"How weights are ranked: {', '.join(score_names())}, or your own.",
     )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the module list that holds the layers."}
+    score_dtype: str = choice("float32", SCORE_DTYPES, "Of scores")
+    score_every: int = option(
+        1,
+        "Score one update step in so many (the last always).",
+        whole("a number of steps of at least 1", 1),
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained and saved whole, such as the task head."}
+    ranking: str = choice("global", RANKINGS, "Compare weights")
+    granularity: str = choice("weight", GRANULARITIES, "Select as one")
+    schedule: str = choice("linear", SCHEDULES, "How the selection grows")
+    select_until: float | None = option(
+        None,
+        "Share of the run after which no pick happens.",
+        number("a share of the run, 0 < select_until <= 1", lambda v: 0 < v <= 1),
     )
-    score: str = field(
-        default="accumulated_gradient",
-        metadata={"help": f"How weights are ranked: {', '.join(score_names())}, or your own."},
+    selection_steps: int | None = steps("Update steps in a round (the paper's s).")
+    total_steps: int | None = steps("Update steps of the whole run (the paper's T).")
+    late_bias_correction: bool = option(True, "Adam's bias correction by each weight's own age.")
+    internal_lr_ratio: float = option(
+        1.0,
+        "Learning rate of selected weights over the others'.",
+        number("a factor above 0", lambda v: v > 0),
     )
-    score_dtype: str = field(
-        default="float32", metadata={"help": f"Of scores: {', '.join(SCORE_DTYPES)}."}
-    )
-    score_every: int = field(
-        default=1, metadata={"help": "Score one update step in so many (the last always)."}
-    )
-    ranking: str = field(
-        default="global", metadata={"help": f"Compare weights: {', '.join(RANKINGS)}."}
-    )
-    granularity: str = field(
-        default="weight", metadata={"help": f"Select as one: {', '.join(GRANULARITIES)}."}
-    )
-    schedule: str = field(
-        default="linear", metadata={"help": f"How the selection grows: {', '.join(SCHEDULES)}."}
-    )
-    select_until: float | None = field(
-        default=None, metadata={"help": "Share of the run after which no pick happens."}
-    )
-    selection_steps: int | None = field(
-        default=None, metadata={"help": "Update steps in a round (the paper's s)."}
-    )
-    total_steps: int | None = field(
-        default=None, metadata={"help": "Update steps of the whole run (the paper's T)."}
-    )
-    late_bias_correction: bool = field(
-        default=True, metadata={"help": "Adam's bias correction by each weight's own age."}
-    )
-    internal_lr_ratio: float = field(
-        default=1.0, metadata={"help": "Learning rate of selected weights over the others'."}
-    )
-    weight_decay_on: str = field(
-        default="change", metadata={"help": f"What decays: {', '.join(WEIGHT_DECAYS)}."}
-    )
-    seed: int = field(default=0, metadata={"help": 'Seed of the "random" score.'})
-    saved_values: str = field(
-        default="exact", metadata={"help": f"How changes are saved: {', '.join(SAVED_VALUES)}."}
-    )
-    selection_from: str | None = field(
-        default=None, metadata={"help": "Saved adapter whose selection is trained anew."}
-    )
-    selection_values: str = field(
-        default="zero",
-        metadata={"help": f"Start of a saved selection: {', '.join(SELECTION_VALUES)}."},
-    )
-    continue_from: str | None = field(
-        default=None, metadata={"help": "Saved adapter whose change belongs to the base."}
-    )
-    check_base: bool = field(
-        default=True, metadata={"help": "Demand the base that an adapter was trained on."}
-    )
-    init_weights: bool = field(default=True, metadata={"help": "False: random start, for tests."})
-    resolved: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in when an adapter is saved."}
-    )
+    weight_decay_on: str = choice("change", WEIGHT_DECAYS, "What decays")
+    seed: int = option(0, 'Seed of the "random" score.', whole("an integer"))
+    saved_values: str = choice("exact", SAVED_VALUES, "How changes are saved")
+    selection_from: str | None = saved("Saved adapter whose selection is trained anew.")
+    selection_values: str = choice("zero", SELECTION_VALUES, "Start of a saved selection")
+    continue_from: str | None = saved("Saved adapter whose change belongs to the base.")
+    check_base: bool = option(True, "Demand the base that an adapter was trained on.")
+    init_weights: bool = option(True, "False: random start, for tests.")
+    resolved: dict[str, Any] | None = option(None, "Filled in when an adapter is saved.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SFA  # pyright: ignore[reportAttributeAccessIssue]
-        check_registered(self)
-        check_types(self)
-        for name in ("target_modules", "target_parameters", "exclude_modules", "external_modules"):
-            value = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
-        if self.modules_to_save is not None:  # PEFT appends to the list that it is given
-            ordered = sorted if isinstance(self.modules_to_save, (set, frozenset)) else list
-            self.modules_to_save = ordered(self.modules_to_save)
-        check_budget(self)
-        check_layers(self)
-        check_score(self)
-        check_schedule(self)
-        for name in ("selection_from", "continue_from"):
-            if getattr(self, name) is not None:
-                setattr(self, name, os.fspath(getattr(self, name)))
-        check_reuse(self)
+        self.notes = Notes()
+        _check_registered(self)
+        check_fields(self)
+        if self.resolved is None:  # a trained adapter loads without its user's own score
+            find_score(self.score)
+        contradiction = next(self._contradictions(), None)
+        if contradiction is not None:
+            raise ConfigError(f"SFAConfig: {contradiction}")
+
+    def _contradictions(self) -> Iterator[str]:
+        """Say which fields contradict each other."""
+        if self.rho is not None and self.adapter_dim is not None:
+            yield (
+                f"rho={self.rho!r} and adapter_dim={self.adapter_dim!r} are both given, "
+                "but each follows from the other and the budget. Leave one of them out."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield (
+                "When `layers_pattern` is specified, `layers_to_transform` must also be specified."
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield (
+                "`layers_to_transform` cannot be used when `target_modules` is a str, because a "
+                "regular expression can name the layers itself."
+            )
+        plain = self.score_every == 1 and self.score_dtype == "float32"
+        if self.score == "weight_difference" and not plain:
+            yield (
+                'score="weight_difference" trains candidates in fp32 on every step; leave out '
+                f"score_every={self.score_every} and score_dtype={self.score_dtype!r}."
+            )
+        if self.selection_from is not None and self.rho == 1:
+            yield (
+                "rho=1 leaves no budget for the weights of selection_from="
+                f"{self.selection_from!r}. Lower rho, or leave selection_from out."
+            )
+        if self.selection_from is None and self.selection_values == "trained":
+            yield (
+                "selection_values='trained' is about a saved selection, but selection_from names "
+                "none. Give an adapter's folder there."
+            )
 
     @property
     def selects_while_training(self) -> bool:
@@ -245,20 +259,9 @@ class SFAConfig(PeftConfig):
             return False
         return self.score not in score_names() or find_score(self.score).trained
 
-    @property
-    def folder(self) -> str | None:
-        """Where the config was read from (folder or Hub id); None where it was not read."""
-        return getattr(self, _FOLDER, None)
-
-    def remember(self, resolved: dict[str, Any], facts: CardFacts | None = None) -> None:
-        """Keep what a model's budget was solved to, for the file (a reused config is solved anew).
-
-        Args:
-            resolved: Sizes and layers of the adapter that is about to be saved.
-            facts: What its model card says.
-        """
-        self._resolved = resolved
-        self._facts = facts
+    def remember(self, **known: Any) -> None:
+        """Note something about the adapter, by the names of `Notes`."""
+        self.notes = replace(self.notes, **known)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold (sets become sorted lists)."""
@@ -266,7 +269,7 @@ class SFAConfig(PeftConfig):
             key: sorted(value) if isinstance(value, set) else value
             for key, value in super().to_dict().items()
         }
-        fields["resolved"] = getattr(self, "_resolved", None) or self.resolved
+        fields["resolved"] = self.notes.resolved or self.resolved
         return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -284,8 +287,8 @@ class SFAConfig(PeftConfig):
             folder,
             base=self.base_model_name_or_path,
             base_class=mapping["base_model_class"] if known else None,
-            facts=getattr(self, "_facts", None),
-            metrics=getattr(self, METRICS, None),
+            facts=self.notes.facts,
+            metrics=self.notes.metrics,
         )
 
     @classmethod
@@ -297,7 +300,25 @@ class SFAConfig(PeftConfig):
         Raises:
             AdapterFileError: If the tensors beside the config are cut short or damaged.
         """
-        check_complete(Path(pretrained_model_name_or_path) / (subfolder or ""))
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        setattr(config, _FOLDER, str(Path(pretrained_model_name_or_path, subfolder or "")))
-        return cast(SFAConfig, config)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        check_complete(folder)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        config.remember(folder=str(folder))
+        return config
+
+
+def _check_registered(config: SFAConfig) -> None:
+    """Check that PEFT still takes the config's type for this method."""
+    name: Any = config.peft_type
+    of_config: Any = PEFT_TYPE_TO_CONFIG_MAPPING.get(name)
+    theirs: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(name)
+    package = __name__.partition(".")[0]
+    if of_config is not None and not isinstance(config, of_config):
+        theirs = of_config
+    elif theirs is None or any(c.__module__.partition(".")[0] == package for c in theirs.__mro__):
+        return
+    raise SFAError(
+        f"Another package has put its own method ({theirs.__module__}.{theirs.__qualname__}) in "
+        "the place of SFA in PEFT's tables, after sfa_peft was imported. Import only one of the "
+        "two in a process."
+    )

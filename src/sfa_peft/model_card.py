@@ -27,9 +27,6 @@ _SECTION = re.compile(
 #: How files with bytes that are not UTF-8 are read and written: with the same bytes.
 _KEEP = "surrogateescape"
 
-#: Attribute of a config under which its metrics are kept; no field, so it is not in its file.
-METRICS = "_card_metrics"
-
 
 @dataclass(frozen=True)
 class StageFacts:
@@ -105,7 +102,7 @@ def set_card_metrics(
                 "set_card_metrics: expected finite numbers (or text) by name, got "
                 f"{name!r}: {value!r}. Give a tensor's value with .item()."
             )
-    setattr(configs[adapter_name], METRICS, {n: _plain(value) for n, value in metrics.items()})
+    configs[adapter_name].remember(metrics={n: _plain(value) for n, value in metrics.items()})
 
 
 def _plain(value: Any) -> float | str:

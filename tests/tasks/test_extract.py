@@ -77,8 +77,9 @@ def test_what_is_lost_is_named(tmp_path):
 def test_a_task_model_from_its_folder_with_head_and_buffers(tmp_path):
     tuned = tuned_copy(upernet)
     tuned.save_pretrained(tmp_path)
-    config = SFAConfig(budget=0.2, modules_to_save=["decode_head"])
+    config = SFAConfig(budget=0.2, modules_to_save="auto")
     model, report = extract(upernet(), tmp_path, config)
+    assert model.peft_config["default"].modules_to_save == ["decode_head"]
     head = model.get_base_model().decode_head.modules_to_save["default"]
     assert all(
         torch.equal(t, tuned.decode_head.state_dict()[n]) for n, t in head.state_dict().items()

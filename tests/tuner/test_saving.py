@@ -234,3 +234,23 @@ def test_transformers_own_loader_gives_the_same_bits_and_misses_nothing(dtype, t
             for ordinal in range(len(ours.weights)):
                 assert torch.equal(pool.weights[ordinal].tensor, ours.weights[ordinal].tensor)
             assert pool.values is parameter  # what an optimizer made before the first use holds
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name .* should not be contained in the prefix")
+@pytest.mark.parametrize("name", ["a", "s", "f_", "sfa"])
+def test_names_inside_the_prefix_of_our_tensors_are_as_good_as_others(name, tmp_path):
+    config = SFAConfig(
+        budget=0.2, score="random", init_weights=False, modules_to_save=["decode_head"]
+    )
+    model = get_peft_model(upernet(), config, adapter_name=name).eval()
+    model.add_adapter("other", config)
+    with torch.no_grad():
+        model.get_base_model().decode_head.modules_to_save[name].classifier.bias.add_(1)
+        expected = model(images()["pixel_values"]).logits
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(upernet(), tmp_path / name, adapter_name=name).eval()
+    loaded.load_adapter(tmp_path / "other", "other")
+    with torch.no_grad():
+        assert torch.equal(loaded(images()["pixel_values"]).logits, expected)
+    ours, theirs = (get_peft_model_state_dict(m, adapter_name=name) for m in (model, loaded))
+    assert ours.keys() == theirs.keys()

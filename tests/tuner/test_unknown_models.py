@@ -63,7 +63,7 @@ def test_each_block_of_a_timm_model_has_its_adapters_and_nothing_else_is_adapted
 @pytest.mark.parametrize("name", MODELS)
 def test_the_error_for_a_timm_model_gives_an_expression_that_works(name):
     build, _ = MODELS[name]
-    suggested = re.search(r'try target_modules=r"(.*?)";', refusal(build()))
+    suggested = re.search(r'try target_modules=r"(.*?)"\.', refusal(build()))
     assert suggested is not None
     assert suggested[1] == suggest_targets(build())
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 
 from ..errors import SFAError
 from ..tuner.adapter import check_name
 from ..tuner.layer import SFALayer
 from .claims import Claim, Claims
-from .loading import guard_forward, load_frozen, read_config, remove_adapter
 from .memory import TaskMemory, count_bytes, measure, tensors_of
 from .sharing import (
     adapted_layers,
     find_shareable,
+    guard_forward,
+    load_frozen,
     put_back,
+    read_config,
+    remove_adapter,
     share,
 )
-from .task import Activation, Task
 
 
 class TaskBank:
@@ -285,6 +289,42 @@ class TaskBank:
             # Now and not in the next forward, in which other threads may take part; and for every
             # layer, since somebody may have called set_adapter.
             layer.act_at_once(wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One task of a bank: calling it runs its model, as `TaskBank.run` does.
+
+    Attributes:
+        name: Its name, which is its adapter's too.
+        model: Its model with the adapter. A forward of it activates the task by itself.
+    """
+
+    name: str
+    model: PeftModel
+    _bank: TaskBank = field(repr=False)
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Return the model's output."""
+        return self._bank.run(self.name, *args, **inputs)
+
+
+class Activation:
+    """What `TaskBank.activate` returns: a context manager that keeps a task active."""
+
+    def __init__(self, bank: TaskBank, name: str | None, wait: bool | float) -> None:
+        self._bank, self._name, self._wait = bank, name, wait
+        self._open: list[Any] = []  # a with statement may be nested in itself
+
+    def __enter__(self) -> Task | nn.Module:
+        """Activate the task until the end of the block; return it (the backbone for None)."""
+        block = self._bank._use(self._name, self._wait)
+        block.__enter__()
+        self._open.append(block)
+        return self._bank.backbone if self._name is None else self._bank[self._name]
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.pop().__exit__(*error)
 
 
 class _Change:

@@ -24,6 +24,7 @@ from ..selection.topk import TensorSource
 from ..sparse.delta import change_to
 from ..tuner.layer import find_pool
 from ..tuner.plan import Plan, make_plan
+from ..tuner.upstream.heads import settle_heads
 from .sharing import refuse_tuned
 
 State = Mapping[str, Tensor]
@@ -115,7 +116,7 @@ def extract(
             model is unchanged then.
     """
     refuse_tuned(model, "model")
-    config = _own_config(config)
+    config = settle_heads(model, _own_config(config))
     tuned = _read(checkpoint)
     plan = make_plan(model, config)
     base = {n: t.detach() for n, t in model.state_dict().items()}

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..analysis.stats import stage_shares
 from ..errors import SelectionError
 from ..selection.rounds import Run
 from ..selection.rules import check_settings
@@ -16,6 +15,7 @@ from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
 from ..selection.unfinished import is_unfinished
 from ..tuner.layer import find_adapter
+from ..tuner.report import stage_shares
 from .active import active_adapter, adapter_config
 from .guards import refuse_reentrant_checkpointing, refuse_sharded
 
@@ -144,7 +144,8 @@ class SFASelector:
         if self._run is None or self.pool is None:
             return {}
         found: dict[str, float] = {"sfa_round": self.round, "sfa_selected": self.selected_share}
-        found |= {f"sfa_share/{stage}": share for stage, share in stage_shares(self.pool).items()}
+        shares = stage_shares(self._model, self.adapter_name)
+        found |= {f"sfa_share/{stage}": share for stage, share in shares.items()}
         return found | {f"sfa_score/{name}": value for name, value in self._run.scores.items()}
 
     def step(self, optimizer: Any = None) -> bool:

@@ -43,7 +43,7 @@ class Injection:
         if config.selection_from is not None and config.resolved is None:
             self.reused = read_saved(model, config.selection_from, strict=strict)
         reused = reuse(self.reused, config) if self.reused else None
-        self.chain = read_chain(model, config, config.folder, strict=strict)
+        self.chain = read_chain(model, config, config.notes.folder, strict=strict)
         check_same_chain(self.reused, self.chain, config)
         self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
         check_heads(model, config, self.plan.targets)

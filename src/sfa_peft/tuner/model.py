@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import SFAError, SFAWarning
 from ..sparse.writing import together
 from . import compiled
-from .facts import card_facts
 from .injection import Injection
 from .layer import SFALayer, find_adapter
 from .reading import in_pool_type, unpack_state
+from .report import card_facts
 from .saving import pack_state
 from .upstream.fits import check_fits
 from .upstream.heads import settle_heads
@@ -208,7 +208,8 @@ class SFAModel(BaseTuner):
         )
         # The config may serve several models, so it hears of this one now; it is saved next.
         record = pack_state(adapter, state, config.saved_values)
-        config.remember(record.to_dict(), card_facts(model, config, adapter_name))
+        facts = card_facts(model, config, adapter_name)
+        config.remember(resolved=record.to_dict(), facts=facts)
         return state
 
     @classmethod

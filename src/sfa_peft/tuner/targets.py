@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..backbones import Backbone, RoleModule, describe_model, role_of, suggest_targets
+from ..backbones import (
+    Backbone,
+    RoleModule,
+    describe_model,
+    find_backbone,
+    head_modules,
+    role_modules,
+    role_of,
+    suggest_targets,
+)
 from ..config import SFAConfig
 from ..errors import TargetError
 from .quantised import feature_sizes, holds_codes, is_packed
@@ -127,30 +137,79 @@ def _refuse_unmatched(config: SFAConfig, parameters: Mapping[str, Sequence[str]]
 
 def nothing_found(model: nn.Module, config: SFAConfig) -> str:
     """Say that a config names no layer of a model, and what would."""
-    if config.target_modules is None:
-        looked = "the attention and MLP linear layers of a known vision backbone"
-        advice = _advice(model)
-        start = "Please specify `target_modules` in `peft_config`: "
-    else:
+    looked = "the attention and MLP linear layers of a known vision backbone"
+    start = "Please specify `target_modules` in `peft_config`: "
+    if config.target_modules is not None:
         looked = f"layers that match target_modules={config.target_modules!r}"
         if config.target_parameters:
             looked += f" or target_parameters={config.target_parameters!r}"
-        advice = "Check the names (a suffix such as 'query', or one regular expression)."
         start = ""
+    advice = _taken(model, config)
+    if advice:
+        start = ""
+    elif config.target_modules is None:
+        advice = _advice(model, config)
+    else:
+        advice = "Check the names (a suffix such as 'query', or one regular expression)."
     return (
         f"{start}no layer to adapt found. Looked for {looked}. {advice} The model has: "
         f"{describe_model(model)}"
     )
 
 
-def _advice(model: nn.Module) -> str:
+def _finds(model: nn.Module, config: SFAConfig, **changes: Any) -> list[str]:
+    """Return the layers that a config would adapt with other values of some fields."""
+    other = copy.copy(config)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    modules, backbone = own_modules(model), find_backbone(model)
+    roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
+    try:
+        found = match_layers(modules, other, backbone, roles)
+        layers = dict.fromkeys([*found.parameters, *found.outputs])
+        for name in layers:
+            own = found.parameters.get(name, ())
+            wrappable(name, modules[name], own, whole=name in found.whole)
+    except TargetError:
+        return []
+    return list(layers)
+
+
+def _taken(model: nn.Module, config: SFAConfig) -> str:
+    """Say which field leaves out every layer that there is, and what works; "" for none."""
+    saved = config.modules_to_save
+    found = _finds(model, config, modules_to_save=None) if saved else []
+    if saved and found:
+        blamed = [name for name in saved if not _finds(model, config, modules_to_save=[name])]
+        blamed = blamed or list(saved)
+        heads, others = _known_heads(model), [name for name in saved if name not in blamed]
+        works = (h for h in (heads, others) if h and _finds(model, config, modules_to_save=h))
+        return (
+            f"Every one of them (`{found[0]}`, ...) lies in a module that modules_to_save names "
+            f"({', '.join(f'`{name}`' for name in blamed)}: PEFT compares parts of paths) and is "
+            f"trained whole. They are left with modules_to_save={next(works, None)}."
+        )
+    for field in ("exclude_modules", "layers_to_transform"):
+        empty = dict.fromkeys([field, "layers_pattern"])
+        found = _finds(model, config, **empty) if getattr(config, field) is not None else []
+        if found:
+            value = getattr(config, field)
+            return f"{field}={value!r} leaves out every one of them (`{found[0]}`, ...). Change it."
+    return ""
+
+
+def _known_heads(model: nn.Module) -> list[str]:
+    try:
+        return head_modules(model)
+    except TargetError:
+        return []
+
+
+def _advice(model: nn.Module, config: SFAConfig) -> str:
     """Say which `target_modules` fit a model without a known backbone."""
     pattern = suggest_targets(model)
-    if pattern is not None:
-        return (
-            f'Its blocks have layers of that kind: try target_modules=r"{pattern}"; or check '
-            "exclude_modules and layers_to_transform."
-        )
+    if pattern is not None and _finds(model, config, target_modules=pattern):
+        return f'Its blocks have layers of that kind: try target_modules=r"{pattern}".'
     # Not the subclass inside MultiheadAttention, which cannot be adapted.
     linears = [n for n, m in own_modules(model).items() if type(m) is nn.Linear]
     more = ", ..." if len(linears) > _LISTED else "."

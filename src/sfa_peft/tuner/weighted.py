@@ -32,7 +32,7 @@ def union_config(
     *,
     widths: Mapping[str, int] | None = None,
     external: int = 0,
-    modules_to_save: list[str] | None = None,
+    modules_to_save: list[str] | str | None = None,
 ) -> SFAConfig:
     """Return the config of an adapter that is as large as the union of several.
 

@@ -146,11 +146,6 @@ def test_the_head_is_all_that_lies_beside_the_backbone(methods: ModuleType) -> N
     model = example.build_model(args, 3)
     backbone = find_backbone(model)
     assert backbone is not None
-    assert methods.head_modules(model, backbone) == [
-        "model.pixel_level_module.decoder",
-        "model.transformer_module",
-        "class_predictor",
-    ]
     head = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in backbone.module.parameters()
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +20,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ...config import SFAConfig
-from ...errors import TargetError
+from ...backbones import find_backbone, head_modules, role_modules
+from ...config import AUTO, SFAConfig
+from ...errors import SFAWarning, TargetError
 
 # What Transformers 5 calls otherwise, with the name in 4. Only names that one release has and the
 # other lacks are compared, so that a pattern that fits too much does no harm.
@@ -42,10 +44,11 @@ _HEADS_BY_PEFT = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
 def settle_heads(model: nn.Module, config: SFAConfig) -> SFAConfig:
-    """Return a config whose `modules_to_save` lets PEFT wrap no module inside a wrapped one.
+    """Return a config whose `modules_to_save` names modules, none of them inside another one.
 
-    PEFT compares ends of names, so "head" also means the `head.head` of DPT; the adapter that it
-    then saves cannot be loaded. The parts of the outer module are named instead: the same tensors.
+    "auto" becomes what lies outside the backbone. PEFT compares ends of names, so "head" also means
+    the `head.head` of DPT; the adapter that it then saves cannot be loaded. The parts of the outer
+    module are named instead: the same tensors.
 
     Args:
         model: The model to adapt.
@@ -58,9 +61,10 @@ def settle_heads(model: nn.Module, config: SFAConfig) -> SFAConfig:
     Raises:
         TargetError: If that cannot be done.
     """
+    config = _without_auto(model, config)
     modules = _visible(model)
     matched = _matched(modules, config.modules_to_save or ())
-    if not any(_inside(name, matched) for name in matched):
+    if not any(_inside(name, matched) for name in matched) or _take_all(model, config, matched):
         return config
     outer = [name for name in matched if not _inside(name, matched)]
     parts = [part for name in outer for part in _parts(name, modules, matched)]
@@ -69,10 +73,37 @@ def settle_heads(model: nn.Module, config: SFAConfig) -> SFAConfig:
             f"modules_to_save={config.modules_to_save}: PEFT compares ends of names, so this means "
             f"{matched}, of which some lie inside others. Give full paths that do not."
         )
-    settled = config if config.task_type in _HEADS_BY_PEFT else copy.copy(config)
     absent = [name for name in config.modules_to_save or () if not _matched(modules, [name])]
-    settled.modules_to_save = [*parts, *absent]
+    return _with_heads(config, [*parts, *absent])
+
+
+def _take_all(model: nn.Module, config: SFAConfig, names: Collection[str]) -> bool:
+    """Whether modules leave nothing to adapt, which is refused next, by the names as given."""
+    backbone = find_backbone(model) if config.target_modules is None else None
+    return backbone is not None and all(_inside(r.name, names) for r in role_modules(backbone))
+
+
+def _with_heads(config: SFAConfig, names: list[str]) -> SFAConfig:
+    settled = config if config.task_type in _HEADS_BY_PEFT else copy.copy(config)
+    settled.modules_to_save = names
     return settled
+
+
+def _without_auto(model: nn.Module, config: SFAConfig) -> SFAConfig:
+    """Return a config that names what "auto" stands for."""
+    given = config.modules_to_save or ()
+    if AUTO not in given:
+        return config
+    found = head_modules(model)
+    if not found:
+        warnings.warn(
+            f'modules_to_save="{AUTO}": the whole model is its backbone, so nothing is trained '
+            "whole. Where it has a head nevertheless, name that.",
+            SFAWarning,
+            stacklevel=2,
+        )
+    others = [name for name in given if name != AUTO]
+    return _with_heads(config, list(dict.fromkeys([*found, *others])))
 
 
 def check_heads(model: nn.Module, config: SFAConfig, targets: Mapping[str, object]) -> None:

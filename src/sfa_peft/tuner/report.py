@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers out of a live model: what the budget became, and where the selected weights are."""
+"""Numbers of an adapter in a model: what its budget became, and where its selected weights are."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..config import SFAConfig
 from ..errors import TargetError
-from ..sparse.pool import Pool
-from ..tuner.layer import SFALayer, adapter_layers, find_pool
+from ..model_card import CardFacts, StageFacts
+from ..plots import draw_selection
+from .layer import SFALayer, adapter_layers, find_pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000
@@ -79,24 +83,31 @@ def budget_report(model: nn.Module, adapter_name: str = "default") -> BudgetRepo
     """
     layers = _layers(model, adapter_name)
     resolved = layers[0].adapters[adapter_name].record
-    widths: dict[int | None, list[int]] = defaultdict(list)
-    external = 0
-    for layer in layers:
-        if adapter_name in layer.sfa_down:
-            down, up = layer.sfa_down[adapter_name], layer.sfa_up[adapter_name]
-            widths[layer.stage].append(down.weight.shape[0])  # pyright: ignore
-            external += sum(p.numel() for m in (down, up) for p in m.parameters())
+    stages = count_stages(model, adapter_name)
     pool = find_pool(model, adapter_name)
     return BudgetReport(
         backbone=resolved.total,
         allowed=resolved.allowed,
-        external=external,
-        internal=0 if pool is None else pool.values.numel(),
-        selected=0 if pool is None else pool.num_assigned,
+        external=_external(layers, adapter_name),
+        internal=0 if pool is None else pool.size,
+        selected=sum(stage.selected for stage in stages),
         head=_head_parameters(model, adapter_name),
         adapter_dim=resolved.adapter_dim,
-        widths=dict(widths),
+        widths={s.stage: list(s.widths) for s in stages if s.widths},
         paper_backbone=_paper_backbone(layers, resolved.total),
+    )
+
+
+def card_facts(model: nn.Module, config: SFAConfig, adapter_name: str) -> CardFacts:
+    """Return what the model card says of an adapter."""
+    layers = adapter_layers(model, adapter_name)
+    pool = find_pool(model, adapter_name)
+    return CardFacts(
+        budget=config.budget,
+        backbone=layers[0].adapters[adapter_name].record.total,
+        external=_external(layers, adapter_name),
+        to_select=0 if pool is None else pool.size,
+        stages=count_stages(model, adapter_name),
     )
 
 
@@ -111,41 +122,84 @@ def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[d
         TargetError: If the model has no such SFA adapter.
     """
     _layers(model, adapter_name)
-    pool = find_pool(model, adapter_name)
-    if pool is None:
-        return []
-    rows = []
-    for ordinal, weight in enumerate(pool.weights):
-        layer: Any = weight.owner
-        numel, selected = pool.weights[ordinal].tensor.numel(), pool.count(ordinal)
-        rows.append(
-            {
-                "name": pool.names[ordinal].removesuffix(f".{weight.parameter}"),
-                "parameter": weight.parameter,
-                "role": layer.role,
-                "layer": layer.block,
-                "numel": numel,
-                "selected": selected,
-                "share": selected / numel,
-            }
-        )
-    return rows
+    return [row for _, row in _count(model, adapter_name)]
 
 
-def stage_shares(pool: Pool) -> dict[str, float]:
+def plot_selection(
+    source: nn.Module | Sequence[dict[str, Any]], path: str | Path, adapter_name: str = "default"
+) -> Path:
+    """Draw the share of selected weights by block, a line for each role (needs matplotlib).
+
+    Args:
+        source: A model, or what `selection_summary` returned.
+        path: Where to write the picture; its ending decides the format.
+        adapter_name: The adapter of a model.
+
+    Returns:
+        The path.
+
+    Raises:
+        TargetError: If the model has no such SFA adapter.
+    """
+    is_model = isinstance(source, nn.Module)
+    return draw_selection(selection_summary(source, adapter_name) if is_model else source, path)
+
+
+def stage_shares(model: nn.Module, adapter_name: str) -> dict[str, float]:
     """Return the share of each stage's weights that is selected, of those that may be.
 
     Keys are `stage1`, `stage2`, ... (a plain vision transformer is one stage), and `other` for
     layers whose stage is not known.
     """
-    sizes: dict[str, int] = defaultdict(int)
-    selected: dict[str, int] = defaultdict(int)
-    for ordinal, weight in enumerate(pool.weights):
-        layer: Any = weight.owner
-        stage = "other" if layer.stage is None else f"stage{layer.stage + 1}"
-        sizes[stage] += pool.weights[ordinal].tensor.numel()
-        selected[stage] += pool.count(ordinal)
-    return {stage: selected[stage] / size for stage, size in sizes.items()}
+    return {
+        "other" if s.stage is None else f"stage{s.stage + 1}": s.selected / s.eligible
+        for s in count_stages(model, adapter_name)
+        if s.eligible
+    }
+
+
+def count_stages(model: nn.Module, adapter_name: str) -> list[StageFacts]:
+    """Return an adapter's counts by stage of the backbone, layers of no known stage first."""
+    eligible: dict[int | None, int] = defaultdict(int)
+    selected: dict[int | None, int] = defaultdict(int)
+    widths: dict[int | None, list[int]] = defaultdict(list)
+    for stage, row in _count(model, adapter_name):
+        eligible[stage] += row["numel"]
+        selected[stage] += row["selected"]
+    for layer in adapter_layers(model, adapter_name):
+        if adapter_name in layer.sfa_down:
+            widths[layer.stage].append(layer.sfa_down[adapter_name].weight.shape[0])  # pyright: ignore
+    stages = sorted({*eligible, *widths}, key=lambda stage: -1 if stage is None else stage)
+    return [StageFacts(s, eligible[s], selected[s], widths[s]) for s in stages]
+
+
+def _count(model: nn.Module, adapter_name: str) -> Iterator[tuple[int | None, dict[str, Any]]]:
+    """Yield stage and row of each tensor that may be selected from: all counts come from here."""
+    pool = find_pool(model, adapter_name)
+    if pool is None:
+        return
+    for i, weight in enumerate(pool.weights):
+        layer, parameter = cast(SFALayer, weight.owner), weight.parameter
+        numel, selected = weight.tensor.numel(), pool.count(i)
+        yield (
+            layer.stage,
+            {
+                "name": pool.names[i].removesuffix(f".{parameter}"),
+                "parameter": parameter,
+                "role": layer.role,
+                "layer": layer.block,
+                "numel": numel,
+                "selected": selected,
+                "share": selected / numel,
+            },
+        )
+
+
+def _external(layers: list[SFALayer], adapter_name: str) -> int:
+    """Return the number of parameters of an adapter's external adapters."""
+    holders = [part for layer in layers for part in (layer.sfa_down, layer.sfa_up)]
+    found = [holder[adapter_name] for holder in holders if adapter_name in holder]
+    return sum(p.numel() for part in found for p in part.parameters())
 
 
 def _line(name: str, count: int, total: int, note: str = "") -> str:

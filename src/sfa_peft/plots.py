@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a selection (the paper's Fig. 5). matplotlib is imported inside functions."""
+"""Pictures of plain data (the paper's Fig. 5). matplotlib is imported inside functions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files.folder import replacing
+from .files.folder import replacing
 
 
-def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
+def draw_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     """Draw the share of selected weights by block, a line for each role.
 
     Args:
@@ -20,14 +20,12 @@ def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     Returns:
         The path.
     """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, which keeps state for the whole process
 
     path = Path(path)
     roles = list(dict.fromkeys(row["role"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
     for role in roles:
         chosen = [row for row in rows if row["role"] == role]
         known = all(row["layer"] is not None for row in chosen)
@@ -43,5 +41,4 @@ def plot_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
     axes.grid(alpha=0.3)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=120, format=path.suffix[1:] or "png")
-    plt.close(figure)
     return path

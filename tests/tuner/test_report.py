@@ -5,6 +5,7 @@ from peft import get_peft_model
 
 from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
 from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.report import card_facts, stage_shares
 from tests.reference import masks_of
 from tests.tiny import MLP, upernet
 
@@ -66,11 +67,39 @@ def test_external_only_has_no_rows_and_a_bare_model_is_refused():
             function(MLP())
 
 
-def test_the_plot_is_written_whole_also_for_layers_without_roles(model, tmp_path):
-    path = plot_selection(selection_summary(model), tmp_path / "shares.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    plain = get_peft_model(
-        MLP(), SFAConfig(rho=0, score="random", target_modules=["first", "second"])
-    )
-    plot_selection(selection_summary(plain), tmp_path / "plain.svg")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["plain.svg", "shares.png"]
+def test_all_counts_are_one_count(model):
+    pool = find_pool(model, "default")
+    facts = card_facts(model, SFAConfig(budget=0.2), "default")
+    report = budget_report(model)
+    rows = selection_summary(model)
+    assert facts.selected == report.selected == pool.num_assigned
+    assert facts.selected == sum(row["selected"] for row in rows)
+    assert sum(s.eligible for s in facts.stages) == sum(row["numel"] for row in rows)
+    assert {s.stage: list(s.widths) for s in facts.stages} == report.widths
+    assert (facts.external, facts.to_select) == (report.external, report.internal)
+    masks = masks_of(pool)
+    by_stage = {}
+    for name, mask in masks.items():
+        stage = int(name.split("encoder.layers.")[1].split(".")[0])
+        by_stage.setdefault(f"stage{stage + 1}", []).append(mask.reshape(-1).float())
+    shares = stage_shares(model, "default")
+    assert shares.keys() == by_stage.keys()
+    for stage, found in by_stage.items():
+        assert shares[stage] == pytest.approx(torch.cat(found).mean().item(), rel=1e-5)
+
+
+def test_layers_of_no_known_stage_are_counted_as_others():
+    config = SFAConfig(rho=0, score="random", target_modules=["first", "second"])
+    plain = get_peft_model(MLP(), config)
+    rows = selection_summary(plain)
+    share = sum(row["selected"] for row in rows) / sum(row["numel"] for row in rows)
+    assert stage_shares(plain, "default") == {"other": share}
+
+
+def test_a_model_is_drawn_as_its_rows_are(model, tmp_path):
+    plot_selection(model, tmp_path / "model.png")
+    plot_selection(selection_summary(model), tmp_path / "rows.png")
+    assert (tmp_path / "model.png").read_bytes() == (tmp_path / "rows.png").read_bytes()
+    with pytest.raises(TargetError, match="no SFA adapter named `other`"):
+        plot_selection(model, tmp_path / "other.png", "other")
+    assert not (tmp_path / "other.png").exists()
