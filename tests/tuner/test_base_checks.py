@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAWarning
-from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.layer import adapter_layers, find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -36,7 +36,7 @@ def output(model, dtype=torch.float32):
 def test_every_bit_of_the_adapted_weights_comes_back(dtype, size, tmp_path):
     model = trained(dtype, size)
     expected = output(model, dtype)
-    weights = [find_pool(model, "default").weight(i).clone() for i in range(2)]
+    weights = [find_pool(model, "default").weights[i].tensor.clone() for i in range(2)]
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(MLP().to(dtype), tmp_path)
     assert torch.equal(output(loaded, dtype), expected)
@@ -126,9 +126,9 @@ def test_a_base_of_another_type_is_verified_and_said(before, now, says, tmp_path
     for i in range(2):
         delta = deltas_of(find_pool(loaded, "default"))
         name = find_pool(loaded, "default").names[i]
-        pretrained = find_pool(loaded, "default").pretrained(i)
+        pretrained = find_pool(loaded, "default").weights[i].pretrained()
         expected = (pretrained.float() + delta[name]).to(now)
-        assert torch.equal(find_pool(loaded, "default").weight(i), expected)
+        assert torch.equal(find_pool(loaded, "default").weights[i].tensor, expected)
 
 
 def test_renamed_modules_are_found_by_role(tmp_path):
@@ -136,7 +136,7 @@ def test_renamed_modules_are_found_by_role(tmp_path):
     model = get_peft_model(upernet(), config).eval()
     with torch.no_grad():
         find_pool(model, "default").values.normal_(std=0.01)
-        for layer in find_pool(model, "default").layers:
+        for layer in adapter_layers(model, "default"):
             if "default" in layer.sfa_up:
                 layer.sfa_up["default"].weight.normal_(std=0.01)
     batch = images(seed=9)["pixel_values"]
