@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from .files.packing import SAVED_VALUES
 from .model_card import METRICS, CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
+from .selection.rules import SelectionRules
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
@@ -244,6 +245,11 @@ class SFAConfig(PeftConfig):
         if self.selection_from is not None:
             return False
         return self.score not in score_names() or find_score(self.score).trained
+
+    @property
+    def rules(self) -> SelectionRules:
+        """How weights are scored and picked."""
+        return SelectionRules(**{f.name: getattr(self, f.name) for f in fields(SelectionRules)})
 
     @property
     def folder(self) -> str | None:

@@ -19,7 +19,6 @@ from .optimizer import register
 from .spans import Spans, count_assigned, find_spans, span_length
 
 if TYPE_CHECKING:
-    from ..config import SFAConfig
     from ..tuner.layer import SFALayer
     from .weight import LiveEntries
 
@@ -41,7 +40,7 @@ class Pool:
         num_weights: Number of weights that may be selected, of all layers together.
         lr_ratio: Learning rate of the values over that of their optimizer.
         decay_weight: Whether weight decay pulls the weights towards zero, not their change.
-        config: Config of the adapter; None where the pool belongs to none.
+        rules: Those that its selection is made by; None where nobody makes one.
 
     Attributes:
         tensors: (layer, parameter name) of each weight that may be selected from, in the order
@@ -56,14 +55,14 @@ class Pool:
         num_weights: int,
         lr_ratio: float = 1.0,
         decay_weight: bool = False,
-        config: SFAConfig | None = None,
+        rules: Any = None,
     ) -> None:
         self.adapter_name = adapter_name
         self.needs_selector = needs_selector
         small = num_weights <= torch.iinfo(torch.int32).max
         self.slots_dtype = torch.int32 if small else torch.int64
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
-        self.config = config
+        self.rules = rules
         self.idle_forwards = 0  # training forwards with an unfinished selection and no selector
         self.tensors: list[tuple[SFALayer, str]] = []
         self.names: list[str] = []

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,9 +13,9 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import SFAError, SFAWarning
+from ..errors import EmptySelectionWarning, SFAError, UnfinishedSelectionWarning, warn
 from ..files.record import Resolved
-from ..selection.unfinished import is_unfinished
+from ..selection.pick import is_unfinished
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import CompiledPass, LiveEntries, eager
@@ -217,7 +216,7 @@ class SFALayer(Switching):
         """Report once that a selection is being trained which nobody makes."""
         if ordinal or not (pool.needs_selector and self.training and pool.values.requires_grad):
             return
-        if pool.idle_forwards < _PATIENCE and pool.config and is_unfinished(pool, pool.config):
+        if pool.idle_forwards < _PATIENCE and pool.rules and is_unfinished(pool, pool.rules):
             pool.idle_forwards += 1
             if pool.idle_forwards == _PATIENCE:
                 selected = pool.num_assigned
@@ -226,13 +225,12 @@ class SFALayer(Switching):
                     if selected
                     else "so only the external adapters and the head learn"
                 )
-                warnings.warn(
+                warn(
                     f"Adapter `{pool.adapter_name}`: training goes on but nothing selects weights, "
                     f"{lacking}. Pass "
                     "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
                     "each optimizer.step() in an own loop.",
-                    SFAWarning,
-                    stacklevel=2,
+                    UnfinishedSelectionWarning if selected else EmptySelectionWarning,
                 )
 
     def extra_repr(self) -> str:

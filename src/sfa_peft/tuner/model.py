@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import SFAError, SFAWarning, TargetError
-from ..selection.data_free import select_without_data
+from ..errors import EmptySelectionWarning, FrozenHeadWarning, SFAError, TargetError, warn
+from ..selection.pick import select_without_data
 from ..sparse.pool import Pool
 from . import compiled
 from .chain import attach_chain, check_same_chain, put_on_chain
@@ -107,11 +106,11 @@ class SFAModel(SwitchingModel):
             if not pool.values.is_meta:
                 fill_pool(pool, selection, with_values=config.selection_values == "trained")
         elif not plan.loaded and not config.selects_while_training:
-            select_without_data(pool, config)
+            select_without_data(pool, config.rules)
         if not config.init_weights:
             nn.init.normal_(pool.values, std=0.5)
             if pool.is_empty:
-                select_without_data(pool, SFAConfig(score="random"))
+                select_without_data(pool, SFAConfig(score="random").rules)
 
     def _create_and_replace(
         self,
@@ -144,7 +143,7 @@ class SFAModel(SwitchingModel):
                 num_weights=self._plan.budget.eligible,
                 lr_ratio=peft_config.internal_lr_ratio,
                 decay_weight=peft_config.weight_decay_on == "weight",
-                config=peft_config,
+                rules=peft_config.rules,
             )
             if self._plan.saved is not None and self._plan.saved.packed is not None:
                 self._pool.settle = settle
@@ -220,12 +219,16 @@ class SFAModel(SwitchingModel):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         pool = find_pool(model, adapter_name)
-        if pool is not None and pool.is_empty and not pool.values.is_meta:
-            warnings.warn(
+        if (
+            pool is not None
+            and pool.driver is None  # else its selection is still to come
+            and pool.is_empty
+            and not pool.values.is_meta
+        ):
+            warn(
                 f"Adapter `{adapter_name}` is saved with an empty selection: no pretrained weight "
                 "was selected. Was the model trained with SFACallback or SFASelector?",
-                SFAWarning,
-                stacklevel=3,
+                EmptySelectionWarning,
             )
         state = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
@@ -290,10 +293,9 @@ def _warn_of_frozen_head(model: nn.Module, plan: Plan, config: SFAConfig) -> Non
         tops = sorted({n.split(".")[0] for n in frozen})
         absent = unmatched_heads(model, config)
         typo = f" No module has a name that ends in {', '.join(absent)}." if absent else ""
-        warnings.warn(
+        warn(
             f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
             f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task head in "
             f"modules_to_save to train and save it.{typo}",
-            SFAWarning,
-            stacklevel=3,
+            FrozenHeadWarning,
         )

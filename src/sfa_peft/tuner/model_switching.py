@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..errors import SFAWarning
+from ..errors import MergeWarning, warn
 from ..sparse.writing import together
 from . import compiled
 from .layer import SFALayer
@@ -59,11 +58,10 @@ class SwitchingModel(BaseTuner):
         names = kwargs.get("adapter_names") or self.active_adapters
         layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
         if merge and any(name in m.sfa_down for m in layers for name in names):
-            warnings.warn(
+            warn(
                 "External adapters cannot be folded into weights: they stay in the merged model as "
                 "plain modules behind their layers, so saving it needs more than its old class.",
-                SFAWarning,
-                stacklevel=3,
+                MergeWarning,
             )
         compiled.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)

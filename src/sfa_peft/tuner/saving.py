@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import AdapterFileError, SFAWarning
+from ..errors import AdapterFileError, OtherBaseWarning, warn
 from ..files.fingerprint import digests, is_same_base, type_name
 from ..files.folder import check_selection
 from ..files.packing import Entries, manifest_of, pack, unpack, with_manifest
@@ -240,12 +239,11 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
             others.add((saved.dtype, type_name(weight.dtype), same))
     for before, now, same in sorted(others, key=str):
         verified = "its values are the rounded ones" if same else "its values cannot be verified"
-        warnings.warn(
+        warn(
             f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
             f"one ({verified}). Changes are added in float32 and rounded to {now}, so outputs "
             "differ from those in training by that rounding.",
-            SFAWarning,
-            stacklevel=5,
+            OtherBaseWarning,
         )
 
 
@@ -271,7 +269,7 @@ def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
             "its config with SFAConfig.from_pretrained, set check_base=False and pass "
             f"config=config (or set {_ENVIRONMENT}=0)."
         )
-    warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
+    warn(message + "Loaded all the same, as you wish.", OtherBaseWarning)
 
 
 def _new_names(layers: list[SFALayer], adapter_name: str) -> dict[str, str]:
