@@ -5,11 +5,22 @@ from .backbones import head_modules as head_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
+from .errors import BudgetWarning as BudgetWarning
 from .errors import ConfigError as ConfigError
+from .errors import DataWarning as DataWarning
+from .errors import EmptySelectionWarning as EmptySelectionWarning
+from .errors import FrozenHeadWarning as FrozenHeadWarning
+from .errors import GradientWarning as GradientWarning
+from .errors import LossScaleWarning as LossScaleWarning
+from .errors import MergeWarning as MergeWarning
+from .errors import OptimizerWarning as OptimizerWarning
+from .errors import OtherBaseWarning as OtherBaseWarning
+from .errors import ResumedRunWarning as ResumedRunWarning
 from .errors import SelectionError as SelectionError
 from .errors import SFAError as SFAError
 from .errors import SFAWarning as SFAWarning
 from .errors import TargetError as TargetError
+from .errors import UnfinishedSelectionWarning as UnfinishedSelectionWarning
 from .model_card import set_card_metrics as set_card_metrics
 from .selection.scores import register_score as register_score
 from .training import SFACallback as SFACallback
@@ -27,7 +38,17 @@ __all__ = [
     "AdapterFileError",
     "BudgetError",
     "BudgetReport",
+    "BudgetWarning",
     "ConfigError",
+    "DataWarning",
+    "EmptySelectionWarning",
+    "FrozenHeadWarning",
+    "GradientWarning",
+    "LossScaleWarning",
+    "MergeWarning",
+    "OptimizerWarning",
+    "OtherBaseWarning",
+    "ResumedRunWarning",
     "SFACallback",
     "SFAConfig",
     "SFAError",
@@ -37,6 +58,7 @@ __all__ = [
     "SFAWarning",
     "SelectionError",
     "TargetError",
+    "UnfinishedSelectionWarning",
     "budget_report",
     "head_modules",
     "plot_selection",

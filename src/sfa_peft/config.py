@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .files.packing import SAVED_VALUES
 from .model_card import CardFacts, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
+from .selection.rules import SelectionRules
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
@@ -258,6 +259,11 @@ class SFAConfig(PeftConfig):
         if self.selection_from is not None:
             return False
         return self.score not in score_names() or find_score(self.score).trained
+
+    @property
+    def rules(self) -> SelectionRules:
+        """How weights are scored and picked."""
+        return SelectionRules(**{f.name: getattr(self, f.name) for f in fields(SelectionRules)})
 
     def remember(self, **known: Any) -> None:
         """Note something about the adapter, by the names of `Notes`."""

@@ -22,16 +22,6 @@ def test_picks_come_every_s_steps_and_use_the_whole_budget(total, data):
     assert max(sizes) - min(sizes) <= 1
 
 
-@given(st.integers(4, 300), st.integers(1, 5000))
-def test_ranges_of_slots_follow_each_other_and_name_their_pick(total, quota):
-    schedule = make_schedule(total, 2, quota)
-    for step in (0, 2, total // 2, total):
-        ranges = schedule.joined(step)
-        assert [a for a, _, _ in ranges[1:]] == [b for _, b, _ in ranges[:-1]]
-        assert sum(b - a for a, b, _ in ranges) == schedule.selected_after(step)
-        assert all(schedule.is_pick(since) and since <= max(step, 0) for _, _, since in ranges)
-
-
 def test_a_long_run_gets_the_papers_rounds_and_a_short_one_a_twentieth(caplog):
     assert make_schedule(80_000, None, 10).selection_steps == 2000
     assert not caplog.records

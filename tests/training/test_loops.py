@@ -130,6 +130,7 @@ def test_a_selector_that_another_took_over_from_is_refused_at_its_next_step():
     assert stale.selected_share == 1
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 def test_a_closed_selector_counts_on_and_selects_nothing():
     model = make()
     selector = SFASelector(model, total_steps=8)

@@ -86,9 +86,7 @@ def test_a_killed_run_resumed_in_a_new_process_ends_with_the_same_bits(killed_ru
 
 
 def test_a_checkpoint_without_the_selectors_state_says_what_to_do(tmp_path):
-    make_trainer(
-        tmp_path, [SFACallback()], save_strategy="steps", save_steps=4, max_steps=8
-    ).train()
+    make_trainer(tmp_path, [SFACallback()], save_strategy="steps", save_steps=4).train()
     last = get_last_checkpoint(str(tmp_path))
     (Path(last) / "sfa_selector.pt").unlink()
     again = make_trainer(tmp_path, [SFACallback()])
@@ -187,6 +185,7 @@ def test_what_was_found_out_about_an_optimizer_is_resumed_too(tmp_path):
     assert not torch.equal(pools[0].values, pools[1].values)
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 @pytest.mark.parametrize("best", [2, 4, 6, 12])
 def test_the_best_model_loaded_at_the_end_is_its_checkpoint_bit_for_bit(tmp_path, best):
     def quality(_prediction) -> dict[str, float]:

@@ -2,13 +2,21 @@
 """A run goes on only with its own selector's state, settings and adapter, and says what differs."""
 
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from peft import get_peft_model, inject_adapter_in_model
 from transformers import TrainerCallback
 
-from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
+from sfa_peft import (
+    ResumedRunWarning,
+    SelectionError,
+    SFACallback,
+    SFAConfig,
+    SFASelector,
+    UnfinishedSelectionWarning,
+)
 from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP, upernet
 from tests.training.trainer_runs import Images, make_trainer
@@ -156,23 +164,24 @@ def test_other_settings_are_refused_by_name(steps, changed):
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_another_length_is_said_and_the_first_schedule_goes_on(steps, caplog):
+def test_another_length_is_said_and_the_first_schedule_goes_on(steps):
     _, selector, _ = loop(12, steps)
-    take_up(selector)
-    assert "was started with" not in caplog.text
-    again = take_up(selector, total_steps=24, selection_steps=4)
+    take_up(selector)  # a warning would fail
+    with pytest.warns(
+        ResumedRunWarning, match="total_steps=12, now 24; selection_steps=2, now 4"
+    ) as caught:
+        again = take_up(selector, total_steps=24, selection_steps=4)
+    assert caught[0].filename == __file__
     assert again.schedule == selector.schedule
-    assert "total_steps=12, now 24; selection_steps=2, now 4" in caplog.text
 
 
-def test_another_number_of_processes_is_said(caplog):
+def test_another_number_of_processes_is_said():
     _, selector, _ = loop(12, 3)
     state = selector.state_dict()
     assert state["num_processes"] == 1
-    selector.load_state_dict(state)
-    assert "processes" not in caplog.text
-    selector.load_state_dict(state | {"num_processes": 2})
-    assert "saved by 2 processes, and 1 resume it" in caplog.text
+    selector.load_state_dict(state)  # a warning would fail
+    with pytest.warns(ResumedRunWarning, match="saved by 2 processes, and 1 resume it"):
+        selector.load_state_dict(state | {"num_processes": 2})
 
 
 # --- unfinished adapters -------------------------------------------------------------------------
@@ -182,7 +191,10 @@ def warned(function, match: str) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         function()
-    return sum(issubclass(w.category, SFAWarning) and match in str(w.message) for w in caught)
+    return sum(
+        issubclass(w.category, UnfinishedSelectionWarning) and match in str(w.message)
+        for w in caught
+    )
 
 
 def test_resuming_without_the_callback_is_said(tmp_path):
@@ -232,6 +244,7 @@ def test_a_reused_selection_is_not_taken_for_an_unfinished_one(tmp_path):
     assert warned(train, "nothing selects") == 0
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 def test_training_an_unfinished_adapter_from_step_0_with_the_callback_is_refused(tmp_path):
     stopped = make_trainer(tmp_path, [SFACallback(), StopAfter(4)])
     stopped.train()
@@ -277,12 +290,14 @@ def test_a_smaller_batch_after_running_out_of_memory_still_selects_the_whole_bud
         auto_find_batch_size=True,
         per_device_train_batch_size=8,
     )
-    trainer.train()
+    says = pytest.warns(ResumedRunWarning, match="starts again at step 0 with")
+    with nullcontext() if step == 1 else says:
+        trainer.train()
     assert trainer.state.global_step == 12
     assert trainer._train_batch_size == 7
     pool = find_pool(trainer.model, "default")
     assert pool.num_assigned == pool.size
-    picks = len(callback.selector._run.joined)
+    picks = len(callback.selector._rounds.joined)
     assert picks == 3  # and late entries keep their ages
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a user of the Trainer sees of a selection: logs, reporters, bar, evaluation, early ends."""
 
-import logging
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +17,15 @@ from transformers import (
 )
 from transformers.integrations import integration_utils
 
-from sfa_peft import SelectionError, SFACallback, SFAConfig, SFAWarning, selection_summary
+from sfa_peft import (
+    LossScaleWarning,
+    SelectionError,
+    SFACallback,
+    SFAConfig,
+    SFAWarning,
+    UnfinishedSelectionWarning,
+    selection_summary,
+)
 from sfa_peft.tuner.layer import find_pool
 from tests.tiny import images, upernet
 from tests.training.trainer_runs import QUIET, ROUND, STEPS, Images, make_trainer
@@ -97,7 +104,7 @@ def test_the_list_of_callbacks_is_as_before_when_training_ends(tmp_path, reporte
         other.train()
     other.callback_handler.callbacks.pop()
     other.train()
-    assert sum(type(c).__name__ == "_BeforeReporters" for c in before) == 0
+    assert sum(type(c).__name__ == "BeforeReporters" for c in before) == 0
     assert len(other.callback_handler.callbacks) == len(before)
 
 
@@ -112,7 +119,8 @@ def test_a_callback_without_a_trainer_still_logs():
     logs = {"loss": 1.0}
     callback.on_log(args, state, None, logs=logs)
     assert logs == {"loss": 1.0, "sfa_round": 1, "sfa_selected": 0}
-    callback.on_train_end(args, state, None)
+    with pytest.warns(UnfinishedSelectionWarning, match="ended at update step 0"):
+        callback.on_train_end(args, state, None)
 
 
 def test_tensorboard_gets_scalars(tmp_path):
@@ -200,14 +208,15 @@ def logits(model) -> torch.Tensor:
         return model.eval()(**images()).logits
 
 
-def test_the_best_model_is_that_of_its_checkpoint_with_fewer_weights_and_says_so(tmp_path, caplog):
+def test_the_best_model_is_that_of_its_checkpoint_with_fewer_weights_and_says_so(tmp_path):
     trainer = evaluated(tmp_path, best=4, save_total_limit=2)
-    trainer.train()
     pool = find_pool(trainer.model, "default")
-    assert pool.num_assigned == pool.size // NUM_PICKS
-    assert f"holds {pool.num_assigned} of the {pool.size} weights that the run selected" in (
-        caplog.text
-    )
+    third = pool.size // NUM_PICKS
+    said = f"holds {third} of the {pool.size} weights that the run selected"
+    with pytest.warns(UnfinishedSelectionWarning, match=said) as caught:
+        trainer.train()
+    assert {w.filename for w in caught if said in str(w.message)} == {__file__}
+    assert pool.num_assigned == third
     kept = sorted(folder.name for folder in tmp_path.glob("checkpoint-*"))
     assert kept == ["checkpoint-12", "checkpoint-4"]  # the last, to resume from, and the best
     assert all((tmp_path / name / "sfa_selector.pt").is_file() for name in kept)
@@ -218,17 +227,15 @@ def test_the_best_model_is_that_of_its_checkpoint_with_fewer_weights_and_says_so
     assert sum(summary) == pool.num_assigned
 
 
-def test_early_stopping_says_how_much_is_selected(tmp_path, caplog):
+def test_early_stopping_says_how_much_is_selected(tmp_path):
     stops = EarlyStoppingCallback(early_stopping_patience=1)
     trainer = evaluated(tmp_path, best=4, callbacks=[stops])
-    trainer.train()
-    assert trainer.state.global_step == 6
     pool = find_pool(trainer.model, "default")
     third = pool.size // NUM_PICKS
-    assert (
-        "ended at update step 6, before its last pick after step 9: "
-        f"{third} of {pool.size} weights are selected"
-    ) in caplog.text
+    said = f"step 6, before its last pick after step 9: {third} of {pool.size} weights are selected"
+    with pytest.warns(UnfinishedSelectionWarning, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 6
     assert not any(pool.weights[i].observers for i in range(len(pool.weights)))  # scores are freed
     trainer.model.save_pretrained(tmp_path / "stopped")
     card = (tmp_path / "stopped" / "README.md").read_text()
@@ -238,10 +245,9 @@ def test_early_stopping_says_how_much_is_selected(tmp_path, caplog):
     assert torch.equal(logits(again), logits(trainer.model))
 
 
-def test_a_run_that_ends_with_its_last_model_warns_of_nothing(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="sfa_peft"):
-        evaluated(tmp_path, best=STEPS).train()
-    assert not [r for r in caplog.records if r.name.startswith("sfa_peft")]
+def test_a_run_that_ends_with_its_last_model_warns_of_nothing(tmp_path, recwarn):
+    evaluated(tmp_path, best=STEPS).train()
+    assert not [w for w in recwarn if issubclass(w.category, SFAWarning)]
 
 
 def test_checkpoints_of_the_model_only_hold_the_adapter_and_no_scores(tmp_path):
@@ -297,7 +303,7 @@ def test_losses_that_would_be_added_up_are_warned_of_and_the_remedy_works(tmp_pa
     whole = first_loss(tmp_path, 1, decided=False)
     decided = first_loss(tmp_path, 4, decided=True)
     assert not [w for w in recwarn if "times too large" in str(w.message)]
-    with pytest.warns(SFAWarning, match=r"accepts_loss_kwargs\s+= False before") as caught:
+    with pytest.warns(LossScaleWarning, match=r"accepts_loss_kwargs\s+= False before") as caught:
         summed = first_loss(tmp_path, 4, decided=False)
     assert sum("4 times too large" in str(w.message) for w in caught) == 1
     assert summed == pytest.approx(4 * decided, rel=1e-3)
@@ -350,5 +356,5 @@ def test_fp16_training_finds_the_gradient_scaler(tmp_path):
     trainer = make_trainer(tmp_path, [callback], fp16=True, use_cpu=False)
     trainer.train()
     assert trainer.accelerator.scaler.is_enabled()
-    assert callback.selector._run.loss_scale == trainer.accelerator.scaler.get_scale
+    assert callback.selector._rounds.loss_scale == trainer.accelerator.scaler.get_scale
     assert callback.selector.selected_share == 1

@@ -79,6 +79,7 @@ def test_weights_inside_a_round_equal_dense_training_and_return_to_their_bits(
         assert torch.equal(live, weight)
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 def test_what_is_selected_in_one_round_trains_on_in_the_next_and_is_not_moved_twice():
     model, pool = build()
     selector = SFASelector(model, total_steps=9)
@@ -107,6 +108,7 @@ def test_what_is_selected_in_one_round_trains_on_in_the_next_and_is_not_moved_tw
         torch.testing.assert_close(live[mask], weight.detach()[mask], rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 def test_an_adapter_saved_inside_a_round_holds_selected_changes_only(tmp_path):
     model, pool = build()
     selector = SFASelector(model, total_steps=9)
@@ -164,6 +166,7 @@ def test_a_run_resumed_inside_a_round_goes_on_to_the_bit():
     assert torch.equal(finals[0][1], finals[1][1])
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.UnfinishedSelectionWarning")
 def test_two_adapters_that_train_candidates_together_are_both_undone():
     model, _ = build()
     model.add_adapter(

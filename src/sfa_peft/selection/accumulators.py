@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a round adds up per weight tensor (Alg. 1 line 8), on one rank or several."""
+"""What a round adds up per weight tensor (Alg. 1 line 8), on one rank or several.
+
+Sums in bfloat16 are rounded stochastically, so that many small gradients are kept on average. A
+bfloat16 is the upper half of a float32: adding a uniform 16-bit number to the lower half before
+cutting it off rounds up with the probability that makes the expected value right.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from random import Random
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SelectionError
-from .rounding import Noise, add_rounded
 from .scores import Score
 from .topk import TensorSource
 
 SCORE_DTYPES = ("float32", "bfloat16")
+
+#: Entries rounded together; also the length of the noise that is used again, turned each time:
+#: as many as there are 16-bit numbers.
+_TILE = 1 << 16
+_INF_BITS = 0x7F800000
 
 
 class Accumulator:
@@ -28,6 +38,11 @@ class Accumulator:
         loss_scale: Returns the factor that the loss is multiplied with now; None where there is
             none. Steps are then brought together first, so that one with an overflow can be left
             out.
+
+    Attributes:
+        state: What is ranked in the end, in the weight's shape.
+        change: For a dense score the trained change of every entry, whose data the state is; it
+            gets the gradient of an update step as its own. None for other scores.
     """
 
     def __init__(
@@ -42,6 +57,7 @@ class Accumulator:
         self.score, self.weight, self.key, self.loss_scale = score, weight, key, loss_scale
         like = weight()
         self.state = torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
+        self.change = nn.Parameter(self.state) if score.dense else None
         self.num_added = 0  # what rounding depends on; saved, so that a resumed run rounds alike
         self._direct = score.additive and loss_scale is None
         self._noise = Noise(0, like.device) if dtype == "bfloat16" else None
@@ -69,7 +85,7 @@ class Accumulator:
         if self.score.additive:
             self._add(gradient)
             return
-        average_over_ranks(gradient)
+        _average_over_ranks(gradient)
         with torch.no_grad():
             self._update(gradient)
 
@@ -110,7 +126,8 @@ class Accumulator:
             add_rounded(self.state, gradient, self._noise, f"{self.key}/{self.num_added}")
 
     def _update(self, gradient: Tensor) -> None:
-        if self.score.update is None:
+        if self.change is not None:
+            self.change.grad = gradient
             return
         if self._noise is None:
             after = self._next_state(gradient, self.state)
@@ -151,7 +168,7 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def average_over_ranks(gradient: Tensor) -> None:
+def _average_over_ranks(gradient: Tensor) -> None:
     """Replace a gradient by its mean over ranks, as DistributedDataParallel does."""
     if num_ranks() > 1:
         dist.all_reduce(gradient)
@@ -164,3 +181,47 @@ def _sum_over_ranks(state: Tensor) -> Tensor:
     total = state.to(torch.float32, copy=True)
     dist.all_reduce(total)
     return total.to(state.dtype)
+
+
+class Noise:
+    """Uniform 16-bit numbers: one tile, turned by another offset for every piece it is used on.
+
+    Args:
+        seed: Seed of the tile and of the offsets.
+        device: Where the tile lies.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        # Every number once, so that over all offsets an entry meets each equally often.
+        tile = torch.randperm(_TILE, dtype=torch.int32, generator=generator)
+        self._tile = torch.cat([tile, tile]).to(device)
+
+    def draw(self, size: int, key: str) -> Tensor:
+        """Return `size` numbers (int32, at most a tile) that depend on the key alone."""
+        first = Random(key).randrange(_TILE)
+        return self._tile[first : first + size]
+
+
+def add_rounded(target: Tensor, addend: Tensor, noise: Noise, key: str) -> None:
+    """Add to a bfloat16 tensor in place, rounding stochastically.
+
+    Args:
+        target: bfloat16, contiguous.
+        addend: Any float dtype, same number of entries.
+        noise: Where random bits come from.
+        key: What the bits depend on; the same key gives the same result.
+    """
+    flat, more = target.view(-1), addend.reshape(-1)
+    for first in range(0, flat.numel(), _TILE):
+        piece = flat[first : first + _TILE]
+        exact = piece.float().add_(more[first : first + _TILE])
+        piece.copy_(round_stochastically(exact, noise, f"{key}/{first}"))
+
+
+def round_stochastically(exact: Tensor, noise: Noise, key: str) -> Tensor:
+    """Return a float32 piece (at most a tile, overwritten) rounded to what bfloat16 can hold."""
+    bits = exact.view(torch.int32)
+    special = (bits & _INF_BITS) == _INF_BITS  # infinity and NaN stay as they are
+    rounded = (bits + noise.draw(bits.numel(), key).masked_fill(special, 0)) & -0x10000
+    return rounded.view(torch.float32)

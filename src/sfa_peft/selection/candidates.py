@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense training of all candidates inside a round, for the score "weight_difference" (Eq. 4).
+"""Dense training of all candidates inside a round, for a score that is dense (Eq. 4).
 
 Inside a round every weight that may be selected trains with an optimizer like the user's. At its
 end those that moved furthest are selected, and all return to their pretrained values.
@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import SelectionError
 from ..sparse.optimizer import add_decay, is_decoupled
@@ -30,17 +28,15 @@ class Candidates:
 
     Args:
         pool: Its selected entries are left to it.
-        accumulators: One per tensor of the pool; they bring the gradient of an update step here,
-            and the change takes the place of their state.
+        accumulators: One per tensor of the pool, of a dense score: they hold the changes and bring
+            the gradient of an update step.
     """
 
     def __init__(self, pool: Pool, accumulators: Sequence[Accumulator]) -> None:
         self.pool, self.accumulators = pool, accumulators
-        self.changes = [nn.Parameter(torch.zeros_like(a.state)) for a in accumulators]
+        self.changes = [a.change for a in accumulators if a.change is not None]
         self._optimizer: torch.optim.Optimizer | None = None
         self._saved: dict[str, Any] | None = None
-        for ordinal, accumulator in enumerate(accumulators):
-            accumulator.score = replace(accumulator.score, update=partial(self._take, ordinal))
 
     def attach(self) -> None:
         """Let the next forward write weights with the changes, and picks rank them."""
@@ -48,11 +44,6 @@ class Candidates:
             self.accumulators[ordinal].state = change.detach()
             self.pool.weights[ordinal].candidates[self.pool.adapter_name] = change.detach()
         self.pool.withdraw()
-
-    def _take(self, ordinal: int, _weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
-        """Keep the gradient of an update step for the optimizer (a score function)."""
-        self.changes[ordinal].grad = gradient
-        return state
 
     def step(self, optimizer: Any) -> None:
         """Make the step that the user's optimizer would have made on every candidate."""

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pick: global or per tensor, single weights or output rows (Eq. 5, Alg. 1 line 10)."""
+"""One pick: global or per tensor, single weights or output rows (Eq. 5, Alg. 1 line 10).
+
+And what it fills: a pool, at once without data, or round by round until it is finished.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
+from ..sparse.pool import Pool
 from .distribution import ScoreDistribution
-from .topk import Source, streaming_topk
+from .rules import SelectionRules
+from .topk import RandomSource, Source, TensorSource, streaming_topk
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer")
@@ -60,6 +65,56 @@ def pick(
         streaming_topk([source], own, [before], distribution)[0]
         for source, own, before in zip(sources, quotas, selected, strict=True)
     ]
+
+
+def select_without_data(pool: Pool, rules: SelectionRules) -> None:
+    """Make the whole selection at once, by a score that needs no gradients."""
+    weights = [pool.weights[i].scored(pool.adapter_name) for i in range(len(pool.weights))]
+    if any(weight.is_meta for weight in weights) or pool.values.is_meta:
+        return
+    sources: list[Source] = [TensorSource(w) for w in weights]
+    if rules.score == "random":
+        sources = [
+            RandomSource(w.numel(), f"{rules.seed}/{i}", w.device) for i, w in enumerate(weights)
+        ]
+    pool.assign(
+        pick(
+            sources,
+            pool.values.numel(),
+            [pool.slots[:0].long()] * len(weights),
+            ranking=rules.ranking,
+            granularity=rules.granularity,
+            row_sizes=row_sizes(weights),
+        )
+    )
+
+
+def num_selected(pool: Pool | None) -> int:
+    """Return how many weights are selected (asks no device between two picks)."""
+    return 0 if pool is None else pool.num_selected
+
+
+def is_unfinished(pool: Pool, rules: SelectionRules) -> bool:
+    """Whether a run would certainly have selected more.
+
+    Rows may leave a part of the budget open, and the literal schedule always does. How large that
+    part is depends on the run, so the largest possible one passes for finished.
+    """
+    if not rules.selects_while_training:
+        return False
+    selected = num_selected(pool)
+    return selected == 0 or pool.size - selected > _most_left_open(pool, rules)
+
+
+def _most_left_open(pool: Pool, rules: SelectionRules) -> int:
+    """Return the most slots that a finished selection may leave open."""
+    left = 0
+    if rules.granularity == "row":  # less than the row that did not fit any more
+        sizes = row_sizes([pool.weights[i].tensor for i in range(len(pool.weights))])
+        left = max(sizes) - 1 if rules.ranking == "global" else sum(sizes) - len(sizes)
+    if rules.schedule == "literal":  # 1/n, and n is at least 2
+        left += pool.size if rules.select_until is not None else pool.size - pool.size // 2
+    return left
 
 
 def row_sizes(weights: Sequence[Tensor]) -> list[int]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One growing selection: a pool, the schedule of its picks, and the scores of a round."""
+"""The rounds of one run: a pool that is filled, the schedule of its picks, and a round's scores."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from typing import Any
 
 import torch
 
-from ..config import SFAConfig
-from ..errors import SelectionError
+from ..errors import GradientWarning, SelectionError, UnfinishedSelectionWarning, warn
 from ..sparse.gradient import Observer
-from ..sparse.late_entries import LateEntries
+from ..sparse.optimizer import LateEntries
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, non_finite
 from .candidates import Candidates
 from .distribution import ScoreDistribution
-from .pick import pick, row_sizes
-from .rules import settings_state
+from .pick import is_unfinished, num_selected, pick, row_sizes
+from .rules import SelectionRules
 from .schedule import Schedule
 from .scores import find_score
 
 logger = logging.getLogger(__name__)
 
 
-class Run:
+class Rounds:
     """The state behind a selector.
 
     Args:
-        config: How to score and pick.
+        rules: How to score and pick.
         pool: The pool that is filled.
         schedule: When to pick how many.
         loss_scale: Returns the present factor of a gradient scaler; None without one.
@@ -38,12 +37,12 @@ class Run:
 
     def __init__(
         self,
-        config: SFAConfig,
+        rules: SelectionRules,
         pool: Pool,
         schedule: Schedule,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
-        self.config, self.pool, self.schedule = config, pool, schedule
+        self.rules, self.pool, self.schedule = rules, pool, schedule
         self.loss_scale = loss_scale
         self.update_steps = 0
         self.optimizer_steps = pool.optimizer_steps
@@ -51,11 +50,11 @@ class Run:
         self.observers: dict[str, Observer] = {}  # kept: a new one makes a compiled model anew
         self.candidates: Candidates | None = None
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
-        self.late_entries = LateEntries(pool) if config.late_bias_correction else None
+        self.late_entries = LateEntries(pool) if rules.late_bias_correction else None
         self.scores: dict[str, float] = {}  # distribution of those that the last pick compared
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"observers": {}, "drives": self.pool.driver is self}
+        return self.__dict__ | {"observers": {}, "drives": self.drives}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         drives = state.pop("drives")
@@ -63,22 +62,46 @@ class Run:
         if drives:
             self._attach()
 
+    @property
+    def drives(self) -> bool:
+        """Whether it fills the pool; another selector may have taken over."""
+        return self.pool.driver is self
+
+    @property
+    def round(self) -> int:
+        """Number of the present round, from 1."""
+        return min(self.update_steps // self.schedule.selection_steps + 1, self.schedule.num_rounds)
+
+    @property
+    def progress(self) -> dict[str, str]:
+        """Round and selected share for a progress bar."""
+        share = num_selected(self.pool) / self.pool.size
+        return {"round": f"{self.round}/{self.schedule.num_rounds}", "selected": f"{share:.1%}"}
+
+    @property
+    def chosen(self) -> int:
+        """Number of weights that this run selected so far."""
+        return self.joined[-1][1] if self.joined else 0
+
+    def metrics(self) -> dict[str, float]:
+        """Return round, selected share and the scores of the last pick (see `SFASelector`)."""
+        found = {"sfa_round": self.round, "sfa_selected": num_selected(self.pool) / self.pool.size}
+        return found | {f"sfa_score/{name}": value for name, value in self.scores.items()}
+
     # --- scores --------------------------------------------------------------------------------
 
     def start(self) -> None:
         """Make room for the scores and let the next step add to them."""
-        score, dtype = find_score(self.config.score), self.config.score_dtype
-        if score.name == "weight_difference":
-            dtype = "float32"  # they are trained, not added up
+        score = find_score(self.rules.score)
         for ordinal, name in enumerate(self.pool.names):
             self.accumulators[name] = Accumulator(
                 score,
                 partial(self.pool.weights[ordinal].scored, self.pool.adapter_name),
-                dtype=dtype,
+                dtype=self.rules.score_dtype,
                 key=name,
                 loss_scale=self.loss_scale,
             )
-        if score.name == "weight_difference":
+        if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()
 
@@ -100,11 +123,11 @@ class Run:
 
     def _observe_next_step(self) -> None:
         step = self.update_steps + 1
-        self._observe(self.schedule.is_scored(step, self.config.score_every))
+        self._observe(self.schedule.is_scored(step, self.rules.score_every))
 
     def _observe(self, wanted: bool) -> None:
         """Let every eligible weight hand its gradient to its score, or no longer."""
-        if self.pool.driver is not self:  # another selector took over
+        if not self.drives:
             return
         for ordinal, name in enumerate(self.pool.names):
             observers = self.pool.weights[ordinal].observers
@@ -113,11 +136,30 @@ class Run:
             else:
                 observers.pop(self.pool.adapter_name, None)
 
+    def close(self) -> None:
+        """End the run, also before its last pick, and say what it lacks then."""
+        selected = num_selected(self.pool)
+        if self.accumulators:
+            warn(
+                f"The run ended at update step {self.update_steps}, before its last pick after "
+                f"step {self.schedule.last_pick}: {selected} of {self.pool.size} weights are "
+                "selected. The adapter works, with that part of its budget.",
+                UnfinishedSelectionWarning,
+            )
+        elif selected < self.chosen:
+            warn(
+                f"Adapter `{self.pool.adapter_name}` holds {selected} of the {self.chosen} weights "
+                "that the run selected: a checkpoint from before the last pick was loaded. It "
+                "works, with that part of its budget.",
+                UnfinishedSelectionWarning,
+            )
+        self.stop()
+
     # --- steps ---------------------------------------------------------------------------------
 
     def step(self, optimizer: Any = None) -> bool:
         """Count one update step; pick at the end of a round (see `SFASelector.step`)."""
-        if self.pool.driver is not self:
+        if not self.drives:
             raise SelectionError(
                 f"Adapter `{self.pool.adapter_name}` is driven by another selector or callback, "
                 "which was made later. Make one for each run, and call the step of no other."
@@ -136,7 +178,7 @@ class Run:
 
     def _score(self, optimizer: Any) -> bool:
         """Finish the scores of an update step; pick at the end of a round."""
-        if self.schedule.is_scored(self.update_steps, self.config.score_every):
+        if self.schedule.is_scored(self.update_steps, self.rules.score_every):
             for accumulator in self.accumulators.values():
                 accumulator.end_step()
         if self.candidates is not None:
@@ -169,12 +211,12 @@ class Run:
         self._check_scores()
         size = len(accumulators)
         first = self.pool.num_assigned
-        known = self.joined[-1][1] if self.joined else 0
-        if first != known:
+        if first != self.chosen:
             raise SelectionError(
                 f"Update step {self.update_steps}: adapter `{self.pool.adapter_name}` has {first} "
-                f"selected weights, but this run selected {known}. Was the adapter loaded anew "
-                "meanwhile? Load the selector's state of that moment too, or make a new selector."
+                f"selected weights, but this run selected {self.chosen}. Was the adapter loaded "
+                "anew meanwhile? Load the selector's state of that moment too, or make a new "
+                "selector."
             )
         distribution = ScoreDistribution()
         self.pool.assign(
@@ -182,8 +224,8 @@ class Run:
                 [accumulator.source() for accumulator in accumulators],
                 self.schedule.selected_after(self.update_steps) - first,
                 [self.pool.indices(i).sort().values for i in range(size)],
-                ranking=self.config.ranking,
-                granularity=self.config.granularity,
+                ranking=self.rules.ranking,
+                granularity=self.rules.granularity,
                 row_sizes=row_sizes([self.pool.weights[i].tensor for i in range(size)]),
                 distribution=distribution,
             )
@@ -214,13 +256,16 @@ class Run:
                 "use_reentrant=False)?"
             )
         for name in non_finite(self.accumulators):
-            logger.warning("`%s`: gradients were NaN or infinite; those weights are skipped.", name)
+            warn(
+                f"`{name}`: gradients were NaN or infinite; those weights are skipped.",
+                GradientWarning,
+            )
 
     # --- state ---------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs (see `SFASelector.state_dict`)."""
-        return settings_state(self.config) | {
+        return self.rules.to_state() | {
             "update_steps": self.update_steps,
             "total_steps": self.schedule.total_steps,
             "selection_steps": self.schedule.selection_steps,
@@ -237,20 +282,16 @@ class Run:
         self.update_steps = int(state["update_steps"])
         self.joined = [tuple(entry) for entry in state["joined"]]
         found = self.pool.num_assigned
-        expected = self.joined[-1][1] if self.joined else 0
-        if self.config.granularity == "weight":  # rows may leave a part of a quota open
+        expected = self.chosen
+        if self.rules.granularity == "weight":  # rows may leave a part of a quota open
             expected = self.schedule.selected_after(self.update_steps)
-        if found == expected and not self.pool.fits(state["pool"]):
-            raise SelectionError(
-                f"Adapter `{self.pool.adapter_name}` has other weights selected than the selector "
-                "state. Load adapter and selector state from the same checkpoint."
-            )
         if found != expected:
             raise SelectionError(
                 f"Adapter `{self.pool.adapter_name}` has {found} selected weights, but after "
                 f"update step {self.update_steps} of this run it should have {expected}. Load "
                 "adapter and selector state from the same checkpoint."
             )
+        _check_same_weights(self.pool, state)
         self.pool.load_state_dict(state["pool"])
         self.stop()
         self.pool.driver = self
@@ -273,3 +314,65 @@ class Run:
 def _ends_update_step(optimizer: Any) -> bool:
     """Whether an update step was due (Accelerate holds it back while it accumulates)."""
     return getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
+
+
+class NoRounds:
+    """What stands in the place of `Rounds` where nothing is selected while training.
+
+    Args:
+        pool: The pool as it is; None where the adapter has none.
+        rules: Those of the adapter.
+    """
+
+    schedule, update_steps, round, drives = None, 0, 0, False
+
+    def __init__(self, pool: Pool | None, rules: SelectionRules) -> None:
+        self.pool, self.rules = pool, rules
+        self._warned = False
+
+    @property
+    def progress(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def step(self, _optimizer: Any = None) -> bool:
+        """Say once that an adapter from the middle of a run goes on without its selector state."""
+        if self.pool is None or self._warned:
+            return False
+        self._warned = True
+        selected = num_selected(self.pool)
+        if selected and is_unfinished(self.pool, self.rules):
+            warn(
+                f"Adapter `{self.pool.adapter_name}` comes from an unfinished run: {selected} of "
+                f"{self.pool.size} weights are selected, and no more will be. Call load_state_dict "
+                "with the selector state of that run to go on.",
+                UnfinishedSelectionWarning,
+            )
+        return False
+
+    def stop(self) -> None:
+        """Free nothing."""
+
+    close = stop
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return values and positions, which the adapter's file does not keep to the last bit."""
+        return {} if self.pool is None else {"pool": self.pool.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned; the adapter's files are loaded already."""
+        if self.pool is not None and state:
+            _check_same_weights(self.pool, state)
+            self.pool.load_state_dict(state["pool"])
+
+
+def _check_same_weights(pool: Pool, state: dict[str, Any]) -> None:
+    if not pool.fits(state["pool"]):
+        raise SelectionError(
+            f"Adapter `{pool.adapter_name}` has other weights selected than the selector "
+            "state. Load adapter and selector state from the same checkpoint."
+        )

@@ -1,78 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a resumed selection must have in common with the run that it goes on."""
+"""The rules of a selection, and whether a run may go on under those that it began with."""
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from ..config import SFAConfig
-from ..errors import SelectionError
+from ..errors import ResumedRunWarning, SelectionError, warn
 from .accumulators import num_ranks
 
-logger = logging.getLogger(__name__)
 
-#: Fields of the config that scores and picks depend on.
-_SETTINGS = (
-    "score",
-    "score_dtype",
-    "score_every",
-    "ranking",
-    "granularity",
-    "schedule",
-    "select_until",
-)
+@dataclass(frozen=True)
+class SelectionRules:
+    """How weights are scored and picked; a field means what it means in `SFAConfig`.
+
+    Rules are equal where one run may go on from the other: fields that this does not depend on are
+    not compared.
+
+    Attributes:
+        selects_while_training: Whether the selection grows during training.
+    """
+
+    score: str = "accumulated_gradient"
+    score_dtype: str = "float32"
+    score_every: int = 1
+    ranking: str = "global"
+    granularity: str = "weight"
+    schedule: str = "linear"
+    select_until: float | None = None
+    seed: int = field(default=0, compare=False)
+    late_bias_correction: bool = field(default=True, compare=False)
+    selects_while_training: bool = field(default=True, compare=False)
+
+    def to_state(self) -> dict[str, Any]:
+        """Return what a selector's state keeps of how its selection was begun."""
+        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return {"settings": settings, "num_processes": num_ranks()}
 
 
-def settings_state(config: SFAConfig) -> dict[str, Any]:
-    """Return what a selector's state keeps of how it was made."""
-    return {
-        "settings": {name: getattr(config, name) for name in _SETTINGS},
-        "num_processes": num_ranks(),
-    }
-
-
-def check_settings(state: dict[str, Any], config: SFAConfig, total_steps: int | None) -> None:
+def check_resumed(
+    state: Mapping[str, Any], rules: SelectionRules, asked: Mapping[str, int | None]
+) -> None:
     """Check that a run can go on from a selector's state, and say where it will differ.
 
     Args:
-        state: The selector's state, with `settings_state`.
-        config: The config of the adapter that goes on.
-        total_steps: Update steps that were asked for now; None for those of the config.
+        state: The selector's state, with that of its rules.
+        rules: Those of the adapter that goes on.
+        asked: `total_steps` and `selection_steps` asked for now, None where the run decides.
 
     Raises:
-        SelectionError: If its selection was begun with other settings.
+        SelectionError: If its selection was begun under other rules.
     """
-    changed = [
-        f"{name}={was!r}, now {getattr(config, name)!r}"
-        for name, was in state.get("settings", {}).items()
-        if getattr(config, name) != was
-    ]
-    if changed:
+    begun = replace(rules, **state.get("settings", {}))
+    if begun != rules:
+        changed = [
+            f"{f.name}={getattr(begun, f.name)!r}, now {getattr(rules, f.name)!r}"
+            for f in fields(rules)
+            if getattr(begun, f.name) != getattr(rules, f.name)
+        ]
         raise SelectionError(
             f"The selection was started with {'; '.join(changed)}. It cannot change midway: resume "
             "with the settings it was started with, or begin a new run."
         )
-    asked = {
-        "total_steps": config.total_steps if total_steps is None else total_steps,
-        "selection_steps": config.selection_steps,
-    }
     other = [
         f"{name}={state[name]}, now {value}"
         for name, value in asked.items()
         if value is not None and value != state[name]
     ]
     if other:
-        logger.warning(
-            "The selection was started with %s. It goes on with the schedule it began with.",
-            "; ".join(other),
+        warn(
+            f"The selection was started with {'; '.join(other)}. It goes on with the schedule it "
+            "began with.",
+            ResumedRunWarning,
         )
     saved_by = state.get("num_processes", num_ranks())
     if saved_by != num_ranks():
-        logger.warning(
-            "The selector state was saved by %d processes, and %d resume it. The run goes on, but "
-            "with other batches (and another loss scale in scores of this round) than on as many "
-            "processes as before.",
-            saved_by,
-            num_ranks(),
+        warn(
+            f"The selector state was saved by {saved_by} processes, and {num_ranks()} resume it. "
+            "The run goes on, but with other batches (and another loss scale in scores of this "
+            "round) than on as many processes as before.",
+            ResumedRunWarning,
         )

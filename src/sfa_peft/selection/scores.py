@@ -27,6 +27,7 @@ class Score:
             first, in a second buffer and, on several ranks, in one exchange a step.
         times_weight: Whether the state is multiplied by the weight before it is ranked.
         trained: Whether it needs training steps; otherwise all is selected by `get_peft_model`.
+        dense: Whether every candidate trains inside the round; its change is the state.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Score:
     additive: bool = False
     times_weight: bool = False
     trained: bool = True
+    dense: bool = False
 
 
 def _sum(_weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
@@ -80,6 +82,7 @@ _SCORES = {
             "weight_difference",
             "Eq. 4: trains every candidate inside the round and keeps those that moved furthest; "
             "costs the memory and time of full fine-tuning until the last pick.",
+            dense=True,
         ),
         Score(
             "magnitude", "Largest pretrained weights: needs no data and no callback.", trained=False

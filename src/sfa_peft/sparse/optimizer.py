@@ -1,27 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What happens around an optimizer's step, in any loop, by torch's own optimizer hooks.
+r"""What happens around an optimizer's step, in any loop, by torch's own optimizer hooks.
 
 Before it: the values are kept where the step is changed afterwards. After it: the step is scaled by
 the values' own learning rate, decay that is meant for the weights is applied, and weights whose
 values changed go back to the pretrained entries until the next forward. Hooks see every step:
 fused optimizers write values without telling autograd.
+
+And Adam's bias correction for weights that joined late. The optimizer keeps one step count t for
+the whole pool. An entry that joined at step j has moments of age :math:`a = t - j` only, and the
+shared correction makes its first update 3.2 times too large. Right after a step the update just
+taken is exchanged for the one with the entry's own age:
+
+.. math:: \mathrm{lr} \cdot \frac{m / (1 - \beta_1^a)}{\sqrt{v / (1 - \beta_2^a)} + \epsilon}
 """
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import AdamW
+from torch.optim import Adam, AdamW
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from ..errors import ConfigError
-from .pool import every_pool
+from ..errors import ConfigError, OptimizerWarning, warn
+from .pool import Pool, every_pool
+
+#: Below this the two corrections agree to fp32 precision.
+_NEGLIGIBLE = 1e-9
+#: How far another optimizer's step may be from Adam's to be taken for one, relative to its size.
+_TOLERANCE = 1e-3
+
+Ranges = Sequence[tuple[int, int, int]]
+
 
 _installed: list[Any] = []  # one pair of hooks for the process, like torch's own
 
@@ -107,3 +124,121 @@ def add_decay(change: Tensor, weight: Tensor, group: dict[str, Any], scale: Any 
     if change.grad is not None:
         sign = -1 if group.get("maximize") else 1
         change.grad.add_(weight.to(change.grad) * scale, alpha=sign * group["weight_decay"])
+
+
+class LateEntries:
+    """Gives the late entries of a pool the bias correction of their own age.
+
+    torch's Adam and AdamW (foreach, fused, amsgrad, maximize) are known. Any other optimizer that
+    keeps `step`, `exp_avg` and `exp_avg_sq` is judged by the first step that moves late entries: if
+    that was Adam's, it is exchanged too, and so are those after it. Everything else (SGD,
+    Adafactor, NAdam, ...) works as it is; where it averages gradients as Adam does, a warning says
+    so.
+
+    Args:
+        pool: Values whose steps are exchanged.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self._verdicts: dict[str, bool] = {_name(Adam): True, _name(AdamW): True}
+        pool.keep_before = True  # until the optimizer is known
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run would have to find out anew, a step too late."""
+        return {"verdicts": dict(self._verdicts), "watching": self.pool.keep_before}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned."""
+        self._verdicts, self.pool.keep_before = dict(state["verdicts"]), state["watching"]
+        self.pool.before = None
+
+    def correct(self, optimizer: Any, joined: Ranges, step: int) -> None:
+        """Exchange the update just taken; before the learning rate changes.
+
+        Args:
+            optimizer: The optimizer that took it.
+            joined: (first slot, last slot + 1, update step after which they joined).
+            step: Update step that was just taken, counted from 1.
+        """
+        late = [(a, b, step - since) for a, b, since in joined if step > since]
+        group = self.pool.group_of(optimizer)
+        if group is None:
+            return
+        state = optimizer.state.get(self.pool.values, {})
+        if self._is_adam(optimizer, group, state, late):
+            for first, last, age in late:
+                if max(group["betas"]) ** age >= _NEGLIGIBLE:
+                    _exchange(self.pool, group, state, first, last, age)
+
+    def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
+        kind = _name(type(optimizer))
+        if kind not in self._verdicts:
+            verdict = _took_adams_step(self.pool, group, state, late)
+            if verdict is None:
+                return False  # nothing moved, so there is nothing to exchange either
+            self._verdicts[kind] = verdict
+            if not verdict and "exp_avg" in state:  # others have no such correction to make
+                warn(
+                    f"{type(optimizer).__name__} works as it is: weights that join late get no "
+                    "bias correction of their own age. That is known for Adam's formula only.",
+                    OptimizerWarning,
+                )
+        self.pool.keep_before, self.pool.before = False, None
+        return self._verdicts[kind]
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:
+    """Return what Adam subtracts from slots first to last - 1 if its step count is `count`."""
+    beta1, beta2 = group["betas"]
+    squares = _second_moment(group, state)[first:last]
+    divisor = (squares.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
+    rate = float(group["lr"]) * ratio / (1 - beta1**count)
+    return state["exp_avg"][first:last].div(divisor).mul_(rate)
+
+
+def _exchange(pool: Pool, group: Any, state: Any, first: int, last: int, age: int) -> None:
+    """Put what Adam would have subtracted at this age in the place of what it did subtract."""
+    shared, (beta1, beta2) = float(state["step"]), group["betas"]
+    rate = float(group["lr"]) * pool.lr_ratio
+    with torch.no_grad():
+        part, mean = pool.values[first:last], state["exp_avg"][first:last]
+        root = _second_moment(group, state)[first:last].sqrt()
+        for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
+            divisor = (root / math.sqrt(1 - beta2**count)).add_(group["eps"])
+            part.addcdiv_(mean, divisor, value=sign * rate / (1 - beta1**count))
+
+
+def _second_moment(group: Any, state: Any) -> Tensor:
+    return state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+
+
+def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool | None:
+    """Whether the step just taken was Adam's, with decoupled weight decay or none.
+
+    None where that cannot be seen yet: no late entry has moved.
+    """
+    wanted = {"step", "exp_avg", "exp_avg_sq"}
+    if group.get("amsgrad"):
+        wanted.add("max_exp_avg_sq")
+    if not wanted <= set(state) or not {"betas", "eps"} <= set(group):
+        return False
+    before = pool.before
+    if not late or before is None:
+        return None
+    first, last = late[0][0], late[-1][1]
+    start, after = before[first:last], pool.values.detach()[first:last]
+    update = _update(group, state, first, last, float(state["step"]), pool.lr_ratio)
+    if not bool(update.any()):
+        return None
+    slack = _TOLERANCE * update.abs().max() + torch.finfo(start.dtype).eps * start.abs().max()
+    for decay in {0.0, float(group.get("weight_decay") or 0.0)}:
+        rate = float(group["lr"]) * pool.lr_ratio * decay
+        pull = start + pool.originals()[first:last] if pool.decay_weight else start
+        if bool((start - rate * pull - update - after).abs().max() <= slack):
+            return True
+    return False

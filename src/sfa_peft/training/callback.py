@@ -3,23 +3,18 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import SelectionError, SFAWarning
-from ..selection.unfinished import is_unfinished
+from ..errors import ResumedRunWarning, SelectionError, warn
+from ..selection.pick import is_unfinished
 from ..tuner.layer import find_pool
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
-from .trainer import calling_trainer, resumed_checkpoint
-
-logger = logging.getLogger(__name__)
+from .trainer import BeforeReporters, calling_trainer, resumed_checkpoint, warn_of_summed_loss
 
 
 class SFACallback(TrainerCallback):
@@ -48,7 +43,7 @@ class SFACallback(TrainerCallback):
         self.selector: SFASelector | None = None
         self._is_training = False
         self._written_at: int | None = None  # update step
-        self._first = _BeforeReporters(self)
+        self._first = BeforeReporters(self.add_to_log)
         self._logged = self._shown = 0  # rounds
 
     def on_train_begin(
@@ -64,7 +59,7 @@ class SFACallback(TrainerCallback):
         self._written_at = None
         trainer = calling_trainer()
         _refuse_second_callback(trainer)
-        _warn_of_summed_loss(args, kwargs["model"], trainer)
+        warn_of_summed_loss(args, kwargs["model"], trainer)
         if not self._begins_again(state, kwargs["model"]):
             self._begin(state, kwargs["model"], kwargs.get("optimizer"))
         self._is_training = True
@@ -87,7 +82,7 @@ class SFACallback(TrainerCallback):
             given = self.resume_from_checkpoint
             folder = resumed_checkpoint() if given is None else Path(given)
             self.selector.load_state_dict(read_state(folder, state.global_step))
-        elif not pool.is_empty and is_unfinished(pool, self.selector.config):
+        elif not pool.is_empty and is_unfinished(pool, self.selector.config.rules):
             raise SelectionError(
                 f"Adapter `{pool.adapter_name}` comes from an unfinished run "
                 f"({self.selector.selected} of {pool.size} weights are selected), but no "
@@ -107,11 +102,10 @@ class SFACallback(TrainerCallback):
         pool = find_pool(model, selector.adapter_name)
         if not selector.drives or pool is None or pool is not selector.pool or pool.is_empty:
             return False
-        logger.warning(
-            "Training starts again at step 0 with %d weights selected. The selection goes on where "
-            "it was, after %d update steps.",
-            selector.selected,
-            selector.update_steps,
+        warn(
+            f"Training starts again at step 0 with {selector.selected} weights selected. The "
+            f"selection goes on where it was, after {selector.update_steps} update steps.",
+            ResumedRunWarning,
         )
         return True
 
@@ -198,44 +192,6 @@ class SFACallback(TrainerCallback):
             write_state(selector_state, Path(str(args.output_dir)), state.global_step)
 
 
-class _BeforeReporters(TrainerCallback):
-    """Stands first among the callbacks of a run and lets its owner add to logs.
-
-    The Trainer calls its reporters (TensorBoard and others) before the callbacks that it is given.
-
-    Args:
-        owner: Adds to logs.
-    """
-
-    def __init__(self, owner: SFACallback) -> None:
-        self._owner = owner
-        self._handler: Any = None
-
-    def join(self, trainer: Any) -> None:
-        """Take the first place in a Trainer's callbacks; do nothing without one."""
-        self.leave()
-        if trainer is not None:
-            self._handler = trainer.callback_handler
-            # A new list: the present event goes on over the old one.
-            self._handler.callbacks = [self, *self._handler.callbacks]
-
-    def leave(self) -> None:
-        """Give the place back."""
-        if self._handler is not None:
-            self._handler.callbacks = self.others()
-            self._handler = None
-
-    def others(self) -> list[TrainerCallback]:
-        """Return the other callbacks of the run."""
-        return [c for c in self._handler.callbacks if c is not self] if self._handler else []
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Let the owner add to a log."""
-        self._owner.add_to_log(state, kwargs.get("logs"))
-
-
 def _refuse_second_callback(trainer: Any) -> None:
     """Refuse two of these callbacks in a Trainer: checkpoints and logs hold one selection."""
     callbacks = trainer.callback_handler.callbacks if trainer is not None else []
@@ -246,32 +202,4 @@ def _refuse_second_callback(trainer: Any) -> None:
             f"{[c.adapter_name for c in found]}, but its checkpoints and logs have room for one. "
             "Pass one, and train adapters one after the other; to train several together, use an "
             "own loop with an SFASelector for each."
-        )
-
-
-def _warn_of_summed_loss(args: TrainingArguments, model: Any, trainer: Any) -> None:
-    """Warn where accumulated losses would be added up and not averaged (transformers #47688)."""
-    micro_batches = args.gradient_accumulation_steps
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    declared = getattr(base, "accepts_loss_kwargs", None)
-    if micro_batches == 1 or declared:
-        return
-    if trainer is None:
-        parameters = inspect.signature(base.forward).parameters.values()
-        is_meant = declared is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
-    else:
-        is_meant = (
-            getattr(trainer, "model_accepts_loss_kwargs", False)
-            and getattr(trainer, "compute_loss_func", None) is None
-            and getattr(trainer, "loss_is_scaled_for_ga", None) is None
-        )
-    if is_meant:
-        warnings.warn(
-            f"gradient_accumulation_steps={micro_batches}: the Trainer does not divide the loss by "
-            f"it, because the forward of {type(base).__name__} takes **kwargs, so that it could "
-            "divide by num_items_in_batch itself. Vision heads do not, and then loss and gradients "
-            f"are {micro_batches} times too large. Set model.get_base_model().accepts_loss_kwargs "
-            "= False before the Trainer is made (True, if the model does divide).",
-            SFAWarning,
-            stacklevel=2,
         )

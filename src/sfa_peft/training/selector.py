@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import SelectionError
-from ..selection.rounds import Run
-from ..selection.rules import check_settings
+from ..selection.pick import num_selected
+from ..selection.rounds import NoRounds, Rounds
+from ..selection.rules import check_resumed
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
-from ..selection.unfinished import is_unfinished
-from ..tuner.layer import find_adapter
+from ..sparse.pool import Pool
+from ..tuner.adapter import Adapter
+from ..tuner.layer import SFALayer, find_adapter
 from ..tuner.report import stage_shares
-from .active import active_adapter, adapter_config
-from .guards import refuse_reentrant_checkpointing, refuse_sharded
-
-logger = logging.getLogger(__name__)
 
 
 class SFASelector:
@@ -54,71 +52,68 @@ class SFASelector:
         adapter_name: str | None = None,
         scaler: Any = None,
     ) -> None:
-        refuse_reentrant_checkpointing(model)
+        _refuse_reentrant_checkpointing(model)
         self._model, self._scaler, self._checked = model, scaler, False
-        self._total_steps = total_steps
         inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
-        self.adapter_name = adapter_name or active_adapter(inner)
-        self.config = adapter_config(inner, self.adapter_name)
-        adapter: Any = find_adapter(inner, self.adapter_name)
-        self.pool = adapter.pool
-        self._run: Run | None = None
-        self._warned = False
+        self._inner, self.adapter_name = inner, adapter_name or _active_adapter(inner)
+        self._adapter = _find_adapter(inner, self.adapter_name)
+        self.config, self.pool = self._adapter.config, self._adapter.pool
+        self._asked = {
+            "total_steps": self.config.total_steps if total_steps is None else total_steps,
+            "selection_steps": self.config.selection_steps,
+        }
+        self._rounds: Rounds | NoRounds = NoRounds(self.pool, self.config.rules)
         if self.pool is None or not self.config.selects_while_training:
             return
-        refuse_sharded(model, self.pool)
-        adapter.needs_selector = False
+        _refuse_sharded(model, self.pool)
+        self._adapter.needs_selector = False
         if self.pool.is_empty:
             find_score(self.config.score)
-            schedule = make_schedule(
-                self.config.total_steps if total_steps is None else total_steps,
-                self.config.selection_steps,
-                self.pool.values.numel(),
-                self.config.schedule,
-                self.config.select_until,
+            self._rounds = self._new_rounds(
+                make_schedule(
+                    **self._asked,
+                    quota=self.pool.size,
+                    kind=self.config.schedule,
+                    select_until=self.config.select_until,
+                ),
+                self.pool,
             )
-            self._run = self._new_run(schedule)
-            self._run.start()
+            self._rounds.start()
 
-    def _new_run(self, schedule: Schedule) -> Run:
+    def _new_rounds(self, schedule: Schedule, pool: Pool) -> Rounds:
         scaler = self._scaler
-        enabled = scaler is not None and scaler.is_enabled()
-        return Run(self.config, self.pool, schedule, scaler.get_scale if enabled else None)  # pyright: ignore
+        scale = scaler.get_scale if scaler is not None and scaler.is_enabled() else None
+        return Rounds(self.config.rules, pool, schedule, scale)
 
     @property
     def drives(self) -> bool:
         """Whether it makes the adapter's selection, and no other selector took over."""
-        return self._run is not None and self._run.pool.driver is self._run
+        return self._rounds.drives
 
     @property
     def schedule(self) -> Schedule | None:
         """The picks of the run; None where nothing is selected while training."""
-        return self._run.schedule if self._run else None
+        return self._rounds.schedule
 
     @property
     def update_steps(self) -> int:
         """Update steps counted so far."""
-        return self._run.update_steps if self._run else 0
+        return self._rounds.update_steps
 
     @property
     def selected(self) -> int:
         """Number of pretrained weights selected so far (asks no device between two picks)."""
-        if self.pool is None:
-            return 0
-        return self.pool.num_selected
+        return num_selected(self.pool)
 
     @property
     def selected_share(self) -> float:
         """Share of the weights to select that are selected so far, 0 to 1."""
-        return 1.0 if self.pool is None else self.selected / self.pool.values.numel()
+        return 1.0 if self.pool is None else self.selected / self.pool.size
 
     @property
     def round(self) -> int:
         """Number of the present round, from 1; 0 where nothing is selected while training."""
-        if self._run is None:
-            return 0
-        schedule = self._run.schedule
-        return min(self.update_steps // schedule.selection_steps + 1, schedule.num_rounds)
+        return self._rounds.round
 
     @property
     def progress(self) -> dict[str, str]:
@@ -126,10 +121,7 @@ class SFASelector:
 
         Empty where nothing is selected while training.
         """
-        if self._run is None:
-            return {}
-        rounds = f"{self.round}/{self._run.schedule.num_rounds}"
-        return {"round": rounds, "selected": f"{self.selected_share:.1%}"}
+        return self._rounds.progress
 
     def metrics(self) -> dict[str, float]:
         """Return how the selection stands, for a log or a tracker.
@@ -141,12 +133,13 @@ class SFASelector:
             absolute scores that were compared, rounded down by less than 0.4 %) and `threshold`
             (the smallest that was admitted). Empty where nothing is selected while training.
         """
-        if self._run is None or self.pool is None:
-            return {}
-        found: dict[str, float] = {"sfa_round": self.round, "sfa_selected": self.selected_share}
-        shares = stage_shares(self._model, self.adapter_name)
-        found |= {f"sfa_share/{stage}": share for stage, share in shares.items()}
-        return found | {f"sfa_score/{name}": value for name, value in self._run.scores.items()}
+        found = self._rounds.metrics()
+        if found and self.pool is not None:
+            found |= {
+                f"sfa_share/{s}": share
+                for s, share in stage_shares(self._inner, self.adapter_name).items()
+            }
+        return found
 
     def step(self, optimizer: Any = None) -> bool:
         """Count one update step; pick at the end of a round.
@@ -164,41 +157,24 @@ class SFASelector:
             SelectionError: If the optimizer does not train the adapter's values, or at a pick no
                 gradient has arrived or too few weights have a finite one.
         """
-        if self._run is not None:
-            if not self._checked:
-                self._check_first_step(optimizer)
-            counted = self._run.update_steps
-            picked = self._run.step(optimizer)
-            self._checked = self._checked or self._run.update_steps > counted
-            return picked
-        self._warn_of_unfinished_selection()
-        return False
+        if self._rounds.schedule is not None and not self._checked:
+            self._check_first_step(optimizer)
+        counted = self.update_steps
+        picked = self._rounds.step(optimizer)
+        self._checked = self._checked or self.update_steps > counted
+        return picked
 
     def _check_first_step(self, optimizer: Any) -> None:
         """Look at what may have been set up after the selector was made, until a step counts."""
-        refuse_reentrant_checkpointing(self._model)
+        _refuse_reentrant_checkpointing(self._model)
         if self.pool is not None:
-            refuse_sharded(self._model, self.pool)
+            _refuse_sharded(self._model, self.pool)
             scaled = getattr(getattr(optimizer, "scaler", None), "is_enabled", lambda: False)()
             if self._scaler is None and (scaled or self.pool.stepped_by_grad_scaler):
                 raise SelectionError(
                     "The loss is scaled by a GradScaler, which scores must know of. Pass it: "
                     "SFASelector(model, scaler=scaler), with Accelerate scaler=accelerator.scaler."
                 )
-
-    def _warn_of_unfinished_selection(self) -> None:
-        """Say once that an adapter from the middle of a run goes on without its selector state."""
-        if self._warned or self.pool is None:
-            return
-        self._warned = True
-        if self.selected and is_unfinished(self.pool, self.config):
-            logger.warning(
-                "Adapter `%s` comes from an unfinished run: %d of %d weights are selected, and no "
-                "more will be. Call load_state_dict with the selector state of that run to go on.",
-                self.adapter_name,
-                self.selected,
-                self.pool.values.numel(),
-            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs beside the adapter's own tensors.
@@ -208,14 +184,12 @@ class SFASelector:
         positions as they are in training, which the adapter's own file does not keep to the last
         bit and order. Under torch.distributed every rank must call it.
         """
-        if self.pool is not None and not self.pool.is_there:
+        if self.pool is not None and not self.pool.store.is_there:
             raise SelectionError(
                 f"Adapter `{self.adapter_name}` was deleted, and its selection with it. Make a new "
                 "selector for another adapter."
             )
-        if self._run is not None:
-            return self._run.state_dict()
-        return {} if self.pool is None else {"pool": self.pool.state_dict()}
+        return self._rounds.state_dict()
 
     def close(self) -> None:
         """End the run, also before its last pick: free the scores and select no more.
@@ -223,32 +197,11 @@ class SFASelector:
         A warning says so where the adapter holds fewer weights than the run was to select, or than
         it did select (an earlier state was loaded, such as the Trainer's best checkpoint).
         """
-        if self._run is None:
-            return
-        chosen = self._run.joined[-1][1] if self._run.joined else 0
-        if self._run.accumulators:
-            logger.warning(
-                "The run ended at update step %d, before its last pick after step %d: %d of %d "
-                "weights are selected. The adapter works, with that part of its budget.",
-                self.update_steps,
-                self._run.schedule.last_pick,
-                self.selected,
-                self.pool.size if self.pool else 0,
-            )
-        elif self.selected < chosen:
-            logger.warning(
-                "Adapter `%s` holds %d of the %d weights that the run selected: a checkpoint from "
-                "before the last pick was loaded. It works, with that part of its budget.",
-                self.adapter_name,
-                self.selected,
-                chosen,
-            )
-        self._run.stop()
+        self._rounds.close()
 
     def discard(self) -> None:
         """Free the scores without a word, before another selector begins anew."""
-        if self._run is not None:
-            self._run.stop()
+        self._rounds.stop()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; the adapter's tensors must be loaded already.
@@ -260,23 +213,97 @@ class SFASelector:
         if not state or self.pool is None:
             return
         if "update_steps" not in state:  # of a run that selected nothing
-            if not self.pool.fits(state["pool"]):
-                raise SelectionError(
-                    f"Adapter `{self.adapter_name}` has other weights selected than the selector "
-                    "state. Load adapter and selector state from the same checkpoint."
-                )
-            self.pool.load_state_dict(state["pool"])
+            NoRounds(self.pool, self.config.rules).load_state_dict(state)
             return
-        check_settings(state, self.config, self._total_steps)
+        check_resumed(state, self.config.rules, self._asked)
         schedule = Schedule(
             int(state["total_steps"]),
             int(state["selection_steps"]),
-            self.pool.values.numel(),
+            self.pool.size,
             self.config.schedule,
             self.config.select_until,
         )
-        if self._run is not None:
-            self._run.stop()
-        run = self._new_run(schedule)
-        run.load_state_dict(state)
-        self._run = run
+        self._rounds.stop()
+        rounds = self._new_rounds(schedule, self.pool)
+        rounds.load_state_dict(state)
+        self._rounds = rounds
+
+
+def _active_adapter(model: nn.Module) -> str:
+    """Return the name of the SFA adapter that is active in a model's layers.
+
+    The layers know best: `PeftModel.active_adapter` does not hear of `base_model.set_adapter`, and
+    a model with injected adapters has no such attribute.
+
+    Raises:
+        SelectionError: If there is no SFA adapter, or not exactly one is active.
+    """
+    layers = [m for m in model.modules() if isinstance(m, SFALayer)]
+    if not layers:
+        raise SelectionError(
+            f"{type(model).__name__} has no SFA adapter. Wrap it first, and give the wrapped model "
+            "here: get_peft_model(model, SFAConfig(...))."
+        )
+    active = (name for m in layers for name in m.active_adapters if m.has_adapter(name))
+    names = list(dict.fromkeys(active))
+    if len(names) != 1:
+        raise SelectionError(
+            f"SFASelector needs one adapter to drive, but active are: {names}. Give adapter_name."
+        )
+    return names[0]
+
+
+def _find_adapter(model: nn.Module, adapter_name: str) -> Adapter:
+    """Return an adapter.
+
+    Raises:
+        SelectionError: If the model has no such SFA adapter.
+    """
+    adapter = find_adapter(model, adapter_name)
+    if adapter is None:
+        raise SelectionError(
+            f"The model has no SFA adapter named `{adapter_name}`. Wrap it first: "
+            "get_peft_model(model, SFAConfig(...))."
+        )
+    return adapter
+
+
+def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Refuse reentrant gradient checkpointing, under which adapters get no gradient.
+
+    Raises:
+        SelectionError: If a module of the model (as transformers sets them up) uses it.
+    """
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        keywords = getattr(function, "keywords", None)
+        if not getattr(module, "gradient_checkpointing", False) or keywords is None:
+            continue
+        if keywords.get("use_reentrant", True):
+            raise SelectionError(
+                f"`{name}`: gradient checkpointing is of the reentrant kind, under which selected "
+                "weights and adapters get no gradient. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, in TrainingArguments or '
+                "in model.gradient_checkpointing_enable()."
+            )
+
+
+def _refuse_sharded(model: nn.Module, pool: Pool) -> None:
+    """Refuse models whose weights are cut over ranks.
+
+    Raises:
+        SelectionError: Under FSDP (1 and 2) and DeepSpeed ZeRO-3.
+    """
+    kind = None
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        kind = "FullyShardedDataParallel"
+    for weight in pool.weights:
+        if isinstance(weight.tensor, DTensor):
+            kind = "fully_shard (FSDP2)"
+        elif hasattr(weight.tensor, "ds_id"):
+            kind = "DeepSpeed ZeRO-3"
+    if kind is not None:
+        raise SelectionError(
+            f"The model's weights are sharded by {kind}. Selected entries are changed in whole "
+            "weights, so train with DistributedDataParallel (or DeepSpeed ZeRO-1 or 2)."
+        )

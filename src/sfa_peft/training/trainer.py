@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+
+from ..errors import LossScaleWarning, warn
 
 
 def calling_trainer() -> Any:
@@ -28,6 +32,71 @@ def resumed_checkpoint() -> Path | None:
         if isinstance(folder, (str, os.PathLike)):
             return Path(folder)
     return None
+
+
+class BeforeReporters(TrainerCallback):
+    """Stands first among the callbacks of a run and adds to logs.
+
+    The Trainer calls its reporters (TensorBoard and others) before the callbacks that it is given.
+
+    Args:
+        add_to_log: Gets the Trainer's state and a log.
+    """
+
+    def __init__(self, add_to_log: Callable[[TrainerState, Any], None]) -> None:
+        self._add_to_log = add_to_log
+        self._handler: Any = None
+
+    def join(self, trainer: Any) -> None:
+        """Take the first place in a Trainer's callbacks; do nothing without one."""
+        self.leave()
+        if trainer is not None:
+            self._handler = trainer.callback_handler
+            # A new list: the present event goes on over the old one.
+            self._handler.callbacks = [self, *self._handler.callbacks]
+
+    def leave(self) -> None:
+        """Give the place back."""
+        if self._handler is not None:
+            self._handler.callbacks = self.others()
+            self._handler = None
+
+    def others(self) -> list[TrainerCallback]:
+        """Return the other callbacks of the run."""
+        return [c for c in self._handler.callbacks if c is not self] if self._handler else []
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add to a log."""
+        self._add_to_log(state, kwargs.get("logs"))
+
+
+def warn_of_summed_loss(args: TrainingArguments, model: Any, trainer: Any) -> None:
+    """Warn where accumulated losses would be added up and not averaged (transformers #47688)."""
+    micro_batches = args.gradient_accumulation_steps
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    declared = getattr(base, "accepts_loss_kwargs", None)
+    if micro_batches == 1 or declared:
+        return
+    if trainer is None:
+        parameters = inspect.signature(base.forward).parameters.values()
+        is_meant = declared is None and any(p.kind is p.VAR_KEYWORD for p in parameters)
+    else:
+        is_meant = (
+            getattr(trainer, "model_accepts_loss_kwargs", False)
+            and getattr(trainer, "compute_loss_func", None) is None
+            and getattr(trainer, "loss_is_scaled_for_ga", None) is None
+        )
+    if is_meant:
+        warn(
+            f"gradient_accumulation_steps={micro_batches}: the Trainer does not divide the loss by "
+            f"it, because the forward of {type(base).__name__} takes **kwargs, so that it could "
+            "divide by num_items_in_batch itself. Vision heads do not, and then loss and gradients "
+            f"are {micro_batches} times too large. Set model.get_base_model().accepts_loss_kwargs "
+            "= False before the Trainer is made (True, if the model does divide).",
+            LossScaleWarning,
+        )
 
 
 def _trainer_frames() -> Iterator[FrameType]:

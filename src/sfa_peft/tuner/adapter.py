@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +12,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import AdapterFileError, SFAError, SFAWarning
+from ..errors import (
+    AdapterFileError,
+    EmptySelectionWarning,
+    SFAError,
+    UnfinishedSelectionWarning,
+    warn,
+)
 from ..files.packing import PackedSelection, read_packed
 from ..files.record import Resolved
-from ..selection.unfinished import is_unfinished
+from ..selection.pick import is_unfinished
 from ..sparse.pool import Pool
 
 #: Training forwards with an unfinished selection after which a missing selector is reported.
@@ -124,7 +129,7 @@ class Adapter:
         pool = self.pool
         if not self.needs_selector or pool is None or not pool.values.requires_grad:
             return
-        if self._idle_forwards >= _PATIENCE or not is_unfinished(pool, self.config):
+        if self._idle_forwards >= _PATIENCE or not is_unfinished(pool, self.config.rules):
             return
         self._idle_forwards += 1
         if self._idle_forwards == _PATIENCE:
@@ -134,13 +139,12 @@ class Adapter:
                 if selected
                 else "so only the external adapters and the head learn"
             )
-            warnings.warn(
+            warn(
                 f"Adapter `{self.name}`: training goes on but nothing selects weights, "
                 f"{lacking}. Pass "
                 "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
                 "each optimizer.step() in an own loop.",
-                SFAWarning,
-                stacklevel=2,
+                UnfinishedSelectionWarning if selected else EmptySelectionWarning,
             )
 
 

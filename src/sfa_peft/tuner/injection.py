@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import re
-import warnings
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..config import SFAConfig
-from ..errors import SFAWarning, TargetError
-from ..selection.data_free import select_without_data
+from ..errors import FrozenHeadWarning, TargetError, warn
+from ..selection.pick import select_without_data
 from .adapter import Adapter, check_name
 from .chain import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
@@ -92,11 +91,11 @@ class Injection:
             if not pool.values.is_meta:
                 pool.fill(self.reused.deltas, with_values=config.selection_values == "trained")
         elif not self.plan.loaded and not config.selects_while_training:
-            select_without_data(pool, config)
+            select_without_data(pool, config.rules)
         if not config.init_weights:
             nn.init.normal_(pool.values, std=0.5)
             if pool.is_empty:
-                select_without_data(pool, SFAConfig(score="random"))
+                select_without_data(pool, SFAConfig(score="random").rules)
 
     def _check_order(self) -> None:
         """Check that layers were wrapped in the order that stored positions count them in."""
@@ -125,10 +124,9 @@ class Injection:
             tops = sorted({n.split(".")[0] for n in frozen})
             absent = unmatched_heads(self.model, self.config)
             typo = f" No module has a name that ends in {', '.join(absent)}." if absent else ""
-            warnings.warn(
+            warn(
                 f"{len(frozen)} tensors outside the backbone stay frozen and are not saved (in "
                 f"{', '.join(tops)}); batch norm there still drifts in train mode. Name a task "
                 f"head in modules_to_save to train and save it.{typo}",
-                SFAWarning,
-                stacklevel=4,
+                FrozenHeadWarning,
             )

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,7 +10,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from ..errors import SFAError, SFAWarning
+from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.writing import together
 from . import compiled
 from .injection import Injection
@@ -174,11 +173,10 @@ class SFAModel(BaseTuner):
         names = kwargs.get("adapter_names") or self.active_adapters
         layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
         if merge and any(name in m.sfa_down for m in layers for name in names):
-            warnings.warn(
+            warn(
                 "External adapters cannot be folded into weights: they stay in the merged model as "
                 "plain modules behind their layers, so saving it needs more than its old class.",
-                SFAWarning,
-                stacklevel=3,
+                MergeWarning,
             )
         compiled.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
@@ -196,12 +194,12 @@ class SFAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         adapter = cast(Any, find_adapter(model, adapter_name))
         pool = adapter.pool
-        if pool is not None and pool.is_empty and not pool.values.is_meta:
-            warnings.warn(
+        awaits = pool is not None and pool.driver is not None  # its selection is still to come
+        if pool is not None and not awaits and pool.is_empty and not pool.values.is_meta:
+            warn(
                 f"Adapter `{adapter_name}` is saved with an empty selection: no pretrained weight "
                 "was selected. Was the model trained with SFACallback or SFASelector?",
-                SFAWarning,
-                stacklevel=3,
+                EmptySelectionWarning,
             )
         state = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names

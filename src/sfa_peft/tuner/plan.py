@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, solve_budget, with_selection
 from ..config import SFAConfig
-from ..errors import AdapterFileError, SFAWarning, TargetError
+from ..errors import AdapterFileError, BudgetWarning, TargetError, warn
 from ..files.record import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
 from .external import output_features
 from .quantised import feature_sizes, own_sizes
@@ -104,12 +103,11 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
     if reused is not None:
         budget = with_selection(budget, reused.internal, config.budget)
     elif not outputs and config.rho is None:
-        warnings.warn(
+        warn(
             "None of the targeted layers ends an attention or MLP sub-layer, so the whole budget "
             "goes to selected weights. Say rho=0 if that is meant, or name layers in "
             "external_modules.",
-            SFAWarning,
-            stacklevel=2,
+            BudgetWarning,
         )
     _warn_of_unspent_budget(budget, config)
     targets = {}
@@ -168,12 +166,11 @@ def _warn_of_unspent_budget(budget: BudgetPlan, config: SFAConfig) -> None:
     trained = budget.external + budget.internal
     if config.rho == 1 or budget.internal < budget.eligible or trained >= 0.99 * budget.allowed:
         return
-    warnings.warn(
+    warn(
         f"Only {trained:,} of the {budget.allowed:,} parameters that budget={config.budget} allows "
         "are used: every eligible weight is selected already. Adapt more layers, or lower the "
         "budget.",
-        SFAWarning,
-        stacklevel=2,
+        BudgetWarning,
     )
 
 

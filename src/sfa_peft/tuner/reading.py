@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import AdapterFileError, SFAError, SFAWarning, TargetError
+from ..errors import AdapterFileError, OtherBaseWarning, SFAError, TargetError, warn
 from ..files.folder import check_selection, reading_once, selection_of
 from ..files.packing import PackedSelection
 from ..files.record import Resolved, is_same_base, read_resolved, type_name
@@ -162,12 +161,11 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
             others.add((saved.dtype, type_name(weight.dtype), same))
     for before, now, same in sorted(others, key=str):
         verified = "its values are the rounded ones" if same else "its values cannot be verified"
-        warnings.warn(
+        warn(
             f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
             f"one ({verified}). Changes are added in float32 and rounded to {now}, so outputs "
             "differ from those in training by that rounding.",
-            SFAWarning,
-            stacklevel=5,
+            OtherBaseWarning,
         )
 
 
@@ -193,7 +191,7 @@ def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
             "its config with SFAConfig.from_pretrained, set check_base=False and pass "
             f"config=config (or set {_ENVIRONMENT}=0)."
         )
-    warnings.warn(message + "Loaded all the same, as you wish.", SFAWarning, stacklevel=6)
+    warn(message + "Loaded all the same, as you wish.", OtherBaseWarning)
 
 
 # --- against a model ---------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +21,7 @@ from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.data.segmentation_folders import ade20k, cityscapes
 from sfa_peft.dense.data.splits import Found, LibrarySplit, Split, SubSplit
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
-from sfa_peft.errors import SFAError, SFAWarning
+from sfa_peft.errors import DataWarning, SFAError, warn
 
 DEPTH_COLUMNS = ("depth", "depth_map", "label")
 IMAGE_COLUMNS = ("image", "pixel_values", "img")
@@ -151,9 +150,7 @@ def _assemble(
     if "validation" not in splits and options.holdout:
         splits |= hold_out(splits["train"], options.holdout, name)
     if skipped:
-        warnings.warn(
-            f"`{name}`: {len(skipped)} left out, first: {skipped[0]}", SFAWarning, stacklevel=3
-        )
+        warn(f"`{name}`: {len(skipped)} left out, first: {skipped[0]}", DataWarning)
     return DenseData(
         task,
         splits["train"],
