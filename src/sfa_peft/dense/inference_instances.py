@@ -18,8 +18,8 @@ from sfa_peft.dense.coco_masks import encode_masks
 from sfa_peft.dense.inference import Size, resize
 from sfa_peft.errors import SFAError
 
-# Mask logits that are enlarged at a time, float32: about 130 MB with what is made of them.
-CHUNK = 2**23
+# Mask logits that are enlarged at a time; with what is made of them, some 60 MB.
+CHUNK = 2**22
 
 
 @torch.no_grad()
@@ -39,8 +39,8 @@ def instances_from_queries(
     bilinearly enlarged (``align_corners=False``), is above 0; a score is the class's probability
     times the mean of the mask's probability over the mask's pixels.
 
-    A few queries are enlarged at a time, so beside the result, which is small with ``encode``, some
-    130 MB are taken; more only if an image has over 8 million pixels.
+    A few queries are enlarged at a time, 4 million pixels or one query, so memory does not grow
+    with their number; with ``encode`` the result is small too.
 
     Args:
         class_logits: ``(B, Q, C + 1)``, "no object" last, any floating dtype and device.

@@ -107,6 +107,16 @@ def test_detection_needs_no_masks_and_takes_images_beside_images(tmp_path: Path)
         load_dense("instances", folder, dataset_format="coco")
 
 
+def test_areas_are_those_annotated_zero_too_and_else_the_boxes(tmp_path: Path) -> None:
+    content = _content()
+    content["annotations"][0]["area"] = 0
+    del content["annotations"][1]["area"]
+
+    data = load_dense("instances", _write(tmp_path, content), dataset_format="coco")
+
+    np.testing.assert_array_equal(data.train[0][1].areas, [0, 5])
+
+
 def test_boxes_are_cut_to_the_image_and_those_without_area_counted(tmp_path: Path) -> None:
     content = _content()
     content["annotations"][0]["bbox"] = [-1, 1, 9.5, 3]
@@ -161,6 +171,10 @@ def test_a_file_that_contradicts_itself_is_refused_at_once(tmp_path, change, mes
         (
             lambda c: c["annotations"][0].update(bbox=[20, 1, 4, 3]),
             r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 1: bbox .* no area in the 8x10",
+        ),
+        (
+            lambda c: c["annotations"][0].update(area="big"),
+            r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 1: expected an area",
         ),
         (
             lambda c: c["annotations"][0].update(segmentation=[[1, 2]]),

@@ -142,12 +142,14 @@ def objects_of_entries(
         The objects.
 
     Raises:
-        SFAError: If a mask is missing or cannot be decoded, or a box lies outside the image.
+        SFAError: If a mask is missing or cannot be decoded, a box lies outside the image, or an
+            area is no number.
     """
     boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     boxes = np.clip(boxes, 0, size * 2).astype(np.float32)
     masks = np.zeros((len(entries), size[1], size[0]), bool)
+    areas = np.zeros(len(entries), np.float32)
     for number, entry in enumerate(entries):
         which = f"{where}, " + (
             f"annotation {entry['id']}" if "id" in entry else f"object {number}"
@@ -157,6 +159,11 @@ def objects_of_entries(
                 f"{which}: bbox {entry['bbox']} (left, top, width, height) has no area in the "
                 f"{size[0]}x{size[1]} image"
             )
+        area = entry.get("area")
+        area = entry["bbox"][2] * entry["bbox"][3] if area is None else area
+        if not _is_number(area):
+            raise SFAError(f"{which}: expected an area in pixels, got {str(area)[:60]!r}")
+        areas[number] = area
         if with_masks:
             try:
                 masks[number] = decode_mask(entry.get("segmentation"), size[1], size[0])
@@ -166,7 +173,7 @@ def objects_of_entries(
         boxes,
         np.array(classes, np.int64),
         masks if with_masks else None,
-        np.array([e.get("area") or e["bbox"][2] * e["bbox"][3] for e in entries], np.float32),
+        areas,
         np.array([bool(entry.get("iscrowd")) for entry in entries], bool),
         int(image_id),
     )
@@ -176,7 +183,11 @@ def is_box(value: Any) -> bool:
     """Return whether something is a list of 4 finite numbers."""
     if not isinstance(value, Sequence) or len(value) != 4:
         return False
-    return all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)
+    return all(_is_number(number) for number in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 _KINDS = {int: "a whole number", float: "a number", str: "text"}
