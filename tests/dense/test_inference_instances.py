@@ -178,6 +178,7 @@ def test_half_precision_is_counted_in_float32() -> None:
         ({"sizes": [(8, 8)]}, "height and width of 2 images"),
         ({"sizes": [(8, 8), (0, 8)]}, "height and width of 2 images"),
         ({"pixel_mask": torch.ones(1, 8, 8)}, r"pixel_mask: expected \(2, H, W\)"),
+        ({"pixel_mask": torch.zeros(2, 8, 8)}, "an image without any pixel"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(change: dict[str, Any], message: str) -> None:

@@ -66,26 +66,13 @@ def instances_from_queries(
     """
     _check(class_logits, mask_logits, sizes, pixel_mask, top)
     shares = class_logits.float().softmax(-1)[..., :-1]
-    results = []
-    for number, size in enumerate(sizes):
-        best, pairs = shares[number].flatten().topk(min(top, shares[number].numel()))
-        # Several pairs may share a query: each is enlarged once.
-        queries, place = (pairs // shares.shape[-1]).unique(return_inverse=True)
-        steps = _steps(size, None if pixel_mask is None else pixel_mask[number])
-        certainty, masks = _masks(mask_logits[number], queries, steps, encode)
-        scores = best * certainty[place]
-        # A score is 0 where the mask is empty.
-        kept = ((scores > 0) & (scores >= threshold)).nonzero()[:, 0]
-        order = kept[scores[kept].argsort(descending=True, stable=True)]
-        chosen = [masks[i] for i in place[order].tolist()]
-        results.append(
-            {
-                "scores": scores[order].cpu().numpy().astype(np.float64),
-                "labels": (pairs[order] % shares.shape[-1]).cpu().numpy(),
-                "masks": chosen if encode else np.array(chosen, bool).reshape(-1, *size),
-            }
+    insides = [None] * len(sizes) if pixel_mask is None else list(pixel_mask)
+    return [
+        _of_one_image(of_classes, logits, _steps(size, inside), top, threshold, encode)
+        for of_classes, logits, size, inside in zip(
+            shares, mask_logits, sizes, insides, strict=True
         )
-    return results
+    ]
 
 
 _Step = tuple[Size, Size]  # to enlarge to, and what to keep of that, from the top left
@@ -95,7 +82,33 @@ def _steps(size: Size, inside: torch.Tensor | None) -> list[_Step]:
     if inside is None:
         return [(size, size)]
     rows, columns = int(inside.any(1).sum()), int(inside.any(0).sum())
+    if not rows:
+        raise SFAError("pixel_mask: an image without any pixel")
     return [((inside.shape[0], inside.shape[1]), (rows, columns)), (size, size)]
+
+
+def _of_one_image(
+    shares: torch.Tensor,
+    logits: torch.Tensor,
+    steps: list[_Step],
+    top: int,
+    threshold: float,
+    encode: bool,
+) -> dict[str, Any]:
+    best, pairs = shares.flatten().topk(min(top, shares.numel()))
+    # Several pairs may share a query: each is enlarged once.
+    queries, place = (pairs // shares.shape[1]).unique(return_inverse=True)
+    certainty, masks = _masks(logits, queries, steps, encode)
+    scores = best * certainty[place]
+    # A score is 0 where the mask is empty.
+    kept = ((scores > 0) & (scores >= threshold)).nonzero()[:, 0]
+    order = kept[scores[kept].argsort(descending=True, stable=True)]
+    chosen = [masks[i] for i in place[order].tolist()]
+    return {
+        "scores": scores[order].cpu().numpy().astype(np.float64),
+        "labels": (pairs[order] % shares.shape[1]).cpu().numpy(),
+        "masks": chosen if encode else np.array(chosen, bool).reshape(-1, *steps[-1][0]),
+    }
 
 
 def _masks(
