@@ -24,7 +24,6 @@ from functools import partial
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
 import torch
 from common.arguments import SharedArguments, parse
 from common.backbones import load_backbone
@@ -37,16 +36,15 @@ from common.reporting import Result, shown_indices
 from common.training import make_trainer, pick_rates, run_script
 from transformers import (
     Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
     PreTrainedModel,
     set_seed,
 )
 
+from sfa_peft.dense import instances_from_queries
 from sfa_peft.dense.data.collate import collate_instances
 from sfa_peft.dense.data.object_transforms import ObjectResize, ObjectScaleCrop
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.metrics.coco import CocoMetrics
-from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.errors import SFAError
 
 # The head's rate was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps; the
@@ -137,18 +135,17 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     return model
 
 
-def predict(model, batch) -> list[dict[str, np.ndarray]]:
-    """Return scores, classes and masks in each image of a batch."""
+def predict(model, batch, sizes) -> list[dict]:
+    """Return scores, classes and masks in each image of a batch, at those sizes."""
     with torch.no_grad():
         outputs = model(pixel_values=batch["pixel_values"].to(model.device))
-    size = tuple(batch["pixel_values"].shape[-2:])
-    found = Mask2FormerImageProcessor().post_process_instance_segmentation(
-        outputs,
-        threshold=0.0,
-        target_sizes=[size] * len(batch["pixel_values"]),
-        return_binary_maps=True,
+    return instances_from_queries(
+        outputs.class_queries_logits,
+        outputs.masks_queries_logits,
+        sizes,
+        pixel_mask=batch["pixel_mask"],
+        encode=True,
     )
-    return [instances_from_segmentation(result) for result in found]
 
 
 def main(argv: list[str] | None = None) -> Result:

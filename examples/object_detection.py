@@ -170,11 +170,10 @@ def start_head(model: RTDetrForObjectDetection) -> None:
     nn.init.zeros_(last.bias)
 
 
-def predict(model, batch) -> list[dict[str, torch.Tensor]]:
-    """Return scores, classes and boxes (corners in pixels) in each image of a batch."""
+def predict(model, batch, sizes) -> list[dict[str, torch.Tensor]]:
+    """Return scores, classes and boxes (corners in pixels) in each image, at those sizes."""
     with torch.no_grad():
         outputs = model(pixel_values=batch["pixel_values"].to(model.device))
-    sizes = [labels["size"].tolist() for labels in batch["labels"]]
     found = RTDetrImageProcessor().post_process_object_detection(
         outputs, threshold=0.0, target_sizes=sizes
     )

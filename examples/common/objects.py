@@ -6,32 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.items import picture
+from sfa_peft.dense import decode_mask, true_objects
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.pictures.objects import ObjectPicture, object_sheet
 
 DRAWN_SCORE = 0.5  # predictions below are left out of pictures
 
-Predict = Callable[[Any, dict[str, Any]], list[dict[str, Any]]]
-
-
-def corners(labels: dict[str, Tensor]) -> Tensor:
-    """Return an item's boxes as left, top, right and bottom in pixels, float32 `(N, 4)`."""
-    x, y, width, height = labels["boxes"].unbind(-1)
-    rows, columns = labels["size"].tolist()
-    edges = torch.stack((x - width / 2, y - height / 2, x + width / 2, y + height / 2), -1)
-    return edges * torch.tensor((columns, rows, columns, rows))
-
-
-def true_objects(labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return an item's labels as `CocoMetrics` takes them."""
-    named = {"labels": labels["class_labels"], "boxes": corners(labels)}
-    kept = {name: labels[name] for name in ("area", "iscrowd", "masks") if name in labels}
-    return {**named, **kept}
+# Of a model, a batch and the height and width to come out at: the objects in each image.
+Predict = Callable[[Any, dict[str, Any], list[tuple[int, int]]], list[dict[str, Any]]]
 
 
 def evaluate(
@@ -42,7 +28,7 @@ def evaluate(
     predict: Predict,
     num_workers: int = 0,
 ) -> dict[str, float]:
-    """Return COCO's scores of a model.
+    """Return COCO's scores of a model, counted in each image's own frame.
 
     Args:
         model: It takes `pixel_values` and `pixel_mask`.
@@ -57,7 +43,7 @@ def evaluate(
     loader = DataLoader(data, batch_size=8, collate_fn=list, num_workers=num_workers)
     for items in loader:
         truths = [true_objects(item["labels"]) for item in items]
-        metric.update(predict(model, collate(items)), truths)
+        metric.update(predict(model, collate(items), _sizes(items, "orig_size")), truths)
     return metric.compute()
 
 
@@ -70,8 +56,8 @@ def columns_of(
     """Return pictures of some items: input, truth, and what a model finds with enough certainty."""
     model.eval()
     images = [picture(item["pixel_values"]) for item in items]
-    truths = [true_objects(item["labels"]) for item in items]
-    found = predict(model, collate(list(items)))
+    truths = [_as_seen(item["labels"]) for item in items]
+    found = predict(model, collate(list(items)), _sizes(items, "size"))
     return {
         "input": images,
         "truth": [_drawn(i, t) for i, t in zip(images, truths, strict=True)],
@@ -79,14 +65,27 @@ def columns_of(
     }
 
 
+def _sizes(items: Sequence[dict[str, Any]], name: str) -> list[tuple[int, int]]:
+    return [tuple(item["labels"][name].tolist()) for item in items]
+
+
+def _as_seen(labels: dict[str, Tensor]) -> dict[str, Any]:
+    """Return an item's labels in the frame of `pixel_values`, as `true_objects` would."""
+    own = {name: value for name, value in labels.items() if not name.startswith("orig_")}
+    return true_objects({**own, "orig_size": labels["size"]})
+
+
 def _drawn(image: np.ndarray, objects: dict[str, Any]) -> ObjectPicture:
-    arrays = {name: np.asarray(value) for name, value in objects.items()}
-    scores = arrays.get("scores")
-    kept = slice(None) if scores is None else scores >= DRAWN_SCORE
-    masks = arrays.get("masks")
-    if masks is not None:
-        # Where nothing was found, masks have no size.
-        masks = masks[kept].astype(bool) if len(masks) else np.zeros((0, *image.shape[:2]), bool)
+    arrays = {name: np.asarray(value) for name, value in objects.items() if name != "masks"}
+    scores, size = arrays.get("scores"), image.shape[:2]
+    kept = np.arange(len(arrays["labels"]))
+    if scores is not None:
+        kept = kept[scores >= DRAWN_SCORE]
+    masks = objects.get("masks")
+    if isinstance(masks, list):  # run lengths
+        masks = np.array([decode_mask(masks[i], *size) for i in kept], bool).reshape(-1, *size)
+    elif masks is not None:
+        masks = np.asarray(masks)[kept]
     return ObjectPicture(
         image,
         arrays["labels"][kept],

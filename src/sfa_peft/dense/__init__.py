@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from sfa_peft.dense.coco_masks import decode_mask, encode_masks
 from sfa_peft.dense.data.collate import (
     collate_detection,
     collate_instances,
@@ -34,10 +35,10 @@ from sfa_peft.dense.data.transforms import (
 )
 from sfa_peft.dense.inference import DenseMaps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
+from sfa_peft.dense.inference_instances import instances_from_queries
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
 from sfa_peft.dense.metrics.detr import detr_outputs, detr_results
-from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.dense.metrics.mask_queries import mask_query_outputs, mask_query_results
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
@@ -45,6 +46,7 @@ from sfa_peft.dense.metrics.segmentation import (
     confusion_matrix,
     segmentation_scores,
 )
+from sfa_peft.dense.metrics.truth import true_objects
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
 from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, render_scene
 from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
@@ -82,11 +84,13 @@ __all__ = [
     "confusion_matrix",
     "contact_sheet",
     "curve_plot",
+    "decode_mask",
     "depth_at_labels",
     "depth_to_tensors",
     "detr_outputs",
     "detr_results",
-    "instances_from_segmentation",
+    "encode_masks",
+    "instances_from_queries",
     "kb_crop",
     "kitti_benchmark_crop",
     "load_dense",
@@ -103,5 +107,6 @@ __all__ = [
     "segmentation_scores",
     "sliding_window_maps",
     "to_tensors",
+    "true_objects",
     "vertical_cut_depth",
 ]

@@ -122,7 +122,7 @@ def test_good_pairs_are_all_kept_in_order() -> None:
         ("depth", {"dataset_format": "pascal"}, "expected one of .*'ade20k'"),
         ("depth", {"on_error": "ignore"}, "'raise' or 'skip', got 'ignore'"),
         ("depth", {}, "no known layout"),
-        ("detection", {}, "no class names"),
+        ("detection", {}, "no known layout"),
     ],
 )
 def test_what_is_not_known_is_refused(tmp_path: Path, task, options, message) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_detection_needs_no_masks_and_takes_images_beside_images(tmp_path: Path)
         load_dense("instances", folder, dataset_format="coco")
 
 
+def test_areas_are_those_annotated_zero_too_and_else_the_boxes(tmp_path: Path) -> None:
+    content = _content()
+    content["annotations"][0]["area"] = 0
+    del content["annotations"][1]["area"]
+
+    data = load_dense("instances", _write(tmp_path, content), dataset_format="coco")
+
+    np.testing.assert_array_equal(data.train[0][1].areas, [0, 5])
+
+
 def test_boxes_are_cut_to_the_image_and_those_without_area_counted(tmp_path: Path) -> None:
     content = _content()
     content["annotations"][0]["bbox"] = [-1, 1, 9.5, 3]
@@ -123,6 +134,23 @@ def test_boxes_are_cut_to_the_image_and_those_without_area_counted(tmp_path: Pat
         (lambda c: c["annotations"][1].update(category_id=5), "annotation 2 is of category 5"),
         (lambda c: c["annotations"][1].update(image_id=9), "annotation 2 is of image 9"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2]), "annotation 2: expected a bbox"),
+        (lambda c: c["annotations"][1].update(bbox=None), "annotation 2: expected a bbox"),
+        (
+            lambda c: c["annotations"][1].update(bbox=[1, 2, "3", 4]),
+            "annotation 2: expected a bbox",
+        ),
+        (
+            lambda c: c["annotations"][1].update(bbox=[1, 2, float("nan"), 4]),
+            "annotation 2: expected a bbox",
+        ),
+        (lambda c: c["annotations"].insert(0, 5), "annotation number 0: expected an object, got 5"),
+        (
+            lambda c: c["images"][1].pop("id"),
+            "image number 1: expected `id`, a whole number",
+        ),
+        (lambda c: c["images"][0].pop("file_name"), "image number 0: expected `file_name`, text"),
+        (lambda c: c["images"][0].update(width="8"), "image number 0: expected `width`, a number"),
+        (lambda c: c["categories"][0].pop("name"), "category number 0: expected `name`, text"),
         (lambda c: c.pop("categories"), "expected COCO's json"),
         (lambda c: c["images"][1].update(id=70), "two images have one id"),
     ],
@@ -131,7 +159,7 @@ def test_a_file_that_contradicts_itself_is_refused_at_once(tmp_path, change, mes
     content = _content()
     change(content)
 
-    with pytest.raises(SFAError, match=message):
+    with pytest.raises(SFAError, match=rf"instances_train2017\.json`: .*{message}"):
         load_dense("detection", _write(tmp_path, content), dataset_format="coco")
 
 
@@ -140,11 +168,21 @@ def test_a_file_that_contradicts_itself_is_refused_at_once(tmp_path, change, mes
     [
         (lambda c: c["images"][0].update(width=9), r"a\.jpg` is 8x10, but .* says 9x10"),
         (lambda c: c["images"][0].update(file_name="gone.jpg"), r"gone\.jpg`: cannot read"),
-        (lambda c: c["annotations"][0].update(bbox=[20, 1, 4, 3]), "image 70 .*right > left"),
-        (lambda c: c["annotations"][0].update(segmentation=[[1, 2]]), "image 70 .*3 corners"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[20, 1, 4, 3]),
+            r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 1: bbox .* no area in the 8x10",
+        ),
+        (
+            lambda c: c["annotations"][0].update(area="big"),
+            r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 1: expected an area",
+        ),
+        (
+            lambda c: c["annotations"][0].update(segmentation=[[1, 2]]),
+            r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 1: .*3 corners",
+        ),
         (
             lambda c: c["annotations"][1]["segmentation"].update(size=[8, 10]),
-            "image 70 .*size .* of the image",
+            r"train2017\.json`: image 70 \(`a\.jpg`\), annotation 2: .*size .* of the image",
         ),
     ],
 )
@@ -224,14 +262,35 @@ def test_rows_of_objects_are_read_with_their_masks(tmp_path: Path) -> None:
         ({"bbox": [[0, 0, 1]], "category": [1]}, "expected bbox of 4 numbers"),
         ({"bbox": [[0, 0, 1, 1]], "kind": [1]}, "and one of"),
         ({"bbox": [[0, 0, 1, 1]], "category": [1, 0]}, "lists of one length"),
-        ({"bbox": [[0, 0, 0, 1]], "category": [1]}, "right > left"),
+        ({"bbox": [[0, 0, 0, 1]], "category": [1]}, "object 0: bbox .* has no area in the 8x10"),
     ],
 )
 def test_rows_that_cannot_be_used_are_named(tmp_path: Path, entry, message: str) -> None:
     data = load_dense("detection", _rows(tmp_path, [entry]), cache_dir=tmp_path / "cache")
 
-    with pytest.raises(SFAError, match=f"row 0, column `objects`.*{message}"):
+    with pytest.raises(SFAError, match=rf"0\.png \(row 0, column `objects`\).*{message}"):
         data.train[0]
+
+
+def test_masks_without_the_library_are_refused_when_loading_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "rows").mkdir()
+    coco_folder, rows = _write(tmp_path / "coco", _content()), _rows(tmp_path / "rows", [{}])
+
+    for folder, form in ((coco_folder, "coco"), (rows, "imagefolder")):
+        for on_error in ("raise", "skip"):
+            with pytest.raises(SFAError, match=r"sfa-peft\[detection\]"):
+                load_dense(
+                    "instances",
+                    folder,
+                    dataset_format=form,
+                    on_error=on_error,
+                    cache_dir=tmp_path / "cache",
+                )
+    assert len(load_dense("detection", coco_folder, dataset_format="coco").train[0][1]) == 2
 
 
 def test_rows_with_one_dict_per_object_are_the_same(tmp_path: Path) -> None:

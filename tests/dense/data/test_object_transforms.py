@@ -136,6 +136,23 @@ def test_training_leaves_crowds_out_and_evaluation_flags_them() -> None:
     assert kept["labels"]["iscrowd"].tolist() == [0, 1, 0]
 
 
+@pytest.mark.parametrize("with_masks", [True, False])
+def test_whatever_is_visible_is_kept_unless_asked_otherwise(with_masks: bool) -> None:
+    image, objects = _painted(with_masks=with_masks)
+    options = {"scale": (3.0, 3.0), "flip": 0.0, "jitter": 0.0}
+    strict = ObjectScaleCrop(24, **options, min_side=2.0, min_visible=0.1)
+    dropped = 0
+    for seed in range(40):
+        item = ObjectScaleCrop(24, **options)(image, objects, np.random.default_rng(seed))
+        fewer = strict(image, objects, np.random.default_rng(seed))
+
+        kept = set(item["labels"]["class_labels"].tolist())
+        assert {colour for colour in range(3) if _found(item, colour).any()} <= kept
+        assert set(fewer["labels"]["class_labels"].tolist()) <= kept
+        dropped += len(kept) - len(fewer["labels"]["class_labels"])
+    assert dropped > 0
+
+
 def test_an_image_without_objects_passes_through_everything() -> None:
     image, objects = _painted()
     nothing = objects.take(np.zeros(3, bool))

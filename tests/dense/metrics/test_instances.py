@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from sfa_peft.dense.metrics.coco import CocoMetrics
-from sfa_peft.dense.metrics.instances import instances_from_segmentation
 from sfa_peft.errors import SFAError
 
 faster_coco_eval = pytest.importorskip("faster_coco_eval")
@@ -30,30 +28,6 @@ def test_masks_may_come_run_length_encoded() -> None:
     metric.update([{**truth, "scores": np.ones(2)}], [encoded])
 
     assert metric.compute()["segm_map"] == pytest.approx(1.0)
-
-
-def test_segmentations_of_transformers_become_scored_masks() -> None:
-    ids = torch.tensor([[-1, 0], [1, 1]])
-    info = [
-        {"id": 0, "label_id": 1, "score": 0.5, "was_fused": False},
-        {"id": 1, "label_id": 0, "score": 0.25, "was_fused": False},
-    ]
-
-    found = instances_from_segmentation({"segmentation": ids, "segments_info": info})
-    assert found["labels"].tolist() == [1, 0]
-    assert found["masks"].tolist() == [[[0, 1], [0, 0]], [[0, 0], [1, 1]]]
-
-    maps = torch.tensor([[[1.0, 1], [0, 0]], [[0, 0], [1, 1]]])  # overlapping masks stay whole
-    found = instances_from_segmentation({"segmentation": maps, "segments_info": info})
-    assert found["masks"].tolist() == maps.bool().tolist()
-
-    for empty in (None, torch.full((2, 2), -1.0)):
-        found = instances_from_segmentation({"segmentation": empty, "segments_info": []})
-        assert len(found["masks"]) == 0
-    with pytest.raises(SFAError, match="return_binary_maps"):
-        instances_from_segmentation({"segmentation": [[1, 2]], "segments_info": info})
-    with pytest.raises(SFAError, match="2 segments"):
-        instances_from_segmentation({"segmentation": maps[:1], "segments_info": info})
 
 
 BOX = [[0.0, 0.0, 10.0, 10.0]]

@@ -11,21 +11,17 @@ import numpy as np
 import pytest
 import torch
 
+from sfa_peft.dense.inference_instances import instances_from_queries
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.mask_queries import mask_query_outputs, mask_query_results
 from sfa_peft.errors import SFAError
 from tests.head_zoo import HEADS
-from tests.model_zoo import require
 
 pytest.importorskip("faster_coco_eval")
 
 
-def processor() -> Any:
-    return require("Mask2FormerImageProcessor")()
-
-
 def metric(names: Any) -> CocoMetrics:
-    return CocoMetrics(names, iou_types=("segm",), convert=mask_query_results(processor()))
+    return CocoMetrics(names, iou_types=("segm",), convert=mask_query_results())
 
 
 def test_queries_are_found_among_the_outputs() -> None:
@@ -57,6 +53,30 @@ def test_perfect_overlapping_masks_score_one_at_their_own_size() -> None:
         metric(("a", "b"))(SimpleNamespace(predictions=prediction.predictions, inputs=None))
 
 
+def test_padding_of_the_batch_is_not_counted() -> None:
+    inside = torch.zeros(2, 12, 16, dtype=torch.int64)
+    inside[0, :8, :10] = inside[1] = 1
+    # Logits are as large as the input and beyond the image say what is not there.
+    masks = torch.full((2, 1, 12, 16), -20.0)
+    masks[0, 0, :4, :4] = masks[1, 0, 3:9, 5:12] = 20
+    masks[0, 0, 8:] = 20
+    classes = torch.tensor([[[9.0, 0.0]], [[9.0, 0.0]]])
+    truth = (masks > 0).float()
+    truth[0, 0, 8:] = 0
+    inputs = {
+        "class_labels": [torch.tensor([0])] * 2,
+        "mask_labels": [truth[0], truth[1]],
+        "pixel_mask": inside,
+    }
+
+    found, true = mask_query_results()(SimpleNamespace(predictions=(classes, masks), inputs=inputs))
+
+    assert [one["masks"][0]["size"] for one in found] == [[8, 10], [12, 16]]
+    assert [tuple(one["masks"].shape) for one in true] == [(1, 8, 10), (1, 12, 16)]
+    prediction = SimpleNamespace(predictions=(classes, masks), inputs=inputs)
+    assert metric(("a",))(prediction)["segm_map"] == pytest.approx(1.0)
+
+
 def test_trainer_reports_what_a_loop_over_the_set_gives(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
@@ -70,12 +90,11 @@ def test_trainer_reports_what_a_loop_over_the_set_gives(tmp_path: Path) -> None:
         with torch.no_grad():
             outputs = model(pixels)
         # Ground truth is what the model finds, so that the AP is neither 0 nor nan.
-        found = processor().post_process_instance_segmentation(
-            outputs, threshold=0, target_sizes=[(64, 64)], return_binary_maps=True
+        found = instances_from_queries(
+            outputs.class_queries_logits, outputs.masks_queries_logits, [(64, 64)], top=count
         )[0]
-        kept = sorted(found["segments_info"], key=lambda s: -s["score"])[:count]
-        masks = torch.stack([found["segmentation"][s["id"]] for s in kept])
-        labels = torch.tensor([s["label_id"] for s in kept])
+        masks = torch.from_numpy(found["masks"]).float()
+        labels = torch.from_numpy(found["labels"])
         data.append({"pixel_values": pixels[0], "mask_labels": masks, "class_labels": labels})
 
     def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

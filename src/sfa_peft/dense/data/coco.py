@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sfa_peft.dense.coco_masks import coco_library, decode_mask
 from sfa_peft.dense.data.files import read_image
 from sfa_peft.dense.data.objects import Objects
-from sfa_peft.dense.data.rle import decode_mask
 from sfa_peft.errors import SFAError
 
 Json = Mapping[str, Any]
@@ -35,13 +36,20 @@ class CocoSplit:
         dropped: Number of annotations left out because their box has no area in the image.
 
     Raises:
-        SFAError: If the file cannot be read, lacks one of the three lists, or an annotation is of
-            an unknown image or category.
+        SFAError: If the file cannot be read, lacks one of the three lists or an entry what is
+            needed of it, an annotation is of an unknown image or category, or masks are wanted and
+            faster-coco-eval, which decodes them, is not installed.
     """
 
     def __init__(self, annotations: Path, images: Path, *, with_masks: bool) -> None:
+        if with_masks:
+            coco_library()
         content = _read(annotations)
         self.file, self.folder, self.with_masks = annotations, images, with_masks
+        sides = {"width": float, "height": float}
+        _check(content["categories"], f"`{annotations}`: category", id=int, name=str)
+        _check(content["images"], f"`{annotations}`: image", id=int, file_name=str, **sides)
+        _check(content["annotations"], f"`{annotations}`: annotation")
         categories = sorted(content["categories"], key=lambda entry: entry["id"])
         self.category_ids = tuple(int(entry["id"]) for entry in categories)
         self.class_names = tuple(str(entry["name"]) for entry in categories)
@@ -62,7 +70,7 @@ class CocoSplit:
             )
         if entry.get("image_id") not in self._objects:
             raise SFAError(f"{where} is of image {entry.get('image_id')}, which is not listed")
-        if len(entry.get("bbox", ())) != 4:
+        if not is_box(entry.get("bbox")):
             raise SFAError(f"{where}: expected a bbox of 4 numbers, got {entry.get('bbox')}")
         if self.with_masks and not entry.get("segmentation"):
             raise SFAError(f"{where} has no segmentation; instance segmentation needs masks")
@@ -99,7 +107,7 @@ class CocoSplit:
             )
         annotations = self._objects[int(entry["id"])]
         classes = [self._class_of[annotation["category_id"]] for annotation in annotations]
-        where = f"`{self.file}`: image {entry['id']}"
+        where = f"`{self.file}`: image {entry['id']} (`{entry['file_name']}`)"
         return image, objects_of_entries(
             annotations,
             classes,
@@ -134,26 +142,68 @@ def objects_of_entries(
         The objects.
 
     Raises:
-        SFAError: If a mask is missing or cannot be decoded, or a box lies outside the image.
+        SFAError: If a mask is missing or cannot be decoded, a box lies outside the image, or an
+            area is no number.
     """
     boxes = np.array([entry["bbox"] for entry in entries], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
+    boxes = np.clip(boxes, 0, size * 2).astype(np.float32)
     masks = np.zeros((len(entries), size[1], size[0]), bool)
-    try:
-        for mask, entry in zip(masks, entries if with_masks else (), strict=with_masks):
-            mask[:] = decode_mask(entry.get("segmentation"), size[1], size[0])
-        return Objects(
-            np.clip(boxes, 0, size * 2).astype(np.float32),
-            np.array(classes, np.int64),
-            masks if with_masks else None,
-            np.array([e.get("area") or e["bbox"][2] * e["bbox"][3] for e in entries], np.float32),
-            np.array([bool(entry.get("iscrowd")) for entry in entries], bool),
-            int(image_id),
+    areas = np.zeros(len(entries), np.float32)
+    for number, entry in enumerate(entries):
+        which = f"{where}, " + (
+            f"annotation {entry['id']}" if "id" in entry else f"object {number}"
         )
-    except SFAError as error:
-        ids = [entry["id"] for entry in entries if "id" in entry]
-        which = f" (annotations {ids[:8]})" if ids else ""
-        raise SFAError(f"{where}{which}: {error}") from error
+        if not (boxes[number, 2:] > boxes[number, :2]).all():
+            raise SFAError(
+                f"{which}: bbox {entry['bbox']} (left, top, width, height) has no area in the "
+                f"{size[0]}x{size[1]} image"
+            )
+        area = entry.get("area")
+        area = entry["bbox"][2] * entry["bbox"][3] if area is None else area
+        if not _is_number(area):
+            raise SFAError(f"{which}: expected an area in pixels, got {str(area)[:60]!r}")
+        areas[number] = area
+        if with_masks:
+            try:
+                masks[number] = decode_mask(entry.get("segmentation"), size[1], size[0])
+            except SFAError as error:
+                raise SFAError(f"{which}: {error}") from error
+    return Objects(
+        boxes,
+        np.array(classes, np.int64),
+        masks if with_masks else None,
+        areas,
+        np.array([bool(entry.get("iscrowd")) for entry in entries], bool),
+        int(image_id),
+    )
+
+
+def is_box(value: Any) -> bool:
+    """Return whether something is a list of 4 finite numbers."""
+    if not isinstance(value, Sequence) or len(value) != 4:
+        return False
+    return all(_is_number(number) for number in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+_KINDS = {int: "a whole number", float: "a number", str: "text"}
+
+
+def _check(entries: Sequence[Any], what: str, **needed: type) -> None:
+    """Refuse a list of json in which an entry is no object or lacks one of some keys."""
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise SFAError(f"{what} number {number}: expected an object, got {str(entry)[:60]}")
+        for key, kind in needed.items():
+            if not isinstance(entry.get(key), (int, float) if kind is float else kind):
+                raise SFAError(
+                    f"{what} number {number}: expected `{key}`, {_KINDS[kind]}, got "
+                    f"{str(entry.get(key))[:60]}"
+                )
 
 
 def _read(path: Path) -> Json:

@@ -34,7 +34,7 @@ def collate_detection(items: Sequence[dict[str, Any]], *, multiple: int = 1) -> 
         SFAError: If there are no items or the multiple is below 1.
     """
     batch = _padded(items, multiple)
-    drop = ("masks",)
+    drop = ("masks", "orig_masks")
     batch["labels"] = [
         {name: value for name, value in item["labels"].items() if name not in drop}
         for item in items

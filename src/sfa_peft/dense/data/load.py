@@ -15,6 +15,7 @@ from PIL import Image
 from sfa_peft.dense.data.datasets import class_list, hold_out, load_segmentation
 from sfa_peft.dense.data.depth_folders import kitti, nyuv2
 from sfa_peft.dense.data.files import id_table, map_ids, metres_of
+from sfa_peft.dense.data.layouts import check_imagefolder
 from sfa_peft.dense.data.library import library_rows, pick_column, undecoded
 from sfa_peft.dense.data.object_folders import OBJECT_COLUMNS, LibraryObjects, coco
 from sfa_peft.dense.data.objects import Objects
@@ -124,6 +125,8 @@ def load_dense(
     folder = Path(name_or_dir)
     if dataset_format != "imagefolder" and not folder.is_dir():
         raise SFAError(f"`{folder}`: no such folder; {dataset_format} is read from a folder")
+    if dataset_format == "imagefolder" and folder.is_dir():
+        check_imagefolder(folder, task, [name for name in FORMATS if task in FORMATS[name][0]])
     options = _Options(
         classes, image_column, label_column, ignore_index, depth_scale, holdout, config_name,
         cache_dir,
@@ -132,7 +135,7 @@ def load_dense(
     if found.missing and on_error == "raise":
         raise SFAError(
             f"`{folder}`: {len(found.missing)} files cannot be used, first {found.missing[0]}; "
-            "on_error='skip' leaves them out"
+            "on_error='skip' (--on_error skip) leaves them out"
         )
     return _assemble(task, found, options, on_error, name_or_dir)
 

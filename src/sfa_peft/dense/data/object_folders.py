@@ -9,10 +9,11 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from sfa_peft.dense.data.coco import CocoSplit, objects_of_entries
+from sfa_peft.dense.coco_masks import coco_library
+from sfa_peft.dense.data.coco import CocoSplit, is_box, objects_of_entries
 from sfa_peft.dense.data.library import split_of
 from sfa_peft.dense.data.objects import Objects
-from sfa_peft.dense.data.splits import Found, decode_cell
+from sfa_peft.dense.data.splits import Found, cell_name, decode_cell
 from sfa_peft.errors import SFAError
 
 OBJECT_COLUMNS = ("objects", "annotations")
@@ -77,6 +78,9 @@ class LibraryObjects:
         objects_column: Column of the objects.
         num_classes: Number of classes.
         with_masks: Whether to decode the ``segmentation``.
+
+    Raises:
+        SFAError: If masks are wanted and faster-coco-eval, which decodes them, is not installed.
     """
 
     def __init__(
@@ -88,6 +92,8 @@ class LibraryObjects:
         *,
         with_masks: bool,
     ) -> None:
+        if with_masks:
+            coco_library()
         self.rows = rows
         self.image_column, self.objects_column = image_column, objects_column
         self.num_classes, self.with_masks = num_classes, with_masks
@@ -99,8 +105,9 @@ class LibraryObjects:
     def __getitem__(self, index: int) -> tuple[Image.Image, Objects]:
         """Decode row ``index``; raises SFAError naming it if it cannot be used."""
         row = self.rows[index]
-        stored = decode_cell(row[self.image_column], self.image_column, index)
-        where = f"row {index}, column `{self.objects_column}`"
+        cell = row[self.image_column]
+        stored = decode_cell(cell, self.image_column, index)
+        where = cell_name(cell, self.objects_column, index)
         entries = _as_entries(row[self.objects_column], where)
         classes = [self._class_of(entry, where) for entry in entries]
         image = ImageOps.exif_transpose(stored)
@@ -116,7 +123,7 @@ class LibraryObjects:
 
     def _class_of(self, entry: Mapping[str, Any], where: str) -> int:
         key = next((key for key in _CLASS_KEYS if key in entry), None)
-        if key is None or len(entry.get("bbox") or ()) != 4:
+        if key is None or not is_box(entry.get("bbox")):
             raise SFAError(
                 f"{where}: expected bbox of 4 numbers and one of {_CLASS_KEYS}, got {dict(entry)}"
             )

@@ -103,8 +103,10 @@ class ObjectScaleCrop:
         scale: Range of the random scale, two positive numbers; the paper has 0.1 to 2.
         flip: Probability of a horizontal flip, in ``[0, 1]``.
         jitter: Strength of the colour jitter, in ``[0, 1]``; 0 for none.
-        min_side: Objects whose box is then narrower or lower are dropped, in pixels.
-        min_visible: Objects of which the crop leaves a smaller share are dropped, in ``[0, 1]``.
+        min_side: Objects whose box is then narrower or lower are dropped, in pixels; by default
+            those of less than a pixel.
+        min_visible: Objects of which the crop leaves a smaller share are dropped, in ``[0, 1]``; by
+            default none: what is visible is kept, as in Mask2Former.
 
     Raises:
         SFAError: If a number is out of its range.
@@ -117,8 +119,8 @@ class ObjectScaleCrop:
         scale: tuple[float, float] = (0.8, 1.6),
         flip: float = 0.5,
         jitter: float = 0.3,
-        min_side: float = 2.0,
-        min_visible: float = 0.1,
+        min_side: float = 1.0,
+        min_visible: float = 0.0,
     ) -> None:
         self.size = as_size(size)
         if not 0 < scale[0] <= scale[1]:
@@ -172,8 +174,10 @@ class ObjectShortestEdge:
         crop: Probability of a crop first, in ``[0, 1]``; it keeps 60 to 100 % of each side.
         flip: Probability of a horizontal flip, in ``[0, 1]``.
         jitter: Strength of the colour jitter, in ``[0, 1]``; 0 for none.
-        min_side: Objects whose box is then narrower or lower are dropped, in pixels of the result.
-        min_visible: Objects of which the crop leaves a smaller share are dropped, in ``[0, 1]``.
+        min_side: Objects whose box is then narrower or lower are dropped, in pixels of the result;
+            by default those of less than a pixel.
+        min_visible: Objects of which the crop leaves a smaller share are dropped, in ``[0, 1]``; by
+            default none.
 
     Raises:
         SFAError: If a number is out of its range.
@@ -187,8 +191,8 @@ class ObjectShortestEdge:
         crop: float = 0.5,
         flip: float = 0.5,
         jitter: float = 0.0,
-        min_side: float = 2.0,
-        min_visible: float = 0.1,
+        min_side: float = 1.0,
+        min_visible: float = 0.0,
     ) -> None:
         if not shortest or min(shortest) < 1 or (longest is not None and longest < 1):
             raise SFAError(f"need lengths of 1 or more, got {list(shortest)} and {longest}")
@@ -209,7 +213,7 @@ class ObjectShortestEdge:
             left, top = random_offset(old[1], width, rng), random_offset(old[0], height, rng)
             window = (left, top, left + width, top + height)
             picture = picture.crop(window)
-            objects = crop_objects(objects, window, min_visible=self.min_visible)
+            objects = crop_objects(objects, window, min_side=0.0, min_visible=self.min_visible)
         now = (picture.height, picture.width)
         new = shortest_edge_size(now, int(rng.choice(self.shortest)), self.longest)
         picture = picture.resize((new[1], new[0]), Image.Resampling.BILINEAR)
@@ -221,6 +225,11 @@ class ObjectShortestEdge:
 
 class ObjectResize:
     """Resize for evaluation; every object is kept, crowds too, which ``iscrowd`` tells.
+
+    COCO counts in the image's own frame, so the labels also have boxes, areas and masks as they
+    were before: ``orig_boxes``, float32 ``(N, 4)``: left, top, right, bottom in pixels,
+    ``orig_area`` ``(N,)`` and ``orig_masks`` ``(N, H, W)`` of the size ``orig_size``.
+    :func:`~sfa_peft.dense.metrics.truth.true_objects` makes ground truth of them.
 
     Args:
         size: Side of the square result, or its height and width; or None to go by ``shortest``.
@@ -248,13 +257,18 @@ class ObjectResize:
     ) -> dict[str, Any]:
         """Resize one image; see :meth:`ObjectScaleCrop.__call__`. ``rng`` is not used."""
         picture, old = _checked(image, objects)
-        new = self.size or old
+        new, own = self.size or old, objects
         if self.size is None and self.shortest is not None:
             new = shortest_edge_size(old, self.shortest, self.longest)
         if new != old:
             picture = picture.resize((new[1], new[0]), Image.Resampling.BILINEAR)
             objects = resize_objects(objects, old, new)
-        return objects_to_tensors(picture, objects, old)
+        item = objects_to_tensors(picture, objects, old)
+        item["labels"]["orig_boxes"] = torch.from_numpy(own.boxes.copy())
+        item["labels"]["orig_area"] = torch.from_numpy(own.areas.astype(np.float32))
+        if own.masks is not None:
+            item["labels"]["orig_masks"] = torch.from_numpy(np.ascontiguousarray(own.masks))
+        return item
 
 
 def _checked(image: ImageLike, objects: Objects) -> tuple[Image.Image, tuple[int, int]]:

@@ -187,8 +187,13 @@ def decode_cell(cell: Mapping[str, Any] | None, column: str, index: int) -> Imag
     """Decode an undecoded image of the ``datasets`` library; raises SFAError naming it."""
     if cell is None:
         raise SFAError(f"row {index} has no `{column}`")
-    name = f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
+    name = cell_name(cell, column, index)
     return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), name)
+
+
+def cell_name(cell: Mapping[str, Any], column: str, index: int) -> str:
+    """Return what to call a column of the row that an undecoded image stands in."""
+    return f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
 
 
 class SubSplit(Generic[TargetT]):

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sfa_peft.dense.coco_masks import coco_library
 from sfa_peft.dense.metrics.accumulator import BatchMetric, Prediction
-from sfa_peft.dense.metrics.instances import Instances, coco_library, mask_size, read_instances
+from sfa_peft.dense.metrics.instances import Instances, mask_size, read_instances
 from sfa_peft.errors import SFAError
 
 IouType = Literal["bbox", "segm"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sfa_peft.dense.metrics.truth import true_objects
 from sfa_peft.errors import SFAError
 
 Objects = list[dict[str, Any]]
@@ -77,12 +78,13 @@ def detr_results(
                 f"outputs of {len(logits)} images, labels of {len(labels)}; evaluate detectors on "
                 "one process"
             )
-        sizes = [_size(label) for label in labels]
+        truths = [true_objects(label) for label in labels]
+        sizes = [(int(label["orig_size"][0]), int(label["orig_size"][1])) for label in labels]
         outputs = SimpleNamespace(logits=logits.float(), pred_boxes=boxes.float())
         results = image_processor.post_process_object_detection(
             outputs, threshold=threshold, target_sizes=sizes
         )
-        return results, [_truth(label, size) for label, size in zip(labels, sizes, strict=True)]
+        return results, truths
 
     return convert
 
@@ -95,23 +97,3 @@ def _labels(prediction: Any) -> Sequence[Mapping[str, Any]]:
             "Trainer cuts objects out of the label_ids of the last batch"
         )
     return inputs["labels"]
-
-
-def _size(label: Mapping[str, Any]) -> tuple[int, int]:
-    if label.get("orig_size") is None:
-        raise SFAError(f"labels without 'orig_size', only {sorted(label)}")
-    height, width = (int(side) for side in label["orig_size"])
-    return height, width
-
-
-def _truth(label: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-    height, width = size
-    centres = torch.as_tensor(label["boxes"]).cpu().double().reshape(-1, 4)
-    corners = torch.cat(
-        [centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1
-    )
-    return {
-        "class_labels": label["class_labels"],
-        "boxes": corners * corners.new_tensor([width, height, width, height]),
-        "iscrowd": label.get("iscrowd"),
-    }

@@ -13,26 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sfa_peft.dense.coco_masks import coco_library, encode_masks
 from sfa_peft.dense.metrics.accumulator import as_array
 from sfa_peft.errors import SFAError
-
-
-def coco_library() -> Any:
-    """Import faster-coco-eval, which the base installation does not bring.
-
-    Returns:
-        The package.
-
-    Raises:
-        SFAError: If it is not installed.
-    """
-    try:
-        import faster_coco_eval
-    except ImportError as error:
-        raise SFAError(
-            "COCO metrics need faster-coco-eval: pip install 'sfa-peft[detection]'"
-        ) from error
-    return faster_coco_eval
 
 
 @dataclass(frozen=True)
@@ -137,41 +120,6 @@ def read_instances(
     return Instances(labels, scores, boxes, masks, crowd, areas)
 
 
-def instances_from_segmentation(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn one item of ``post_process_instance_segmentation`` into scores, labels and masks.
-
-    Ask the image processor for ``return_binary_maps=True``: a single map of ids cannot show
-    objects that overlap.
-
-    Args:
-        result: ``segmentation``: ids ``(H, W)``, or binary maps ``(N, H, W)``, or None if nothing
-            was found; ``segments_info``: one dict per object with ``id``, ``label_id``, ``score``.
-
-    Returns:
-        ``scores`` float64 ``(N,)``, ``labels`` int64 ``(N,)``, ``masks`` bool ``(N, H, W)``.
-
-    Raises:
-        SFAError: If the segmentation is neither, or run-length encoded.
-    """
-    segments = list(result["segments_info"])
-    scores = np.array([segment["score"] for segment in segments], np.float64)
-    labels = np.array([segment["label_id"] for segment in segments], np.int64)
-    if not segments:
-        return {"scores": scores, "labels": labels, "masks": np.zeros((0, 1, 1), np.bool_)}
-    if isinstance(result["segmentation"], (list, type(None))):
-        raise SFAError(
-            "expected 'segmentation' as ids (H, W) or maps (N, H, W), got "
-            f"{type(result['segmentation']).__name__}; use return_binary_maps=True, not "
-            "return_coco_annotation=True"
-        )
-    maps = as_array(result["segmentation"])
-    if maps.ndim == 2:
-        maps = np.stack([maps == segment["id"] for segment in segments])
-    if maps.ndim != 3 or len(maps) != len(segments):
-        raise SFAError(f"{len(segments)} segments, but segmentation of shape {maps.shape}")
-    return {"scores": scores, "labels": labels, "masks": maps > 0}
-
-
 def mask_size(masks: list[dict[str, Any]] | None) -> tuple[int, int] | None:
     """Return height and width of run-length encoded masks, or None if there are none."""
     return (int(masks[0]["size"][0]), int(masks[0]["size"][1])) if masks else None
@@ -242,9 +190,7 @@ def _encode(masks: NDArray[Any], where: str) -> list[dict[str, Any]]:
         raise SFAError(f"{where}: expected masks (N, H, W), got {masks.shape}")
     if masks.dtype.kind != "b" and not np.isin(masks, (0, 1)).all():
         raise SFAError(f"{where}: masks must be bool or hold 0 and 1 only; threshold them first")
-    # COCO counts runs down the columns: (N, H, W) -> (H, W, N) in Fortran order.
-    columns = np.asfortranarray(masks.astype(np.uint8).transpose(1, 2, 0))
-    return list(coco_library().mask.encode(columns))
+    return encode_masks(masks.astype(bool))
 
 
 def _area(mask: dict[str, Any]) -> float:

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from sfa_peft.dense.metrics.instances import instances_from_segmentation
+from sfa_peft.dense.inference_instances import instances_from_queries
 from sfa_peft.errors import SFAError
 
 Objects = list[dict[str, Any]]
@@ -44,19 +43,24 @@ def mask_query_outputs(outputs: Any, labels: Any) -> tuple[torch.Tensor, torch.T
 
 
 def mask_query_results(
-    image_processor: Any, *, threshold: float = 0.0
+    *, top: int = 100, threshold: float = 0.0
 ) -> Callable[[Any], tuple[Objects, Objects]]:
     """Make the ``convert`` of :class:`~sfa_peft.dense.metrics.coco.CocoMetrics` for mask queries.
 
     Args:
-        image_processor: The model's processor; its ``post_process_instance_segmentation`` makes
-            scores, labels and masks at the size of the true masks.
+        top: Instances per image at most.
         threshold: Instances of a lower score are dropped; AP wants them all.
 
     Returns:
         A function of ``predictions`` as :func:`mask_query_outputs` leaves them and, from
         ``inputs``, ``mask_labels`` and ``class_labels``: for each image ``(N, H, W)`` of 0 and 1
-        and ``(N,)``. Trainer passes ``inputs`` if ``include_for_metrics=["inputs"]``.
+        and ``(N,)``; and ``pixel_mask``, if there is one: what it leaves out of both is not
+        counted. Trainer passes ``inputs`` if ``include_for_metrics=["inputs"]``.
+
+        Masks are compared, and objects called small or large, at the size of ``mask_labels``: that
+        of the model's input. For the image's own frame, in which COCO counts, run
+        :func:`~sfa_peft.dense.inference_instances.instances_from_queries` in a loop, with
+        :func:`~sfa_peft.dense.metrics.truth.true_objects`.
 
         It raises SFAError without ``inputs``, because Trainer cuts instances out of ``label_ids``
         as :func:`~sfa_peft.dense.metrics.detr.detr_results` explains, and if the numbers of images
@@ -64,25 +68,26 @@ def mask_query_results(
     """
 
     def convert(prediction: Any) -> tuple[Objects, Objects]:
-        classes, masks = (torch.as_tensor(part).cpu().float() for part in prediction.predictions)
+        classes, masks = (torch.as_tensor(part).cpu() for part in prediction.predictions)
         true_classes, true_masks = _labels(prediction)
         if not len(true_classes) == len(true_masks) == len(classes):
             raise SFAError(
                 f"outputs of {len(classes)} images, labels of {len(true_classes)} and masks of "
                 f"{len(true_masks)}; evaluate instances on one process"
             )
-        outputs = SimpleNamespace(class_queries_logits=classes, masks_queries_logits=masks)
-        results = image_processor.post_process_instance_segmentation(
-            outputs,
-            threshold=threshold,
-            target_sizes=[tuple(mask.shape[-2:]) for mask in true_masks],
-            return_binary_maps=True,
+        inside = prediction.inputs.get("pixel_mask")
+        inside = None if inside is None else torch.as_tensor(inside).cpu()
+        sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in true_masks]
+        if inside is not None:
+            sizes = [(int(one.any(1).sum()), int(one.any(0).sum())) for one in inside]
+        found = instances_from_queries(
+            classes, masks, sizes, pixel_mask=inside, top=top, threshold=threshold, encode=True
         )
         truth = [
-            {"class_labels": labels, "masks": masks}
-            for labels, masks in zip(true_classes, true_masks, strict=True)
+            {"class_labels": labels, "masks": masks[..., :rows, :columns]}
+            for labels, masks, (rows, columns) in zip(true_classes, true_masks, sizes, strict=True)
         ]
-        return [instances_from_segmentation(result) for result in results], truth
+        return found, truth
 
     return convert
 
