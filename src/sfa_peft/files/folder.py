@@ -79,6 +79,11 @@ def reading_once() -> Iterator[None]:
         _READ.reset(token)
 
 
+def already_read(path: str | Path) -> StoredAdapter | None:
+    """Return what the present block of `reading_once` read of a file; None if it did not yet."""
+    return (_READ.get() or {}).get(Path(path).resolve())
+
+
 def selection_of(packed: Tensor, where: str) -> PackedSelection:
     """Take a packed selection apart, unless the present block of `reading_once` has read it.
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError
-from ...files.folder import CHECKSUM, read_adapter, reading_once, write_tensors
+from ...files.folder import CHECKSUM, already_read, read_adapter, reading_once, write_tensors
 from .fits import Load, asked
 from .heads import heads_as_here
 from .peft_type import NAME
@@ -87,10 +87,11 @@ def _write(original: Callable[..., Any], tensors: Any, *args: Any, **kwargs: Any
 
 
 def _read(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
-    with safe_open(filename, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if CHECKSUM not in metadata:
-        return original(filename, *args, **kwargs)
+    if already_read(filename) is None:
+        with safe_open(filename, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if CHECKSUM not in metadata:
+            return original(filename, *args, **kwargs)
     device = inspect.signature(original).bind(filename, *args, **kwargs).arguments.get("device")
     found = read_adapter(filename).tensors
     # A selection is unpacked on the CPU, wherever the adapter goes.
