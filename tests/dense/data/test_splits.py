@@ -33,8 +33,8 @@ def test_a_loader_batches_a_transformed_split(folder: PairFolder) -> None:
 
     (batch,) = loader
 
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
-    assert batch["labels"].shape == (4, 16, 16)
+    assert batch["pixel_values"].shape == (4, 3, 16, 24)
+    assert batch["labels"].shape == (4, 20, 30)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(folder: PairFolder) -> None:
