@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
+from common.wording import as_typed
 from sfa_peft.errors import SFAError
 
 
@@ -129,4 +130,4 @@ def run_script(main: Callable[[], Any]) -> None:
         message = str(error).strip()
         if "Traceback" in message:
             message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}") from error
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {as_typed(message)}") from error

@@ -82,9 +82,9 @@ def test_ids_outside_the_list_are_named() -> None:
     mask = Image.fromarray(np.array([[0, 1], [2, 77]], np.uint8))
 
     with pytest.raises(SFAError, match=r"`a\.png`.* holds ids \[2, 77\].*expected 0 to 1, 255\."):
-        map_ids(mask, id_table({0: 0, 1: 1}, (255,)), "a.png")
+        map_ids(mask, id_table({0: 0, 1: 1}, (255,)), "`a.png`")
     with pytest.raises(SFAError, match=r"`a\.png`.*one channel"):
-        map_ids(mask.convert("RGB"), id_table({0: 0}), "a.png")
+        map_ids(mask.convert("RGB"), id_table({0: 0}), "`a.png`")
 
 
 @pytest.mark.parametrize(

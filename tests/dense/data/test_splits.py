@@ -81,6 +81,16 @@ def test_a_mask_of_another_size_is_reported_with_both_files(folder: PairFolder) 
         TransformedSplit(folder, EvalTransform(16))[3]
 
 
+def test_a_mask_that_a_transform_refuses_is_named(folder: PairFolder) -> None:
+    Image.new("L", (30, 20), 255).save(folder.pairs[1][1])  # nothing labelled
+    part = SubSplit(folder, (3, 1))
+
+    with pytest.raises(SFAError, match=r"/1\.png`: no labelled pixel in the whole image"):
+        TransformedSplit(part, TrainTransform(16))[1]
+    with pytest.raises(SFAError, match="pair 0: no labelled pixel"):  # a split that has no files
+        TransformedSplit([part[1]], TrainTransform(16))[0]
+
+
 def test_an_empty_or_corrupt_cell_of_a_library_row_is_named() -> None:
     rows = [{"image": {"bytes": b"junk", "path": None}, "label": None}]
 

@@ -170,6 +170,10 @@ class NyuLabelled:
         """Return the number of images."""
         return self._length
 
+    def name(self, index: int) -> str:
+        """Return file and number of image ``index``, counted from 0."""
+        return f"`{self.path}`, image {index}"
+
     def __getitem__(self, index: int) -> tuple[Image.Image, DepthMap]:
         """Read image ``index`` and its depth in metres; raises SFAError if the file is damaged."""
         try:
@@ -177,7 +181,7 @@ class NyuLabelled:
             with self._open() as file:
                 image, depth = file["images"][index], file["rawDepths"][index]
         except OSError as error:
-            raise SFAError(f"`{self.path}`: cannot read image {index}: {error}") from error
+            raise SFAError(f"{self.name(index)}: cannot be read: {error}") from error
         upright = within_frame(np.ascontiguousarray(image.transpose(2, 1, 0)))
         metres = within_frame(np.ascontiguousarray(depth.T).astype(np.float32))
         return Image.fromarray(upright), metres

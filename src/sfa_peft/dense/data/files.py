@@ -61,22 +61,22 @@ def read_mask(path: Path, table: IdTable | None = None) -> Image.Image:
         SFAError: If it cannot be read, or holds an id that the table does not know.
     """
     mask = decode(path, str(path))
-    return mask if table is None else map_ids(mask, table, str(path))
+    return mask if table is None else map_ids(mask, table, f"`{path}`")
 
 
 def map_ids(mask: Image.Image, table: IdTable, name: str) -> Image.Image:
-    """Return a mask with its ids looked up in a table; raises SFAError for ids not in it."""
+    """Return a mask with its ids looked up in a table; raises SFAError, by ``name``, for others."""
     try:
         stored = np.asarray(as_mask(mask))
     except SFAError as error:
-        raise SFAError(f"`{name}`: {error}") from error
+        raise SFAError(f"{name}: {error}") from error
     mapped = table[stored]
     if mapped.min(initial=0) < 0:
         wrong = np.unique(stored[mapped < 0]).tolist()
         raise SFAError(
-            f"`{name}`: the mask holds ids {wrong[:8]}, which are no classes; expected "
+            f"{name}: the mask holds ids {wrong[:8]}, which are no classes; expected "
             f"{_runs(np.flatnonzero(table >= 0))}. Check the list of classes, which id means 'not "
-            "labelled' (ignore_index), and whether the mask is of another data set or format"
+            "labelled' (ignore_index=), and whether the mask is of another data set or format"
         )
     return Image.fromarray(mapped.astype(np.uint8))
 
