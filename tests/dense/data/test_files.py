@@ -19,6 +19,7 @@ from sfa_peft.dense.data.files import (
     read_image,
     read_mask,
 )
+from sfa_peft.dense.data.splits import LibrarySplit, PairFolder
 from sfa_peft.dense.data.transforms import as_image
 from sfa_peft.errors import SFAError
 
@@ -52,6 +53,17 @@ def test_images_of_any_mode_become_three_channels(tmp_path: Path, mode: str) -> 
 
     assert pixels.shape == (6, 8, 3)
     assert np.abs(pixels.astype(int) - 204).max() <= 5
+
+
+def test_a_picture_of_floats_is_refused_by_its_name(tmp_path: Path) -> None:
+    image, mask = tmp_path / "a.tiff", tmp_path / "m.png"
+    Image.fromarray(np.ones((4, 5), np.float32)).save(image)
+    Image.new("L", (5, 4)).save(mask)
+    rows = [{"image": {"bytes": None, "path": str(image)}, "mask": {"bytes": None, "path": mask}}]
+
+    for split in (PairFolder([(image, mask)]), LibrarySplit(rows, "image", "mask")):
+        with pytest.raises(SFAError, match=r"/a\.tiff.*`: a picture of floats"):
+            split[0]
 
 
 def test_palette_masks_give_their_indices(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sfa_peft.dense.data.depth import DepthMap
-from sfa_peft.dense.data.transforms import IGNORE_INDEX, as_mask
+from sfa_peft.dense.data.transforms import IGNORE_INDEX, as_image, as_mask
 from sfa_peft.errors import SFAError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -44,7 +44,26 @@ def decode(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 def read_image(path: Path) -> Image.Image:
     """Return a photograph, upright as its EXIF orientation says; raises SFAError by its name."""
-    return ImageOps.exif_transpose(decode(path, str(path)))
+    return upright(decode(path, str(path)), str(path))
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a photograph, upright as its EXIF orientation says, of 8 bits a channel.
+
+    Args:
+        image: As it is stored.
+        name: What the error calls it.
+
+    Raises:
+        SFAError: If its samples are of floats or of more than 16 bits.
+    """
+    turned = ImageOps.exif_transpose(image)
+    if not turned.mode.startswith(("I", "F")):
+        return turned
+    try:
+        return as_image(turned)
+    except SFAError as error:
+        raise SFAError(f"`{name}`: {error}") from error
 
 
 def read_mask(path: Path, table: IdTable | None = None) -> Image.Image:

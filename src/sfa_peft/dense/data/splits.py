@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
-from sfa_peft.dense.data.files import decode, read_image, read_mask
+from sfa_peft.dense.data.files import decode, read_image, read_mask, upright
 from sfa_peft.errors import SFAError
 
 TargetT = TypeVar("TargetT")
@@ -194,8 +194,8 @@ class LibrarySplit(Generic[TargetT]):
         """Decode pair ``index``; raises SFAError naming a file that is corrupt."""
         row = self.rows[index]
         image, stored = (decode_cell(row[column], column, index) for column in self.columns)
-        target = self.as_target(stored, cell_name(row[self.columns[1]], self.columns[1], index))
-        return ImageOps.exif_transpose(image), target
+        names = [cell_name(row[column], column, index) for column in self.columns]
+        return upright(image, names[0]), self.as_target(stored, names[1])
 
 
 def cell_name(cell: Mapping[str, Any], column: str, index: int) -> str:
