@@ -2,10 +2,7 @@
 """At what size class maps and depth are scored: that of the data, unless another is asked for."""
 
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
-
-import torch
 
 from common.arguments import SharedArguments, as_size
 from common.augmented import Maps
@@ -50,11 +47,8 @@ def plain_maps(args: MapArguments, *, size_divisor: int = 1) -> Maps | None:
     Returns:
         What `AugmentedTrainer.maps` takes; None for rendered scenes, which Trainer's own way does.
     """
-    return None if args.one_size else partial(_whole_images, size_divisor=size_divisor)
-
-
-def _whole_images(
-    model: Any, pixel_values: torch.Tensor, size: tuple[int, int], *, size_divisor: int
-) -> torch.Tensor:
-    maps = predict_maps(model, pixel_values, size_divisor=size_divisor)
-    return maps.resized(size).values
+    if args.one_size:
+        return None
+    return lambda model, pixel_values, size: (
+        predict_maps(model, pixel_values, size_divisor=size_divisor).values
+    )
