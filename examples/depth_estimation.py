@@ -62,7 +62,7 @@ LEARNING_RATES = {
 }
 HEAD_LEARNING_RATES = {"deconv": 6e-3, "dpt": 1e-3}
 HEADERS = {"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"}
-# NYUv2's white frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
+# NYUv2's frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
 CROPS = {"none": None, "nyu": None, "kitti": kitti_benchmark_crop}
 PROTOCOLS = {"nyu": DepthMetrics.nyu, "kitti": DepthMetrics.kitti}
 

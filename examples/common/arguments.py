@@ -126,7 +126,8 @@ class SharedArguments:
         default=None,
         metadata={
             "help": "Height and width to evaluate at; as image_size if not given. In segmentation "
-            "and depth, images of your own keep their shape and just cover it."
+            "and depth, images of your own keep their shape and just cover it; in depth they stay "
+            "as they are if it is not given."
         },
     )
     max_eval_samples: int | None = field(
