@@ -27,12 +27,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
 import torch
-from common.arguments import SharedArguments, parse
+from common.arguments import parse
 from common.augmented import Maps, try_maps
 from common.backbones import STAGES, load_backbone
 from common.data import Data, load_pairs
 from common.finish import save_and_report
 from common.items import picture
+from common.maps import MapArguments, plain_maps
 from common.methods import prepare_method
 from common.reporting import Result, shown_indices
 from common.training import make_trainer, pick_rates, run_script
@@ -61,13 +62,13 @@ LEARNING_RATES = {
 }
 HEAD_LEARNING_RATES = {"deconv": 6e-3, "dpt": 1e-3}
 HEADERS = {"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"}
-# NYUv2's white frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
+# NYUv2's frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
 CROPS = {"none": None, "nyu": None, "kitti": kitti_benchmark_crop}
 PROTOCOLS = {"nyu": DepthMetrics.nyu, "kitti": DepthMetrics.kitti}
 
 
 @dataclass
-class Arguments(SharedArguments):
+class Arguments(MapArguments):
     """Options of depth estimation."""
 
     output_dir: str = field(
@@ -112,7 +113,10 @@ class Arguments(SharedArguments):
 
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
+        own_size = self.dataset_name is not None and self.eval_size is None
         super().check()
+        if own_size:  # the scale that training has, see `train_scale`
+            self.eval_size = None
         if self.head == "deconv" and self.per_device_train_batch_size < 2:
             raise SFAError(
                 "--per_device_train_batch_size: the head's batch norm needs 2 or more images"
@@ -139,9 +143,11 @@ def load_data(args: Arguments) -> Data:
         cut_depth=0.0 if scenes else args.cut_depth,
         crop=crop,
     )
-    # Benchmarks score at full size.
-    size = tuple(args.eval_size) if args.protocol == "none" else None
-    plain = DepthEvalTransform(size, crop=crop)
+    plain = DepthEvalTransform(
+        args.eval_size and tuple(args.eval_size),
+        label_size=args.score_size and tuple(args.score_size),
+        crop=crop,
+    )
     return Data(
         TransformedSplit(pairs.train, augment, seed=args.seed),
         TransformedSplit(pairs.evaluation, plain),
@@ -223,6 +229,7 @@ def main(argv: list[str] | None = None) -> Result:
         compute_metrics=metric,
         preprocess=depth_at_labels,
         compute_loss=SILogLoss() if args.head == "dpt" else None,
+        maps=plain_maps(args),
     )
     trainer.train(resume_from_checkpoint=ready.checkpoint)
 

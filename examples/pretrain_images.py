@@ -117,7 +117,7 @@ def read_image(images: ImageSet, index: int) -> Image.Image:
     try:
         with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
             return as_image(image)
-    except OSError as error:
+    except (OSError, SFAError) as error:
         where = file if isinstance(file, Path) else f"image {index}"
         raise SFAError(f"`{where}`: cannot be decoded: {error}") from error
 

@@ -32,13 +32,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve s
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
-import torch
-from common.arguments import SharedArguments, as_size, parse
+from common.arguments import as_size, parse
 from common.augmented import Maps, try_maps
 from common.backbones import load_backbone
 from common.data import Data, load_pairs
 from common.finish import save_and_report
 from common.items import picture
+from common.maps import MapArguments, plain_maps
 from common.mask2former import Mask2FormerForSemanticSegmentation, mask2former_config
 from common.methods import prepare_method
 from common.reporting import Result, shown_indices
@@ -47,6 +47,7 @@ from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegme
 
 from sfa_peft.dense.data.splits import TransformedSplit
 from sfa_peft.dense.data.transforms import EvalTransform, TrainTransform
+from sfa_peft.dense.inference import predict_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities
 from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
 from sfa_peft.dense.pictures.sheets import contact_sheet
@@ -63,11 +64,12 @@ LEARNING_RATES = {
     "full": 2e-3,
 }
 HEAD_LEARNING_RATES = {"upernet": 6e-3, "mask2former": 1e-3}
+SIZE_DIVISORS = {"upernet": 1, "mask2former": 32}  # of test images, as in mmseg and Mask2Former
 HEADERS = {"mIoU": "mean_iou", "pixel acc.": "pixel_accuracy"}
 
 
 @dataclass
-class Arguments(SharedArguments):
+class Arguments(MapArguments):
     """Options of semantic segmentation."""
 
     output_dir: str = field(
@@ -139,10 +141,12 @@ class Arguments(SharedArguments):
 def load_data(args: Arguments) -> Data:
     """Return rendered scenes, or the user's data cropped and augmented."""
     pairs = load_pairs("segmentation", args)
-    plain = EvalTransform(tuple(args.eval_size))
+    plain = EvalTransform(
+        tuple(args.eval_size), label_size=args.score_size and tuple(args.score_size)
+    )
     # Rendered scenes are all different: nothing to augment.
     augment = (
-        plain
+        EvalTransform()
         if args.dataset_name is None
         else TrainTransform(tuple(args.image_size), scale=tuple(args.train_scale))
     )
@@ -186,14 +190,14 @@ def build_model(args: Arguments, num_labels: int) -> PreTrainedModel:
     return model
 
 
-def predict(model, items) -> list[np.ndarray]:
-    """Return the predicted class map of each item."""
+def predict(model, items, *, size_divisor: int = 1) -> list[np.ndarray]:
+    """Return the predicted class map of each item, at the size of its labels."""
     model.eval()
     maps = []
     for item in items:
-        with torch.no_grad():
-            logits = model(pixel_values=item["pixel_values"][None].to(model.device)).logits
-        maps.append(argmax_logits(logits, item["labels"][None])[0].cpu().numpy())
+        pixels = item["pixel_values"][None].to(model.device)
+        scores = predict_maps(model, pixels, size_divisor=size_divisor)
+        maps.append(argmax_logits(scores.values, item["labels"][None])[0].cpu().numpy())
     return maps
 
 
@@ -210,6 +214,7 @@ def augmented_maps(args: Arguments) -> Maps | None:
         flip=args.test_scales is not None,
         crop_size=windows,
         stride=args.test_stride and tuple(args.test_stride),
+        size_divisor=SIZE_DIVISORS[args.head],
     )
 
 
@@ -243,6 +248,7 @@ def main(argv: list[str] | None = None) -> Result:
         eval_data=data.evaluation,
         compute_metrics=SegmentationMetrics(len(data.class_names), class_names=data.class_names),
         preprocess=argmax_logits,
+        maps=plain_maps(args, size_divisor=SIZE_DIVISORS[args.head]),
     )
     trainer.train(resume_from_checkpoint=ready.checkpoint)
 
@@ -255,7 +261,7 @@ def main(argv: list[str] | None = None) -> Result:
     columns = {
         "input": [picture(item["pixel_values"]) for item in items],
         "truth": [item["labels"].numpy() for item in items],
-        "prediction": predict(ready.model, items),
+        "prediction": predict(ready.model, items, size_divisor=SIZE_DIVISORS[args.head]),
     }
 
     # 6. Save, and load it again to see that nothing is lost
@@ -269,7 +275,7 @@ def main(argv: list[str] | None = None) -> Result:
         columns=columns,
         draw=partial(draw, class_names=data.class_names),
         fresh=make_model(args, data),
-        pixels=torch.stack([item["pixel_values"] for item in items]),
+        pixels=items[0]["pixel_values"][None],
     )
 
 

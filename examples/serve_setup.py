@@ -17,6 +17,7 @@ from semantic_segmentation import Arguments, build_model
 from torch.nn.functional import cross_entropy
 
 import sfa_peft
+from sfa_peft.dense import as_image
 from sfa_peft.dense.pictures.sheets import class_palette
 from sfa_peft.dense.scenes.render import SceneDataset
 from sfa_peft.errors import SFAError
@@ -123,7 +124,7 @@ def read_picture(data: bytes) -> Image.Image:
             raise BadPictureError(
                 f"{picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} are taken"
             )
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        return as_image(ImageOps.exif_transpose(picture))
     except BadPictureError:
         raise
     except UnidentifiedImageError as error:

@@ -124,7 +124,11 @@ class SharedArguments:
     )
     eval_size: list[int] | None = field(
         default=None,
-        metadata={"help": "Height and width to evaluate at; as image_size if not given."},
+        metadata={
+            "help": "Height and width to evaluate at; as image_size if not given. In segmentation "
+            "and depth, images of your own keep their shape and just cover it; in depth they stay "
+            "as they are if it is not given."
+        },
     )
     max_eval_samples: int | None = field(
         default=None,
@@ -219,6 +223,10 @@ class SharedArguments:
         """Images that a run sees on one device: so many scenes are rendered, each seen once."""
         per_step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         return self.max_steps * per_step
+
+    def facts(self) -> dict[str, Any]:
+        """Return what more of a run stands in the row of results.json."""
+        return {}
 
     def schedule_options(self) -> dict[str, Any]:
         """Return `lr_scheduler_kwargs` as a dict."""

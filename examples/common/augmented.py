@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluation with test-time augmentation, beside the plain one."""
+"""Evaluation at the size of the labels, and with test-time augmentation beside the plain one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +8,8 @@ import torch
 from torch import distributed
 from torch.utils.data import Dataset
 from transformers import Trainer
+
+from sfa_peft.dense import IGNORE_INDEX, DenseMaps
 
 Maps = Callable[[Any, torch.Tensor, tuple[int, int]], torch.Tensor]
 PREFIX = "augmented"
@@ -34,23 +36,23 @@ def try_maps(maps: Maps | None, data: Dataset[dict[str, Any]], *, output: str) -
 
 
 class AugmentedTrainer(Trainer):
-    """A Trainer that can evaluate with several runs over each image, on all its processes."""
+    """A Trainer whose evaluation can be other than one run at one size, on all its processes.
 
-    _maps: Maps | None = None
+    Attributes:
+        maps: Called with the model, images `(B, 3, h, w)` and the height and width of the labels;
+            returns what the metric takes in place of the model's maps: class scores
+            `(B, C, H, W)` or depth `(B, H, W)` of any size. None: the model's own, with the loss.
+    """
+
+    maps: Maps | None = None
 
     def evaluate_augmented(self, maps: Maps) -> dict[str, float]:
-        """Evaluate once more; return the scores with names that begin with ``augmented_``.
-
-        Args:
-            maps: Called with the model, images `(B, 3, H, W)` and the height and width of the
-                labels; returns what the metric takes in place of the model's maps: class
-                probabilities `(B, C, h, w)` or depth `(B, h, w)`.
-        """
-        self._maps = maps
+        """Evaluate once more by `maps`; the names of the scores begin with ``augmented_``."""
+        plain, self.maps = self.maps, maps
         try:
             return self.evaluate(metric_key_prefix=PREFIX)
         finally:
-            self._maps = None
+            self.maps = plain
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the model that is saved: that of the first process.
@@ -70,11 +72,22 @@ class AugmentedTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Any, Any, Any]:
-        """Return loss, maps and labels of a batch; of an augmented evaluation no loss."""
-        if self._maps is None:
+        """Return loss, maps and labels of a batch; with `maps` no loss."""
+        if self.maps is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         batch = self._prepare_inputs(inputs)
         labels = batch["labels"]
+        size = tuple(labels.shape[-2:])
         with torch.no_grad(), self.compute_loss_context_manager():
-            maps = self._maps(model, batch["pixel_values"], tuple(labels.shape[-2:]))
-        return None, maps, labels
+            maps = self.maps(model, batch["pixel_values"], size)
+        maps = DenseMaps(maps if maps.ndim == 4 else maps[:, None], "scores").resized(size).values
+        return None, *self._gatherable(maps, labels)
+
+    def _gatherable(self, maps: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Pad to the largest of all processes, right and below; padding is not labelled."""
+        unlabelled = 0 if labels.is_floating_point() else IGNORE_INDEX
+        pad = self.accelerator.pad_across_processes
+        for axis in (-2, -1):
+            maps = pad(maps, dim=maps.ndim + axis)
+            labels = pad(labels, dim=labels.ndim + axis, pad_index=unlabelled)
+        return maps, labels

@@ -109,6 +109,7 @@ def make_result(
         "trainable_share": ready.share,
         "trainable_backbone": round(ready.share * ready.backbone_size),
         "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
+        **args.facts(),
         "bytes": size,
         "learning_rate": rates.backbone,
         "head_learning_rate": rates.head,

@@ -12,8 +12,9 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
-from common.augmented import AugmentedTrainer
+from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
+from common.wording import as_typed
 from sfa_peft.errors import SFAError
 
 
@@ -45,6 +46,7 @@ def make_trainer(
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     label_names: tuple[str, ...] = ("labels",),
     compute_loss: Callable[..., torch.Tensor] | None = None,
+    maps: Maps | None = None,
 ) -> AugmentedTrainer:
     """Return a Trainer for a prepared model.
 
@@ -59,6 +61,7 @@ def make_trainer(
         collator: Makes a batch of items; by default tensors are stacked.
         label_names: Keys of a batch that are labels.
         compute_loss: Trainer's `compute_loss_func`, for models without a loss of their own.
+        maps: The plain evaluation of images of several sizes, one at a time.
     """
     # Without this Trainer takes the loss as summed over micro-batches (transformers #47688).
     ready.model.accepts_loss_kwargs = ready.base.accepts_loss_kwargs = False
@@ -69,7 +72,7 @@ def make_trainer(
         output_dir=args.output_dir,
         max_steps=args.max_steps,
         per_device_train_batch_size=args.per_device_train_batch_size,
-        per_device_eval_batch_size=8,
+        per_device_eval_batch_size=8 if maps is None else 1,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         lr_scheduler_type=args.lr_scheduler_type,
         lr_scheduler_kwargs=args.schedule_options(),
@@ -90,7 +93,7 @@ def make_trainer(
         report_to=[],
         seed=args.seed,
     )
-    return AugmentedTrainer(
+    trainer = AugmentedTrainer(
         model=ready.model,
         args=settings,
         train_dataset=train_data,
@@ -102,6 +105,8 @@ def make_trainer(
         callbacks=ready.callbacks,
         optimizers=(make_optimizer(ready, rates, args), None),
     )
+    trainer.maps = maps
+    return trainer
 
 
 def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
@@ -125,4 +130,4 @@ def run_script(main: Callable[[], Any]) -> None:
         message = str(error).strip()
         if "Traceback" in message:
             message = re.split(r"^[\w.]+Error: ", message, flags=re.MULTILINE)[-1]
-        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {message}") from error
+        raise SystemExit(f"{Path(sys.argv[0]).name}: error: {as_typed(message)}") from error

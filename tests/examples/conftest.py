@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Swinv2ForImageClassification
 
+from tests.image_sizes import write_folder
 from tests.tiny import swinv2_config
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,3 +35,9 @@ def config(tmp_path: Path) -> Path:
         tmp_path / "config"
     )
     return tmp_path / "config"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Own data whose images have sizes of their own."""
+    return write_folder(tmp_path / "data")

@@ -204,14 +204,18 @@ def test_detection_has_72_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "image", "shorter"),
+    ("name", "image", "shorter", "tested"),
     [
-        ("ade20k_mask2former", (512, 683), (320, 1280)),
-        ("cityscapes_from_ade20k", (1024, 2048), (512, 2048)),
+        ("ade20k_mask2former", (512, 683), (320, 1280), (640, 854)),
+        ("cityscapes_from_ade20k", (1024, 2048), (512, 2048), (1024, 2048)),
     ],
 )
 def test_the_scale_is_that_of_mask2formers_shorter_side(
-    name: str, image: tuple[int, int], shorter: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    image: tuple[int, int],
+    shorter: tuple[int, int],
+    tested: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script, args = read(EXAMPLES / "recipes" / f"{name}.yaml")
     data = importlib.import_module("common.data")
@@ -234,6 +238,9 @@ def test_the_scale_is_that_of_mask2formers_shorter_side(
     low, high = shorter
     assert low <= min(seen) < low + 0.2 * (high - low)
     assert high >= max(seen) > high - 0.2 * (high - low)
+    item = loaded.evaluation[0]
+    assert (item["pixel_values"].shape, item["labels"].shape) == ((3, *tested), image)
+    assert args.facts() == {"scored_at": "the data's own size"}
 
 
 @pytest.mark.parametrize(
@@ -251,4 +258,5 @@ def test_crops_of_depth_are_filled_by_the_image(
 
     assert loaded.train[0]["labels"].shape == tuple(args.image_size)
     assert (loaded.train[0]["labels"] == 1).all()
-    assert loaded.evaluation[0]["labels"].shape == tuple(args.eval_size)
+    item = loaded.evaluation[0]
+    assert item["labels"].shape == item["pixel_values"].shape[1:] == tuple(args.eval_size)

@@ -239,13 +239,15 @@ def change_ids(mask: Image.Image) -> Image.Image:
     [
         (lambda mask: mask, [], "holds ids [9], which are no classes; expected 0 to 2, 255. Check"),
         (change_ids, ["--ignore_index", UNLABELLED], "holds ids [7], which are no classes"),
+        (change_ids, [], "png (row "),
+        (change_ids, [], "(--ignore_index)"),
         (
             lambda mask: mask.resize((20, 16), 0),
             ["--ignore_index", UNLABELLED],
             "must have one size",
         ),
-        (lambda mask: mask, ["--split", "test"], "split `test`: there is none"),
-        (lambda mask: mask, ["--label_column_name", "depth"], "no column depth among"),
+        (lambda mask: mask, ["--split", "test"], "--split test: there is none"),
+        (lambda mask: mask, ["--label_column_name", "depth"], "pass --label_column_name"),
     ],
 )
 def test_data_that_does_not_fit_is_named_and_leaves_no_result(

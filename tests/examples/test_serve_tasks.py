@@ -106,6 +106,19 @@ def test_a_picture_comes_back_as_classes_and_depth(client, options, size):
     assert shares == sorted(shares, reverse=True)
 
 
+def test_a_picture_of_16_bits_is_seen_as_the_same_of_8(client):
+    answers = []
+    for array in (
+        grey := np.linspace(0, 255, 64 * 64).astype(np.uint8).reshape(64, 64),
+        grey.astype(np.uint16) * 257,
+    ):
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "PNG")
+        tasks = client.post("/predict", content=buffer.getvalue()).json()["tasks"]
+        answers.append([task["image"] for task in tasks.values()])
+    assert answers[0] == answers[1]
+
+
 def test_results_are_those_of_each_task_loaded_alone(example, args, loaded, client):
     from peft import PeftModel
     from serve_setup import build, read_picture, to_pixels

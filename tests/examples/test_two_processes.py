@@ -18,11 +18,15 @@ from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logi
 SCRIPT = Path(__file__).parents[2] / "examples" / "semantic_segmentation.py"
 
 
-def test_two_processes_leave_one_result(backbone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("own_data", [False, True], ids=["scenes", "images of several sizes"])
+def test_two_processes_leave_one_result(
+    own_data: bool, folder: Path, backbone: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     # 5 images: one process has an image more than the other.
     options = [*("--max_steps", "8", "--per_device_train_batch_size", "2", "--budget", "0.2")]
     options += ["--max_eval_samples", "5", "--backbone", str(backbone), "--output_dir", str(out)]
+    options += ["--dataset_name", str(folder)] if own_data else []
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 

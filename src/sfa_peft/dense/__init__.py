@@ -30,6 +30,7 @@ from sfa_peft.dense.data.transforms import (
     IGNORE_INDEX,
     EvalTransform,
     TrainTransform,
+    as_image,
     colour_jitter,
     to_tensors,
 )
@@ -76,6 +77,7 @@ __all__ = [
     "TrainTransform",
     "TransformedSplit",
     "argmax_logits",
+    "as_image",
     "class_palette",
     "collate_detection",
     "collate_instances",

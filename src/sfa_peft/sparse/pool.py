@@ -19,6 +19,7 @@ from torch import Tensor
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
 from .weight import Weight, version
+from .writing import is_stand_in
 
 
 class Store(Protocol):
@@ -311,6 +312,11 @@ class PoolSlice:
         return self.pool.values.requires_grad
 
     @property
+    def is_stand_in(self) -> bool:
+        """Whether the values are not the real ones (see `writing.is_stand_in`)."""
+        return is_stand_in(self.pool.values)
+
+    @property
     def keeps_graph(self) -> bool:
         """Whether it is the last weight while nothing is selected: DDP waits for the values."""
         return self.ordinal == len(self.pool.weights) - 1 and self.pool.is_empty
@@ -324,8 +330,8 @@ class PoolSlice:
         return self.pool.indices(self.ordinal)
 
     def change(self) -> Tensor:
-        """Return values, (n,), in slot order, detached."""
-        values = self.pool.values.detach()
+        """Return values, (n,), in slot order."""
+        values = self.pool.values
         parts = [values[a:b] for a, b in self.spans]
         if not parts:
             return values[:0]

@@ -68,7 +68,7 @@ class Slice(Protocol):
         ...
 
     def change(self) -> Tensor:
-        """Return changes, (n,), in slot order, detached."""
+        """Return changes, (n,), in slot order."""
         ...
 
     def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -77,6 +77,11 @@ class Slice(Protocol):
 
     def free_room(self) -> None:
         """Let go of that room."""
+        ...
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether the changes are not the real ones (see `writing.is_stand_in`)."""
         ...
 
     @property
@@ -173,6 +178,28 @@ class Weight:
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
 
+    def holds(self, names: Sequence[str]) -> bool:
+        """Whether the changes of the named adapters, and no others, are on the weight."""
+        stack = self._stack_of(names)
+        return self.live == tuple([name for name, _ in stack]) and not self.candidates
+
+    def computed(self, names: Sequence[str]) -> Tensor:
+        """Return the weight with the changes of the named adapters, differentiable in them.
+
+        A copy, for transforms of functions (torch.func), which see no in-place write. The changes
+        must be on the weight already.
+        """
+        weight, names = self.tensor, [name for name, _ in self._stack_of(names)]
+        flat = weight.reshape(-1)
+        entries = [self._entries_of(name, weight) for name in names]
+        indices = [own.indices.long() for own in entries]
+        for index, own in zip(indices, entries, strict=True):
+            flat = flat.scatter(0, index, own.undo)
+        for index, name in zip(indices, names, strict=True):
+            changed = adapt(flat.gather(0, index), self.slices[name].change())
+            flat = flat.scatter(0, index, changed)
+        return flat.view_as(weight)
+
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
         weight = self.tensor
@@ -266,9 +293,8 @@ class Weight:
         self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
             part, observer = self.slices[name], self.observers.get(name)
-            entries = self._entries_of(name, self.tensor)
             if part.trains and (observer is not None or part.spans or part.keeps_graph):
-                taps.append(Tap(entries.indices, observer))
+                taps.append(Tap(self._entries_of(name, self.tensor).indices, observer))
                 stand_ins.append(part.stand_in())
         return taps, stand_ins
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of many layers are written together: under one lock, on all cores.
+"""When weights may be written, and that those of many layers are written together.
 
-Writing selected entries waits for memory, and torch writes scattered entries on one core.
+Under one lock and on all cores: writing selected entries waits for memory, and torch writes
+scattered entries on one core. And never where the write would become part of a recording.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 #: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
 _LOCK = threading.RLock()
@@ -36,12 +39,28 @@ _STATE = _OfThread()
 
 @contextmanager
 def exclusively() -> Iterator[None]:
-    """Let no other thread write weights meanwhile, but for those that help with one switch."""
+    """Let no other thread write weights meanwhile, but for those that help with one switch.
+
+    What is written meanwhile does not become a part of what torch.jit.trace records.
+    """
+    traced = torch._C._get_tracing_state()
     if _STATE.is_helper:
         yield
-    else:
-        with _LOCK:
+        return
+    with _LOCK:
+        torch._C._set_tracing_state(None)
+        try:
             yield
+        finally:
+            torch._C._set_tracing_state(traced)
+
+
+def is_stand_in(tensor: Tensor) -> bool:
+    """Whether a tensor stands for the real one in a recording or a transform of a function.
+
+    As under torch.export and torch.func, which put such tensors in the place of parameters.
+    """
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_fake(tensor)
 
 
 def now_or_together(layer: object, size: int, action: _Action) -> None:

@@ -37,13 +37,13 @@ def remove(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, _args: Any) -> None:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         _prepare(model)
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
     """End the pass: a layer that is called on its own must not trust what was prepared."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         getattr(model, _ATTRIBUTE).is_open = False
 
 

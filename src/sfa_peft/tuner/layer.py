@@ -15,10 +15,11 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..errors import SFAError
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
-from ..sparse.writing import now_or_together
+from ..sparse.writing import is_stand_in, now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .quantised import stored
@@ -163,12 +164,33 @@ class SFALayer(nn.Module, BaseTunerLayer):
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
         if not self._is_prepared():
-            self.refresh(names)
+            self._bring(names)
         out = self._base_forward(*args, **kwargs)
         for name in names:
             if name in self.sfa_down:
                 out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
         return out
+
+    def _bring(self, names: list[str]) -> None:
+        """Make the weights hold changes, or find that they do where nothing can be written.
+
+        Raises:
+            SFAError: While a graph is recorded (torch.export, torch.func), if they do not.
+        """
+        if not torch.compiler.is_exporting() and not self._is_transformed():
+            self.refresh(names)
+        elif not all(weight.holds(names) for weight in self.weights.values()):
+            raise SFAError(
+                f"`{self.name}`: its weights do not hold the active adapters yet, and nothing can "
+                "be written while torch.export or torch.func look at the model. Call "
+                "model.eval() right before."
+            )
+
+    def _is_transformed(self) -> bool:
+        if torch.compiler.is_compiling() or not self.weights:
+            return False
+        first = next(iter(self.weights.values()))
+        return is_stand_in(first.tensor) or any(p.is_stand_in for p in first.slices.values())
 
     @eager
     def _finish_loading(self) -> None:
@@ -188,8 +210,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled() or self.merged:
+        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if not torch.is_grad_enabled() or self.merged or recorded:
             return self.base_layer(*args, **kwargs)
+        if self._is_transformed():
+            names = self._effective_adapters()
+            computed = {name: weight.computed(names) for name, weight in self.weights.items()}
+            return torch.func.functional_call(self.base_layer, computed, args, kwargs)
         watched = {}
         for name, weight in self.weights.items():
             ready = weight.prepared if self._is_prepared() else None
@@ -251,6 +278,18 @@ class SFALayer(nn.Module, BaseTunerLayer):
         weight = self.base_weight
         if self.weights and not weight.is_meta:
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
+
+    def train(self, mode: bool = True) -> Any:
+        """Go to train or eval mode; in eval mode weights hold what active adapters change.
+
+        So that nothing is left to be written in a forward that torch.export or others record.
+        """
+        super().train(mode)
+        if not mode and not (self.merged or self.disable_adapters):
+            for name in list(self.sfa_packed):
+                self.adapters[name].unpack()
+            self._switch(lambda: self.refresh(self._effective_adapters()))
+        return self
 
     # --- which adapters act --------------------------------------------------------------------
 

@@ -186,8 +186,11 @@ def test_a_folder_of_no_known_layout_is_refused(tmp_path: Path) -> None:
 
 
 def test_missing_class_names_are_asked_for(tmp_path: Path) -> None:
-    with pytest.raises(SFAError, match="pass classes="):
-        load_segmentation(tmp_path)
+    folder = _pairs_folder(tmp_path / "data")
+    (folder / "meta.json").unlink()
+
+    with pytest.raises(SFAError, match="no class names; pass classes="):
+        load_segmentation(folder)
     with pytest.raises(SFAError, match="at least one"):
         load_segmentation(tmp_path, classes=[])
 

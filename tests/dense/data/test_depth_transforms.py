@@ -87,7 +87,7 @@ def test_holes_stay_holes_and_never_mix_with_depth() -> None:
         transform = DepthTrainTransform(33, max_depth=10, scale=(0.6, 2.0), divide_depth=False)
         values = transform(image, depth, np.random.default_rng(seed))["labels"].unique().tolist()
         assert values == [0.0, 7.0]
-    resized = DepthEvalTransform((15, 77))(image, depth)["labels"]
+    resized = DepthEvalTransform(label_size=(15, 77))(image, depth)["labels"]
     assert resized.unique().tolist() == [0.0, 7.0]
 
 
@@ -163,9 +163,12 @@ def test_evaluation_leaves_size_and_metres_alone_by_default() -> None:
     image, depth = _ramp(0)
 
     item = DepthEvalTransform()(Image.fromarray(image), depth)
-    limited = DepthEvalTransform((20, 30), max_depth=5.0)(image, depth)["labels"]
+    smaller = DepthEvalTransform(20)(image, depth)
+    limited = DepthEvalTransform(label_size=(20, 30), max_depth=5.0)(image, depth)["labels"]
 
     np.testing.assert_array_equal(item["labels"].numpy(), depth)
+    assert smaller["pixel_values"].shape == (3, 20, 30)
+    np.testing.assert_array_equal(smaller["labels"].numpy(), depth)
     assert limited.shape == (20, 30)
     assert limited.max() <= 5.0
 

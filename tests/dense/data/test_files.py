@@ -19,6 +19,7 @@ from sfa_peft.dense.data.files import (
     read_image,
     read_mask,
 )
+from sfa_peft.dense.data.splits import LibrarySplit, PairFolder
 from sfa_peft.dense.data.transforms import as_image
 from sfa_peft.errors import SFAError
 
@@ -54,6 +55,17 @@ def test_images_of_any_mode_become_three_channels(tmp_path: Path, mode: str) -> 
     assert np.abs(pixels.astype(int) - 204).max() <= 5
 
 
+def test_a_picture_of_floats_is_refused_by_its_name(tmp_path: Path) -> None:
+    image, mask = tmp_path / "a.tiff", tmp_path / "m.png"
+    Image.fromarray(np.ones((4, 5), np.float32)).save(image)
+    Image.new("L", (5, 4)).save(mask)
+    rows = [{"image": {"bytes": None, "path": str(image)}, "mask": {"bytes": None, "path": mask}}]
+
+    for split in (PairFolder([(image, mask)]), LibrarySplit(rows, "image", "mask")):
+        with pytest.raises(SFAError, match=r"/a\.tiff.*`: a picture of floats"):
+            split[0]
+
+
 def test_palette_masks_give_their_indices(tmp_path: Path) -> None:
     ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
     mask = Image.fromarray(ids)
@@ -82,9 +94,9 @@ def test_ids_outside_the_list_are_named() -> None:
     mask = Image.fromarray(np.array([[0, 1], [2, 77]], np.uint8))
 
     with pytest.raises(SFAError, match=r"`a\.png`.* holds ids \[2, 77\].*expected 0 to 1, 255\."):
-        map_ids(mask, id_table({0: 0, 1: 1}, (255,)), "a.png")
+        map_ids(mask, id_table({0: 0, 1: 1}, (255,)), "`a.png`")
     with pytest.raises(SFAError, match=r"`a\.png`.*one channel"):
-        map_ids(mask.convert("RGB"), id_table({0: 0}), "a.png")
+        map_ids(mask.convert("RGB"), id_table({0: 0}), "`a.png`")
 
 
 @pytest.mark.parametrize(

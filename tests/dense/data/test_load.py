@@ -72,9 +72,9 @@ def test_a_class_outside_the_list_is_named_or_left_out(tmp_path: Path) -> None:
     options = {"classes": _CLASSES, "holdout": 0.25}
 
     data = _load("segmentation", folder, **options)
-    with pytest.raises(SFAError, match=r"`mask 1`: the mask holds ids \[3\], which are no classes"):
-        data.train[1]
-    with pytest.warns(SFAWarning, match="1 left out, first: train, pair 1"):
+    with pytest.raises(SFAError, match=r"/2_target\.png \(row 2.*`: the mask holds ids \[3\]"):
+        data.train[1]  # the first of the rows is held out
+    with pytest.warns(SFAWarning, match=r"1 left out, first: train, pair 1: `.*2_target\.png"):
         skipped = _load("segmentation", folder, **options, on_error="skip")
     assert len(skipped.train) == 2
 
@@ -92,7 +92,7 @@ def test_everything_bad_is_left_out_and_counted(tmp_path: Path) -> None:
 
     assert len(data.train) == 2
     assert [data.train[i][0].getpixel((0, 0))[0] for i in range(2)] == [0, 5]
-    reasons = ("pair 1: nothing is labelled", "got mode L", "image of", "4.png")
+    reasons = ("1_target.png", "2_target.png", "3_target.png", "4.png")
     assert len(data.skipped) == len(reasons)
     for line, reason in zip(data.skipped, reasons, strict=True):
         assert reason in line
@@ -101,7 +101,7 @@ def test_everything_bad_is_left_out_and_counted(tmp_path: Path) -> None:
 def test_a_split_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
     folder = _rows(tmp_path, [np.zeros((4, 6), np.uint16)] * 2, "depth")
 
-    with pytest.raises(SFAError, match="none of 2 pairs can be used; pair 0: nothing is labelled"):
+    with pytest.raises(SFAError, match=r"none of 2.*0_target\.png.*nothing is labelled"):
         _load("depth", folder, on_error="skip")
 
 
@@ -130,6 +130,29 @@ def test_what_is_not_known_is_refused(tmp_path: Path, task, options, message) ->
         load_dense(task, tmp_path, **options)
 
 
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (["annotations/instances_train2017.json", "train2017/1.jpg"], "dataset_format='coco'"),
+        (["images/training/1.jpg", "annotations/training/1.png"], "dataset_format='ade20k'"),
+        (["leftImg8bit/train/a.png", "gtFine/train/a.png"], "dataset_format='cityscapes'"),
+        (["eigen_train_files_with_gt.txt"], "dataset_format='kitti'"),
+        (["nyu_depth_v2_labeled.mat"], "dataset_format='nyuv2'"),
+        (["images/1.jpg", "masks/1.png"], r"got \['images', 'masks'\]"),
+    ],
+)
+@pytest.mark.parametrize("task", FORMATS["imagefolder"][0])
+def test_a_folder_of_another_layout_is_told_what_it_looks_like(
+    task: str, there: list[str], message: str, tmp_path: Path
+) -> None:
+    for name in there:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    with pytest.raises(SFAError, match=rf"no known layout; expected .*{message}"):
+        load_dense(task, tmp_path)
+
+
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"imagefolder"}))
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(SFAError, match="gone`: no such folder"):
@@ -141,5 +164,5 @@ def test_a_split_that_is_not_there_is_refused_by_its_name(tmp_path: Path) -> Non
 
     assert data.pick("train") is data.train
     for name in ("test", "validation", "nonsense"):
-        with pytest.raises(SFAError, match=rf"split `{name}`.*\['train'\]"):
+        with pytest.raises(SFAError, match=rf"split='{name}'.*\['train'\]"):
             data.pick(name)

@@ -33,8 +33,8 @@ def test_a_loader_batches_a_transformed_split(folder: PairFolder) -> None:
 
     (batch,) = loader
 
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
-    assert batch["labels"].shape == (4, 16, 16)
+    assert batch["pixel_values"].shape == (4, 3, 16, 24)
+    assert batch["labels"].shape == (4, 20, 30)
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_only(folder: PairFolder) -> None:
@@ -79,6 +79,16 @@ def test_a_mask_of_another_size_is_reported_with_both_files(folder: PairFolder) 
 
     with pytest.raises(SFAError, match=r"3\.png` is 30x19, but its image `.*3\.(png|jpg)` 30x20"):
         TransformedSplit(folder, EvalTransform(16))[3]
+
+
+def test_a_mask_that_a_transform_refuses_is_named(folder: PairFolder) -> None:
+    Image.new("L", (30, 20), 255).save(folder.pairs[1][1])  # nothing labelled
+    part = SubSplit(folder, (3, 1))
+
+    with pytest.raises(SFAError, match=r"/1\.png`: no labelled pixel in the whole image"):
+        TransformedSplit(part, TrainTransform(16))[1]
+    with pytest.raises(SFAError, match="pair 0: no labelled pixel"):  # a split that has no files
+        TransformedSplit([part[1]], TrainTransform(16))[0]
 
 
 def test_an_empty_or_corrupt_cell_of_a_library_row_is_named() -> None:

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -115,15 +119,41 @@ def test_randomness_comes_from_the_generator_alone() -> None:
     assert not torch.equal(first["pixel_values"], other["pixel_values"])
 
 
-def test_evaluation_resizes_without_randomness() -> None:
-    image, mask = _blocks()
-    transform = EvalTransform((20, 30))
+def test_evaluation_resizes_the_image_and_leaves_the_mask() -> None:
+    image, mask = _blocks()  # 40 x 60
+    transform = EvalTransform(20)
 
     item = transform(image, mask)
 
     assert item["pixel_values"].shape == (3, 20, 30)
-    assert torch.equal(item["labels"], torch.from_numpy(mask[1::2, 1::2]).long())
+    assert torch.equal(item["labels"], torch.from_numpy(mask).long())
     assert torch.equal(transform(image, mask)["pixel_values"], item["pixel_values"])
+    assert EvalTransform()(image, mask)["pixel_values"].shape == (3, 40, 60)
+
+
+def test_a_mask_is_resized_only_when_that_is_asked_for() -> None:
+    image, mask = _blocks()
+
+    item = EvalTransform(label_size=(20, 30))(image, mask)
+
+    assert item["pixel_values"].shape == (3, 40, 60)
+    assert torch.equal(item["labels"], torch.from_numpy(mask[1::2, 1::2]).long())
+
+
+@pytest.mark.parametrize(
+    ("width", "height"), [(683, 512), (512, 683), (640, 640), (2100, 400), (256, 1999), (301, 299)]
+)
+def test_the_size_of_a_test_image_is_that_of_mmseg(width: int, height: int) -> None:
+    image, mask = Image.new("RGB", (width, height)), Image.new("L", (width, height))
+
+    item = EvalTransform(640)(image, mask)
+
+    # mmseg: Resize(scale=(2560, 640), keep_ratio=True), so mmcv's rescale_size.
+    long_edge, short_edge = max(height, width), min(height, width)
+    factor = min(2560 / long_edge, 640 / short_edge)
+    expected = (3, int(height * factor + 0.5), int(width * factor + 0.5))
+    assert item["pixel_values"].shape == expected
+    assert item["labels"].shape == (height, width)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +188,51 @@ def test_grey_palette_alpha_and_16_bit_images_become_rgb() -> None:
         Image.fromarray(grey.astype(np.uint16) * 256),
     ):
         np.testing.assert_array_equal(np.asarray(as_image(image)), np.asarray(rgb))
+
+
+def _png16(values: np.ndarray, kind: int) -> bytes:
+    """Return a PNG of 16-bit samples (H, W, channels); Pillow does not write those of colours."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def _files_of_16_bits(values: np.ndarray) -> dict[str, bytes]:
+    files = {
+        f"png of kind {kind}": _png16(np.repeat(values[..., None], channels, -1), kind)
+        for kind, channels in ((0, 1), (2, 3), (4, 2), (6, 4))
+    }
+    height, width = values.shape
+    files["pgm"] = b"P5 %d %d 65535\n" % (width, height) + values.astype(">u2").tobytes()
+    for order in "<>":
+        buffer = io.BytesIO()
+        Image.fromarray(values.astype(f"{order}u2")).save(buffer, "TIFF")
+        files[f"tiff {order}"] = buffer.getvalue()
+    return files
+
+
+def test_sixteen_bits_become_eight_whatever_the_file() -> None:
+    values = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # 0x0000, 0x0101, ...
+    expected = np.arange(256).reshape(16, 16)
+
+    for name, data in _files_of_16_bits(values).items():
+        pixels = np.asarray(as_image(Image.open(io.BytesIO(data))))
+        np.testing.assert_array_equal(pixels, np.repeat(expected[..., None], 3, -1), err_msg=name)
+
+
+def test_a_picture_whose_white_is_not_known_is_refused() -> None:
+    with pytest.raises(SFAError, match=r"floats \(mode F\): expected 8 or 16 bits"):
+        as_image(Image.fromarray(np.full((2, 2), 0.5, np.float32)))
+    with pytest.raises(SFAError, match=r"integers from 7 to 70000 \(mode I\)"):
+        as_image(Image.fromarray(np.array([[7, 70000]], np.int32)))
 
 
 def test_a_palette_mask_keeps_its_indices() -> None:

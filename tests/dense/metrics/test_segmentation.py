@@ -84,6 +84,66 @@ def test_batches_add_up_to_the_whole(pair: tuple[np.ndarray, np.ndarray], cut: i
     np.testing.assert_array_equal(whole.confusion, parts.confusion)
 
 
+def _official_scores(
+    logits: list[torch.Tensor], labels: list[torch.Tensor]
+) -> tuple[float, float, float]:
+    """Return mIoU, aAcc and mAcc by mmseg's formulas: postprocess_result and IoUMetric."""
+    intersect, union, label_area = torch.zeros(3, CLASSES, dtype=torch.float64)
+    for map_, label in zip(logits, labels, strict=True):
+        resized = torch.nn.functional.interpolate(
+            map_[None], size=tuple(label.shape), mode="bilinear", align_corners=False
+        )[0]
+        guess = resized.argmax(dim=0)
+        guess, true = guess[label != 255], label[label != 255]
+        hit, guessed, there = (
+            torch.histc(ids.float(), bins=CLASSES, min=0, max=CLASSES - 1)
+            for ids in (guess[guess == true], guess, true)
+        )
+        intersect += hit
+        union += guessed + there - hit
+        label_area += there
+    return (
+        np.nanmean((intersect / union).numpy()).item(),
+        (intersect.sum() / label_area.sum()).item(),
+        np.nanmean((intersect / label_area).numpy()).item(),
+    )
+
+
+def test_scores_at_the_size_of_each_label_are_those_of_mmseg() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = [], []
+    for small, full in (((4, 6), (31, 47)), ((8, 8), (64, 64)), ((9, 3), (20, 7))):
+        logits.append(torch.randn(CLASSES, *small, generator=generator))
+        label = torch.randint(0, CLASSES, full, generator=generator)
+        label[torch.rand(full, generator=generator) < 0.2] = 255
+        labels.append(label)
+    one_by_one, at_once = SegmentationMetrics(CLASSES), SegmentationMetrics(CLASSES)
+
+    guesses = [
+        argmax_logits(maps[None], label[None])[0]
+        for maps, label in zip(logits, labels, strict=True)
+    ]
+    for guess, label in zip(guesses, labels, strict=True):
+        one_by_one.update(guess[None], label[None])
+    at_once.update(guesses, labels)
+
+    scores = one_by_one.compute()
+    assert scores == at_once.compute()
+    found = [scores[key] for key in ("mean_iou", "pixel_accuracy", "mean_accuracy")]
+    assert found == pytest.approx(_official_scores(logits, labels), rel=1e-7)
+
+
+def test_lists_of_several_lengths_are_refused_and_a_bad_batch_counts_nothing() -> None:
+    metric = SegmentationMetrics(CLASSES)
+    good, bad = np.zeros((2, 3), np.int64), np.full((4, 5), CLASSES)
+
+    with pytest.raises(SFAError, match="2 predicted class maps for 1 labels"):
+        metric.update([good, good], [good])
+    with pytest.raises(SFAError, match="predictions hold class id"):
+        metric.update([good, bad], [good, np.zeros((4, 5), np.int64)])
+    assert metric.confusion.sum() == 0
+
+
 def test_confusion_rows_are_the_true_classes() -> None:
     confusion = confusion_matrix(np.array([1, 1, 0]), np.array([0, 0, 0]), num_classes=2)
 

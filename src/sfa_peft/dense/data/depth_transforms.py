@@ -20,8 +20,8 @@ from sfa_peft.dense.data.depth import (
     matched_depth,
     vertical_cut_depth,
 )
-from sfa_peft.dense.data.geometry import as_size, nearest, random_window
-from sfa_peft.dense.data.transforms import FILL, ImageLike
+from sfa_peft.dense.data.geometry import as_size, covering, nearest, random_window
+from sfa_peft.dense.data.transforms import FILL, ImageLike, normalise
 from sfa_peft.errors import SFAError
 
 
@@ -135,39 +135,61 @@ class DepthTrainTransform:
 
 
 class DepthEvalTransform:
-    """Crop, resize to one size, whatever the shape of the image, and normalise.
+    """Crop, resize the image for the model, leave the depth as it is, and normalise.
 
-    Depth in metres stays as it is, as in training at scale 1.
+    So errors are counted on the pixels of the data; :func:`~sfa_peft.dense.depth_at_labels` brings
+    predictions to them. Images of several sizes make batches of one.
 
     Args:
-        size: Side of the square result, or its height and width; by default the image's own.
+        size: Height and width that the cropped image just covers, its shape kept; one number for
+            the shorter side. By default its own size, which is scale 1 of training without ``fit``.
+            No side becomes longer than four times the longer one of ``size``.
+        label_size: Height and width that the depth is resized to, one number for a square: errors
+            at another size than the data's own.
         max_depth: Depth beyond it becomes 0, in metres; by default none.
         crop: Applied first, e.g. :func:`~sfa_peft.dense.data.depth.kitti_benchmark_crop`; by
             default none.
 
     Raises:
-        SFAError: If the size is not positive.
+        SFAError: If a size is not positive.
     """
 
     def __init__(
         self,
         size: int | tuple[int, int] | None = None,
         *,
+        label_size: int | tuple[int, int] | None = None,
         max_depth: float | None = None,
         crop: Callable[[int, int], Crop] | None = None,
     ) -> None:
         self.size = None if size is None else as_size(size)
+        self.label_size = None if label_size is None else as_size(label_size)
         self.max_depth, self.crop = max_depth, crop
 
     def __call__(
         self, image: ImageLike, depth: NDArray[Any], rng: np.random.Generator | None = None
     ) -> dict[str, torch.Tensor]:
-        """Resize one pair, depth by nearest neighbour; see :meth:`DepthTrainTransform.__call__`."""
+        """Resize the image, and the depth where that is asked for, by nearest neighbour.
+
+        Args:
+            image: See :func:`~sfa_peft.dense.data.transforms.as_image`.
+            depth: See :func:`as_depth`, as large as the image.
+            rng: Not used; there so that both transforms are called alike.
+
+        Returns:
+            ``pixel_values``, float32 ``(3, h, w)``, and ``labels``, float32 ``(H, W)`` in metres.
+
+        Raises:
+            SFAError: If the sizes differ or one of the two cannot be used.
+        """
         picture, metres = _cropped(image, as_depth(depth, max_depth=self.max_depth), self.crop)
         if self.size is not None:
-            picture = picture.resize((self.size[1], self.size[0]), Image.Resampling.BILINEAR)
-            metres = _resize(metres, self.size)
-        return depth_to_tensors(picture, metres)
+            height, width = covering(picture.height, picture.width, self.size)
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        if self.label_size is not None:
+            metres = _resize(metres, self.label_size)
+        labels = torch.from_numpy(np.ascontiguousarray(metres))
+        return {"pixel_values": normalise(picture), "labels": labels}
 
 
 def _resize(metres: DepthMap, new: tuple[int, int]) -> DepthMap:

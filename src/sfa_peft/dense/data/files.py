@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from sfa_peft.dense.data.depth import DepthMap
-from sfa_peft.dense.data.transforms import IGNORE_INDEX, as_mask
+from sfa_peft.dense.data.transforms import IGNORE_INDEX, as_image, as_mask
 from sfa_peft.errors import SFAError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -44,7 +44,26 @@ def decode(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 def read_image(path: Path) -> Image.Image:
     """Return a photograph, upright as its EXIF orientation says; raises SFAError by its name."""
-    return ImageOps.exif_transpose(decode(path, str(path)))
+    return upright(decode(path, str(path)), str(path))
+
+
+def upright(image: Image.Image, name: str) -> Image.Image:
+    """Return a photograph, upright as its EXIF orientation says, of 8 bits a channel.
+
+    Args:
+        image: As it is stored.
+        name: What the error calls it.
+
+    Raises:
+        SFAError: If its samples are of floats or of more than 16 bits.
+    """
+    turned = ImageOps.exif_transpose(image)
+    if not turned.mode.startswith(("I", "F")):
+        return turned
+    try:
+        return as_image(turned)
+    except SFAError as error:
+        raise SFAError(f"`{name}`: {error}") from error
 
 
 def read_mask(path: Path, table: IdTable | None = None) -> Image.Image:
@@ -61,22 +80,22 @@ def read_mask(path: Path, table: IdTable | None = None) -> Image.Image:
         SFAError: If it cannot be read, or holds an id that the table does not know.
     """
     mask = decode(path, str(path))
-    return mask if table is None else map_ids(mask, table, str(path))
+    return mask if table is None else map_ids(mask, table, f"`{path}`")
 
 
 def map_ids(mask: Image.Image, table: IdTable, name: str) -> Image.Image:
-    """Return a mask with its ids looked up in a table; raises SFAError for ids not in it."""
+    """Return a mask with its ids looked up in a table; raises SFAError, by ``name``, for others."""
     try:
         stored = np.asarray(as_mask(mask))
     except SFAError as error:
-        raise SFAError(f"`{name}`: {error}") from error
+        raise SFAError(f"{name}: {error}") from error
     mapped = table[stored]
     if mapped.min(initial=0) < 0:
         wrong = np.unique(stored[mapped < 0]).tolist()
         raise SFAError(
-            f"`{name}`: the mask holds ids {wrong[:8]}, which are no classes; expected "
+            f"{name}: the mask holds ids {wrong[:8]}, which are no classes; expected "
             f"{_runs(np.flatnonzero(table >= 0))}. Check the list of classes, which id means 'not "
-            "labelled' (ignore_index), and whether the mask is of another data set or format"
+            "labelled' (ignore_index=), and whether the mask is of another data set or format"
         )
     return Image.fromarray(mapped.astype(np.uint8))
 

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from sfa_peft.errors import SFAError
 
+LONGEST = 4
+
 
 def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     """Return height and width of one number or two; raises SFAError if one is not positive."""
@@ -15,6 +17,17 @@ def as_size(size: int | tuple[int, int]) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise SFAError(f"size must be positive, got {size}")
     return height, width
+
+
+def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of an image that keeps its shape and just covers ``size``.
+
+    Of a square size the shorter side is that long. No side becomes longer than four times the
+    longer one of ``size``: so mmseg's scale of (2560, 640), which bounds memory.
+    """
+    factor = max(size[0] / height, size[1] / width)
+    factor = min(factor, LONGEST * max(size) / max(height, width))
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def nearest(old: int, new: int) -> NDArray[np.int64]:

@@ -10,6 +10,14 @@ from typing import Any
 
 from sfa_peft.errors import SFAError
 
+# What is in the folders that other values of `dataset_format` are for.
+OTHER_LAYOUTS = {
+    "ade20k": ("images/training", "annotations/training"),
+    "cityscapes": ("leftImg8bit", "gtFine"),
+    "coco": ("annotations/instances_*.json",),
+    "kitti": ("*eigen_*.txt",),
+    "nyuv2": ("nyu*depth*v2*",),
+}
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -48,11 +56,23 @@ def library_rows(
     elif any(folder.rglob("metadata.*")):
         loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=cache)
     else:
-        raise SFAError(
-            f"`{folder}`: no known layout; expected <split>/ beside <split>annot/, parquet files, "
-            "or <split>/metadata.jsonl"
-        )
+        raise unknown_layout(folder)
     return {split_of(str(name)) or str(name): rows for name, rows in loaded.items()}
+
+
+def unknown_layout(folder: Path) -> SFAError:
+    """Return the error about a folder that is no ``imagefolder``: what it looks like instead."""
+    alike = (
+        name
+        for name, patterns in OTHER_LAYOUTS.items()
+        if all(any(folder.glob(pattern)) for pattern in patterns)
+    )
+    found = [path.name for path in sorted(folder.iterdir())]
+    looks = next((f"it looks like dataset_format='{name}'" for name in alike), f"got {found[:8]}")
+    return SFAError(
+        f"`{folder}`: no known layout; expected <split>/ beside <split>annot/, parquet files, or "
+        f"<split>/metadata.jsonl; {looks}"
+    )
 
 
 def undecoded(rows: Any, *columns: str) -> Any:

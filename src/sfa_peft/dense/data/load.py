@@ -20,7 +20,7 @@ from sfa_peft.dense.data.library import library_rows, pick_column, undecoded
 from sfa_peft.dense.data.object_folders import OBJECT_COLUMNS, LibraryObjects, coco
 from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.data.segmentation_folders import ade20k, cityscapes
-from sfa_peft.dense.data.splits import Found, LibrarySplit, Split, SubSplit
+from sfa_peft.dense.data.splits import Found, LibrarySplit, Split, SubSplit, name_of
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
 from sfa_peft.errors import DataWarning, SFAError, warn
 
@@ -57,7 +57,7 @@ class DenseData:
         chosen = there.get(split)
         if chosen is None:
             names = sorted(name for name, found in there.items() if found is not None)
-            raise SFAError(f"split `{split}`: there is none; this data has {names}")
+            raise SFAError(f"split='{split}': there is none; this data has {names}")
         return chosen
 
 
@@ -182,7 +182,7 @@ def usable(split: Split[Any]) -> tuple[SubSplit[Any], list[str]]:
     for index in range(len(split)):
         try:
             image, target = split[index]
-            _check_labelled(image, target)
+            _check_labelled(image, target, name_of(split, index))
         except SFAError as error:
             lines.append(f"pair {index}: {error}")
         else:
@@ -192,14 +192,14 @@ def usable(split: Split[Any]) -> tuple[SubSplit[Any], list[str]]:
     return SubSplit(split, kept), lines
 
 
-def _check_labelled(image: Image.Image, target: Any) -> None:
+def _check_labelled(image: Image.Image, target: Any, name: str) -> None:
     if isinstance(target, Objects):
         return
     array = np.asarray(target)
     if array.shape[::-1] != image.size:
-        raise SFAError(f"image of {image.size} and target of {array.shape[::-1]} pixels")
+        raise SFAError(f"{name}: image of {image.size} and target of {array.shape[::-1]} pixels")
     if not (array != (IGNORE_INDEX if array.dtype.kind in "biu" else 0)).any():
-        raise SFAError("nothing is labelled")
+        raise SFAError(f"{name}: nothing is labelled")
 
 
 def _library(task: str, source: str | Path, options: _Options) -> Found[Any]:
@@ -263,10 +263,14 @@ class KnownIds:
         """Return the number of pairs."""
         return len(self.split)
 
+    def name(self, index: int) -> str:
+        """Return what the split calls pair ``index``."""
+        return name_of(self.split, index)
+
     def __getitem__(self, index: int) -> tuple[Image.Image, Image.Image]:
         """Return pair ``index``, its mask mapped; raises SFAError for ids that are no classes."""
         image, mask = self.split[index]
-        return image, map_ids(mask, self.table, f"mask {index}")
+        return image, map_ids(mask, self.table, self.name(index))
 
 
 def _metres(image: Image.Image, name: str, *, scale: float) -> Any:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
 
-from sfa_peft.dense.data.files import decode, read_image, read_mask
+from sfa_peft.dense.data.files import decode, read_image, read_mask, upright
 from sfa_peft.errors import SFAError
 
 TargetT = TypeVar("TargetT")
@@ -40,6 +40,12 @@ class Split(Protocol[TargetT_co]):
 
 
 SegmentationSplit = Split[Image.Image]
+
+
+def name_of(split: Split[Any], index: int) -> str:
+    """Return what errors call a pair: the file of its target where the split knows it."""
+    named = getattr(split, "name", None)
+    return f"pair {index}" if named is None else named(index)
 
 
 @dataclass
@@ -109,7 +115,7 @@ class TransformedSplit(Dataset[dict[str, Any]]):
         try:
             return self.transform(image, target, rng)
         except SFAError as error:
-            raise SFAError(f"pair {index}: {error}") from error
+            raise SFAError(f"{name_of(self.split, index)}: {error}") from error
 
 
 class PairFolder(Generic[TargetT]):
@@ -131,6 +137,10 @@ class PairFolder(Generic[TargetT]):
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """Return the file of the target of pair ``index``."""
+        return f"`{self.pairs[index][1]}`"
 
     def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode pair ``index``; raises SFAError naming a file that is corrupt or does not fit."""
@@ -175,20 +185,30 @@ class LibrarySplit(Generic[TargetT]):
         """Return the number of pairs."""
         return len(self.rows)
 
+    def name(self, index: int) -> str:
+        """Return file, row and column of the target of pair ``index``."""
+        column = self.columns[1]
+        return f"`{cell_name(self.rows[index][column], column, index)}`"
+
     def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode pair ``index``; raises SFAError naming a file that is corrupt."""
         row = self.rows[index]
         image, stored = (decode_cell(row[column], column, index) for column in self.columns)
-        target = self.as_target(stored, f"row {index}, column `{self.columns[1]}`")
-        return ImageOps.exif_transpose(image), target
+        names = [cell_name(row[column], column, index) for column in self.columns]
+        return upright(image, names[0]), self.as_target(stored, names[1])
+
+
+def cell_name(cell: Mapping[str, Any], column: str, index: int) -> str:
+    """Return what errors call an undecoded image of the ``datasets`` library."""
+    return f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
 
 
 def decode_cell(cell: Mapping[str, Any] | None, column: str, index: int) -> Image.Image:
     """Decode an undecoded image of the ``datasets`` library; raises SFAError naming it."""
     if cell is None:
         raise SFAError(f"row {index} has no `{column}`")
-    name = cell_name(cell, column, index)
-    return decode(io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"]), name)
+    source = io.BytesIO(cell["bytes"]) if cell["bytes"] else Path(cell["path"])
+    return decode(source, cell_name(cell, column, index))
 
 
 def cell_name(cell: Mapping[str, Any], column: str, index: int) -> str:
@@ -210,6 +230,10 @@ class SubSplit(Generic[TargetT]):
     def __len__(self) -> int:
         """Return the number of pairs."""
         return len(self.indices)
+
+    def name(self, index: int) -> str:
+        """Return what the other split calls the pair at ``indices[index]``."""
+        return name_of(self.split, self.indices[index])
 
     def __getitem__(self, index: int) -> tuple[Image.Image, TargetT]:
         """Decode the pair at ``indices[index]``."""

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from sfa_peft.dense.data.geometry import as_size, random_window
+from sfa_peft.dense.data.geometry import as_size, covering, random_window
 from sfa_peft.errors import SFAError
 
 IGNORE_INDEX = 255  # What transformers' segmentation losses and mmseg leave out.
@@ -35,14 +35,15 @@ def as_image(image: ImageLike) -> Image.Image:
     """Return an RGB image of any PIL image or uint8 array.
 
     Args:
-        image: PIL image of any mode (grey, palette, alpha, 16-bit grey), or uint8 ``(H, W)`` or
-            ``(H, W, 3)``.
+        image: PIL image of any mode but floats (grey, palette, alpha, 16-bit grey), or uint8
+            ``(H, W)`` or ``(H, W, 3)``.
 
     Returns:
-        The image in mode RGB. 16-bit grey is scaled to 8 bits; an alpha channel is dropped.
+        The image in mode RGB. Of 16-bit grey the high byte is kept; an alpha channel is dropped.
 
     Raises:
-        SFAError: If an array is not uint8 or has another shape.
+        SFAError: If an array is not uint8 or has another shape, or a picture is of floats or of
+            integers beyond 16 bits: which of their values is white is not known.
     """
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.shape[2:] not in ((), (3,)) or image.ndim < 2:
@@ -50,10 +51,23 @@ def as_image(image: ImageLike) -> Image.Image:
                 f"image array: expected uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}"
             )
         image = Image.fromarray(image)
-    if image.mode.startswith("I;16"):
-        # PIL clips 16-bit values at 255 when it converts: keep the high byte instead.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        image = _high_byte(image)
     return image.convert("RGB")
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    # PIL clips 16-bit values at 255 when it converts, so that nearly all become white. It decodes
+    # them as I;16, and as I from PGM files and in its older versions.
+    values = np.asarray(image)
+    if values.dtype.kind == "f":
+        raise SFAError("a picture of floats (mode F): expected 8 or 16 bits a channel")
+    if values.size and not 0 <= values.min() <= values.max() <= 65535:
+        raise SFAError(
+            f"a picture of integers from {values.min()} to {values.max()} (mode {image.mode}): "
+            "expected 8 or 16 bits a channel"
+        )
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def as_mask(mask: ImageLike) -> Image.Image:
@@ -97,10 +111,7 @@ def to_tensors(image: ImageLike, mask: ImageLike) -> dict[str, torch.Tensor]:
         SFAError: If the sizes differ or one of the two cannot be used.
     """
     picture, ids = _matched(image, mask)
-    return {
-        "pixel_values": normalise(picture),
-        "labels": torch.from_numpy(np.asarray(ids).astype(np.int64)),
-    }
+    return {"pixel_values": normalise(picture), "labels": _as_labels(ids)}
 
 
 def normalise(image: Image.Image) -> torch.Tensor:
@@ -217,24 +228,39 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resize to one size, whatever the shape of the image, and normalise.
+    """Resize the image for the model, leave the mask as it is, and normalise.
+
+    So scores are counted on the pixels of the data, as mmseg and Mask2Former count: predictions
+    are brought to the labels (:func:`~sfa_peft.dense.argmax_logits`, ``DenseMaps.resized``), not
+    labels to the predictions. Images of several sizes make batches of one.
 
     Args:
-        size: Side of the square result, or its height and width, in pixels.
+        size: Height and width that the image just covers, its shape kept, as at scale 1 of
+            :class:`TrainTransform`; one number for the shorter side. By default its own size. No
+            side becomes longer than four times the longer one of ``size``.
+        label_size: Height and width that the mask is resized to, one number for a square: scores
+            of another size than the data's own, which compare with no published ones.
         ignore_index: Id in the masks that means "not labelled"; becomes ``IGNORE_INDEX``.
 
     Raises:
-        SFAError: If the size is not positive.
+        SFAError: If a size is not positive.
     """
 
-    def __init__(self, size: int | tuple[int, int], *, ignore_index: int = IGNORE_INDEX) -> None:
-        self.size = as_size(size)
+    def __init__(
+        self,
+        size: int | tuple[int, int] | None = None,
+        *,
+        label_size: int | tuple[int, int] | None = None,
+        ignore_index: int = IGNORE_INDEX,
+    ) -> None:
+        self.size = None if size is None else as_size(size)
+        self.label_size = None if label_size is None else as_size(label_size)
         self.ignore_index = ignore_index
 
     def __call__(
         self, image: ImageLike, mask: ImageLike, rng: np.random.Generator | None = None
     ) -> dict[str, torch.Tensor]:
-        """Resize one pair, the mask by nearest neighbour.
+        """Resize the image, and the mask where that is asked for, by nearest neighbour.
 
         Args:
             image: See :func:`as_image`.
@@ -242,16 +268,20 @@ class EvalTransform:
             rng: Not used; there so that both transforms are called alike.
 
         Returns:
-            As :func:`to_tensors`, of the size asked for.
+            ``pixel_values``, float32 ``(3, h, w)``, and ``labels``, int64 ``(H, W)``.
 
         Raises:
             SFAError: If the sizes differ or one of the two cannot be used.
         """
         picture, ids = _matched(image, mask)
-        target = (self.size[1], self.size[0])
-        picture = picture.resize(target, Image.Resampling.BILINEAR)
-        ids = _ignored(ids, self.ignore_index).resize(target, Image.Resampling.NEAREST)
-        return to_tensors(picture, ids)
+        ids = _ignored(ids, self.ignore_index)
+        if self.size is not None:
+            height, width = covering(picture.height, picture.width, self.size)
+            picture = picture.resize((width, height), Image.Resampling.BILINEAR)
+        if self.label_size is not None:
+            height, width = self.label_size
+            ids = ids.resize((width, height), Image.Resampling.NEAREST)
+        return {"pixel_values": normalise(picture), "labels": _as_labels(ids)}
 
 
 def _matched(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.Image]:
@@ -262,6 +292,10 @@ def _matched(image: ImageLike, mask: ImageLike) -> tuple[Image.Image, Image.Imag
             f"and {ids.width}x{ids.height} (width x height)"
         )
     return picture, ids
+
+
+def _as_labels(ids: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(ids).astype(np.int64))
 
 
 def _ignored(ids: Image.Image, ignore_index: int) -> Image.Image:

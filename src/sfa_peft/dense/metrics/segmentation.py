@@ -110,18 +110,22 @@ class SegmentationMetrics(BatchMetric):
         """Count one batch.
 
         Args:
-            predicted: Class ids, integer array or tensor ``(B, H, W)`` on any device.
-            labels: Class ids or ``ignore_index``, the same shape.
+            predicted: Class ids, integer array or tensor ``(B, H, W)`` on any device; or, of images
+                of several sizes, a list of ``(H, W)``.
+            labels: Class ids or ``ignore_index``, the same shape or shapes.
 
         Raises:
             SFAError: If the shapes differ or an id is out of range.
         """
-        self.confusion += confusion_matrix(
-            as_array(predicted),
-            as_array(labels),
-            num_classes=self.num_classes,
-            ignore_index=self.ignore_index,
-        )
+        counts = np.zeros_like(self.confusion)
+        for guess, true in _maps(predicted, labels):
+            counts += confusion_matrix(
+                as_array(guess),
+                as_array(true),
+                num_classes=self.num_classes,
+                ignore_index=self.ignore_index,
+            )
+        self.confusion += counts  # only now: a bad batch must not be half counted
 
     def compute(self) -> dict[str, float]:
         """Return the scores of everything counted since the last reset.
@@ -156,6 +160,15 @@ def argmax_logits(
             first.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
         )
     return first.argmax(1)
+
+
+def _maps(predicted: Any, labels: Any) -> list[tuple[Any, Any]]:
+    """Return pairs of class maps: one of whole batches, or one per image."""
+    if not isinstance(predicted, (list, tuple)):
+        return [(predicted, labels)]
+    if len(predicted) != len(labels):
+        raise SFAError(f"{len(predicted)} predicted class maps for {len(labels)} labels")
+    return list(zip(predicted, labels, strict=True))
 
 
 def _in_range(ids: NDArray[Any], num_classes: int, what: str) -> NDArray[np.int64]:
