@@ -12,12 +12,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+_C: Any = torch._C  # without types
 #: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
 _LOCK = threading.RLock()
 #: Layers with fewer weights than this together are not worth a second thread.
@@ -43,16 +44,16 @@ def exclusively() -> Iterator[None]:
 
     What is written meanwhile does not become a part of what torch.jit.trace records.
     """
-    traced = torch._C._get_tracing_state()
+    traced = _C._get_tracing_state()
     if _STATE.is_helper:
         yield
         return
     with _LOCK:
-        torch._C._set_tracing_state(None)
+        _C._set_tracing_state(None)
         try:
             yield
         finally:
-            torch._C._set_tracing_state(traced)
+            _C._set_tracing_state(traced)
 
 
 def is_stand_in(tensor: Tensor) -> bool:
@@ -60,7 +61,7 @@ def is_stand_in(tensor: Tensor) -> bool:
 
     As under torch.export and torch.func, which put such tensors in the place of parameters.
     """
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or is_fake(tensor)
+    return _C._functorch.is_functorch_wrapped_tensor(tensor) or is_fake(tensor)
 
 
 def now_or_together(layer: object, size: int, action: _Action) -> None:

@@ -210,7 +210,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return self.base_layer(*args, **kwargs)
 
     def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore
         if not torch.is_grad_enabled() or self.merged or recorded:
             return self.base_layer(*args, **kwargs)
         if self._is_transformed():

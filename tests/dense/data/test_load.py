@@ -130,29 +130,6 @@ def test_what_is_not_known_is_refused(tmp_path: Path, task, options, message) ->
         load_dense(task, tmp_path, **options)
 
 
-@pytest.mark.parametrize(
-    ("there", "message"),
-    [
-        (["annotations/instances_train2017.json", "train2017/1.jpg"], "dataset_format='coco'"),
-        (["images/training/1.jpg", "annotations/training/1.png"], "dataset_format='ade20k'"),
-        (["leftImg8bit/train/a.png", "gtFine/train/a.png"], "dataset_format='cityscapes'"),
-        (["eigen_train_files_with_gt.txt"], "dataset_format='kitti'"),
-        (["nyu_depth_v2_labeled.mat"], "dataset_format='nyuv2'"),
-        (["images/1.jpg", "masks/1.png"], r"got \['images', 'masks'\]"),
-    ],
-)
-@pytest.mark.parametrize("task", FORMATS["imagefolder"][0])
-def test_a_folder_of_another_layout_is_told_what_it_looks_like(
-    task: str, there: list[str], message: str, tmp_path: Path
-) -> None:
-    for name in there:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-
-    with pytest.raises(SFAError, match=rf"no known layout; expected .*{message}"):
-        load_dense(task, tmp_path)
-
-
 @pytest.mark.parametrize("name", sorted(set(FORMATS) - {"imagefolder"}))
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     with pytest.raises(SFAError, match="gone`: no such folder"):

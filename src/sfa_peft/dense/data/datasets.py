@@ -13,13 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_peft.dense.data.files import IMAGE_SUFFIXES
-from sfa_peft.dense.data.library import (
-    library_rows,
-    pick_column,
-    split_of,
-    undecoded,
-    unknown_layout,
-)
+from sfa_peft.dense.data.library import library_rows, pick_column, split_of, undecoded
 from sfa_peft.dense.data.splits import (
     LibrarySplit,
     PairFolder,
@@ -170,10 +164,6 @@ def _classes(
     for name in CLASS_FILES:
         if (folder / name).is_file():
             return read_classes(folder / name)
-    if folder.is_dir() and not any(
-        any(folder.rglob(pattern)) for pattern in ("*annot", "*.parquet", "metadata.*")
-    ):
-        raise unknown_layout(folder)
     raise SFAError(
         f"`{folder}`: no class names; pass classes= (--classes) or add one of {CLASS_FILES}"
     )

@@ -10,14 +10,6 @@ from typing import Any
 
 from sfa_peft.errors import SFAError
 
-# What is in the folders that other values of `dataset_format` are for.
-OTHER_LAYOUTS = {
-    "ade20k": ("images/training", "annotations/training"),
-    "cityscapes": ("leftImg8bit", "gtFine"),
-    "coco": ("annotations/instances_*.json",),
-    "kitti": ("*eigen_*.txt",),
-    "nyuv2": ("nyu*depth*v2*",),
-}
 _SPLIT_WORDS = {
     "train": "train",
     "training": "train",
@@ -42,9 +34,6 @@ def library_rows(
 
     Returns:
         A ``datasets.Dataset`` by split; ``train``, ``validation`` and ``test`` are called so.
-
-    Raises:
-        SFAError: If the folder has no known layout.
     """
     from datasets import load_dataset
 
@@ -56,23 +45,11 @@ def library_rows(
     elif any(folder.rglob("metadata.*")):
         loaded = load_dataset("imagefolder", data_dir=str(folder), cache_dir=cache)
     else:
-        raise unknown_layout(folder)
+        raise SFAError(
+            f"`{folder}`: no known layout; expected <split>/ beside <split>annot/, parquet files, "
+            "or <split>/metadata.jsonl"
+        )
     return {split_of(str(name)) or str(name): rows for name, rows in loaded.items()}
-
-
-def unknown_layout(folder: Path) -> SFAError:
-    """Return the error about a folder that is no ``imagefolder``: what it looks like instead."""
-    alike = (
-        name
-        for name, patterns in OTHER_LAYOUTS.items()
-        if all(any(folder.glob(pattern)) for pattern in patterns)
-    )
-    found = [path.name for path in sorted(folder.iterdir())]
-    looks = next((f"it looks like dataset_format='{name}'" for name in alike), f"got {found[:8]}")
-    return SFAError(
-        f"`{folder}`: no known layout; expected <split>/ beside <split>annot/, parquet files, or "
-        f"<split>/metadata.jsonl; {looks}"
-    )
 
 
 def undecoded(rows: Any, *columns: str) -> Any:

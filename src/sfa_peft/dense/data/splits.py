@@ -211,11 +211,6 @@ def decode_cell(cell: Mapping[str, Any] | None, column: str, index: int) -> Imag
     return decode(source, cell_name(cell, column, index))
 
 
-def cell_name(cell: Mapping[str, Any], column: str, index: int) -> str:
-    """Return what to call a column of the row that an undecoded image stands in."""
-    return f"{cell['path'] or 'embedded image'} (row {index}, column `{column}`)"
-
-
 class SubSplit(Generic[TargetT]):
     """Some pairs of another split.
 
