@@ -173,7 +173,7 @@ def misdrawn(page: Path, package: Path, files: Iterable[Path]) -> list[str]:
     ]
     drawn = {
         Path("" if folder.strip() == "-" else folder.strip(), name).as_posix()
-        for folder, names, _ in rows
+        for folder, names, _ in rows[2:]
         for name in names.split()
     }
     there = {path.relative_to(package).with_suffix("").as_posix() for path in files}

@@ -132,7 +132,10 @@ def test_a_page_that_names_a_file_or_module_that_is_not_there_is_found(package):
 
 def test_the_drawing_must_have_every_file_and_no_other(package):
     page = package.parent / "page.md"
-    page.write_text("# A\n\n```text\n- | a b | x\ninner | d gone | x\n```\n\n| no | floor |\n")
+    page.write_text(
+        "# A\n\n```text\nfolder | files | does\n-- | -- | --\n"
+        "- | a b | x\ninner | d gone | x\n```\n\n| no | floor |\n"
+    )
     files = sorted(package.rglob("*.py"))
     assert counts.misdrawn(page, package, files) == [
         "c: not drawn",

@@ -9,3 +9,14 @@ from .extract import extract as extract
 from .memory import TaskMemory as TaskMemory
 from .overlaps import CombineReport as CombineReport
 from .overlaps import PairOverlap as PairOverlap
+
+__all__ = [
+    "CombineReport",
+    "ExtractReport",
+    "LostTensor",
+    "PairOverlap",
+    "TaskBank",
+    "TaskMemory",
+    "combine",
+    "extract",
+]
