@@ -14,27 +14,30 @@ DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)$", re.MULTILINE)
 
 NAMES = {
     "sfa_peft": """
-        AdapterFileError BudgetError BudgetReport BudgetWarning ConfigError DataWarning
+        AdapterFileError Backbone BudgetError BudgetReport BudgetWarning ConfigError DataWarning
         EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
-        OptimizerWarning OtherBaseWarning ResumedRunWarning SFACallback SFAConfig SFAError SFALayer
-        SFAModel SFASelector SFAWarning SelectionError TargetError UnfinishedSelectionWarning
-        budget_report head_modules plot_selection register_score selection_summary set_card_metrics
+        OptimizerWarning OtherBaseWarning ResumedRunWarning RoleModule SFACallback SFAConfig
+        SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError TargetError
+        UnfinishedSelectionWarning budget_report find_backbone head_modules plot_selection
+        register_score role_modules selection_summary set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport ExtractReport LostTensor PairOverlap TaskBank TaskMemory combine extract
     """,
     "sfa_peft.dense": """
-        CLASS_NAMES CocoMetrics DenseData DenseMaps DepthEvalTransform DepthMetrics
-        DepthTrainTransform EvalTransform IGNORE_INDEX ObjectResize ObjectScaleCrop
-        ObjectShortestEdge Objects Scene SceneDataset SceneSplit SegmentationData
-        SegmentationMetrics SegmentationSplit Split THING_NAMES TrainTransform TransformedSplit
-        argmax_logits class_palette collate_detection collate_instances collate_semantic_masks
-        colour_jitter confusion_matrix contact_sheet curve_plot depth_at_labels depth_to_tensors
-        detr_outputs detr_results instances_from_segmentation kb_crop kitti_benchmark_crop
-        load_dense load_segmentation mask_query_outputs mask_query_results
-        multi_scale_probabilities nyu_border_crop objects_to_tensors predict_depth predict_maps
-        read_classes render_scene segmentation_scores sliding_window_maps to_tensors
-        vertical_cut_depth
+        CLASS_NAMES CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData DenseMaps
+        DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
+        IMAGENET_STD MAX_DEPTH MapNorm NormedFeatures ObjectPicture ObjectResize ObjectScaleCrop
+        ObjectShortestEdge Objects SILogLoss Scene SceneDataset SceneSplit SegmentationData
+        SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES TrainTransform
+        TransformedSplit argmax_logits as_image class_palette collate_detection collate_instances
+        collate_semantic_masks colour_jitter confusion_matrix contact_sheet curve_plot decode_mask
+        dense_maps depth_at_labels depth_sheet depth_to_tensors detr_outputs detr_results
+        encode_masks instances_from_queries kb_crop kitti_benchmark_crop load_dense
+        load_segmentation mask_query_outputs mask_query_results multi_scale_probabilities
+        nyu_border_crop object_sheet objects_to_tensors predict_depth predict_maps read_classes
+        render_scene resize_depth segmentation_scores silog_loss sliding_window_maps to_tensors
+        true_objects vertical_cut_depth
     """,
 }
 
