@@ -4,6 +4,10 @@ VENV    ?= .venv
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+WHEEL   := out/wheel
+# What needs the package's metadata, its data files, or most of its modules.
+WHEEL_TESTS := tests/behaviour/test_wheel.py tests/behaviour/test_public_names.py tests/tuner/test_saving.py \
+	tests/tasks/test_bank.py tests/dense/metrics/test_evaluate_modules.py
 
 # Idle OpenMP threads that spin slow a shared machine down many times over.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -12,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test e2e lint types imports docs conformance conformance-quick versions format check clean
+.PHONY: help .venv demo test coverage e2e wheel-test lint types imports docs house conformance conformance-quick versions format check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +38,20 @@ test: $(STAMP)  ## run the tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
 
+coverage: $(STAMP)  ## run the tests and measure which lines they run; `make house` has the floors
+	@echo "== pytest, with coverage"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=
+
+wheel-test: $(STAMP)  ## build the wheel and run a few tests on it, installed, without src
+	@echo "== pytest, on the wheel"
+	@rm -rf $(WHEEL)
+	@$(BIN)/python -m hatchling build -t wheel -d $(WHEEL) 2>/dev/null
+	@$(BIN)/python -m venv --without-pip $(WHEEL)/venv
+	@$(BIN)/python -m pip --python $(WHEEL)/venv install -qq --no-deps $(WHEEL)/*.whl
+	@$(BIN)/python -c "import sys; print(*(p for p in sys.path if p.endswith('site-packages')), sep='\n')" \
+		> "$$(echo $(WHEEL)/venv/lib/python3.*/site-packages)/tools.pth"
+	@env -u PYTHONPATH $(WHEEL)/venv/bin/python -m pytest -q -n $(WORKERS) -p no:cacheprovider $(WHEEL_TESTS)
+
 e2e: $(STAMP)  ## test the page of examples/serve_tasks.py in a headless Chromium, installed if there is none
 	@echo "== browser"
 	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,e2e]'
@@ -54,6 +72,10 @@ imports: $(STAMP)  ## import-linter: the floors of the house
 	@echo "== import-linter"
 	@$(BIN)/lint-imports --no-cache --no-logo
 
+house: $(STAMP)  ## every number that the code must keep, with its bar; coverage from the last `make coverage`
+	@echo "== house"
+	@$(BIN)/python -m tests.house
+
 docs: $(STAMP)  ## build the site into docs/_build/html; a warning is an error
 	@echo "== sphinx"
 	@$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
@@ -73,8 +95,8 @@ format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-check: lint types imports docs test conformance-quick  ## all of the above: what CI runs
+check: lint types imports docs coverage house wheel-test conformance-quick  ## all of the above: what CI runs
 
 clean:  ## remove build results and caches; the virtual environment stays
-	@rm -rf out/demo dist docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf out/demo out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

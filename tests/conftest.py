@@ -20,6 +20,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:  # these train whole models: they may not count, nor be slowed, as coverage
+        if {"benchmarks", "examples"} & set(item.path.parts):
+            item.add_marker(pytest.mark.no_cover)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device")

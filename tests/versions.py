@@ -37,7 +37,7 @@ FOLLOWERS = {
     "typer",
 }
 # The rest of the tests (examples, benchmarks, dense) does not depend on PEFT's version.
-TESTS = ("tuner", "tasks", "training", "checkpoint", "selection")
+TESTS = ("tuner", "tasks", "training", "behaviour", "files", "selection", "sparse")
 PASSED = re.compile(r"^(?:\d+ failed, )?(\d+) passed", re.MULTILINE)
 
 

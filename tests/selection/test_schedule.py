@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
+from fractions import Fraction
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import SelectionError
-from sfa_peft.selection.schedule import make_schedule
+from sfa_peft.selection.schedule import SCHEDULES, Schedule, make_schedule
+
+RUNS = st.integers(2, 400).flatmap(lambda t: st.tuples(st.just(t), st.integers(1, t // 2)))
+QUOTAS = st.integers(0, 10_000)
 
 
 @given(st.integers(2, 500), st.data())
@@ -41,3 +46,76 @@ def test_a_long_run_gets_the_papers_rounds_and_a_short_one_a_twentieth(caplog):
 def test_a_run_without_a_pick_is_refused(total, steps, message):
     with pytest.raises(SelectionError, match=message):
         make_schedule(total, steps, 10)
+
+
+@given(RUNS, QUOTAS, st.sampled_from(SCHEDULES))
+def test_every_schedule_grows_at_its_picks_only_and_never_beyond_the_quota(run, quota, kind):
+    schedule = make_schedule(*run, quota, kind)
+    taken = [schedule.selected_after(t) for t in range(run[0] + 1)]
+    assert taken[0] == 0
+    grown = [t for t in range(1, run[0] + 1) if taken[t] != taken[t - 1]]
+    assert all(schedule.is_pick(t) for t in grown)
+    assert taken == sorted(taken)
+    assert taken[-1] <= quota
+    if kind != "literal":
+        assert taken[-1] == quota
+
+
+@given(RUNS, QUOTAS)
+def test_cubic_takes_one_minus_the_cube_of_what_is_left(run, quota):
+    schedule = make_schedule(*run, quota, "cubic")
+    picks = run[0] // run[1] - 1
+    for i in range(1, picks + 1):
+        exact = quota * (1 - Fraction(picks - i, picks) ** 3)
+        assert schedule.selected_after(i * run[1]) == exact // 1
+        linear = make_schedule(*run, quota).selected_after(i * run[1])
+        assert schedule.selected_after(i * run[1]) >= linear
+
+
+@given(RUNS, QUOTAS)
+def test_literal_makes_n_minus_one_picks_of_an_nth_and_leaves_an_nth(run, quota):
+    schedule = make_schedule(*run, quota, "literal")
+    rounds = run[0] // run[1]
+    for i in range(1, rounds):
+        assert schedule.selected_after(i * run[1]) == quota * i // rounds
+    assert quota - schedule.selected_after(run[0]) >= quota // rounds
+
+
+@given(RUNS, QUOTAS)
+def test_one_shot_takes_all_after_the_first_round(run, quota):
+    schedule = make_schedule(*run, quota, "one_shot")
+    assert [t for t in range(run[0] + 1) if schedule.is_pick(t)] == [run[1]]
+    assert schedule.selected_after(run[1]) == quota
+
+
+@given(RUNS, QUOTAS, st.integers(1, 100), st.sampled_from(SCHEDULES))
+def test_no_pick_comes_after_select_until_and_the_budget_is_used_before(run, quota, percent, kind):
+    total, steps = run
+    until = percent / 100
+    limit = Fraction(percent, 100) * total
+    if limit < steps:
+        with pytest.raises(SelectionError, match=f"select_until={until} ends the selection before"):
+            make_schedule(total, steps, quota, kind, until)
+        return
+    schedule = make_schedule(total, steps, quota, kind, until)
+    picks = [t for t in range(total + 1) if schedule.is_pick(t)]
+    possible = [t for t in range(steps, total - steps + 1, steps) if t <= limit]
+    assert picks == (possible[:1] if kind == "one_shot" else possible)
+    if kind != "literal":
+        assert schedule.selected_after(total) == quota
+
+
+@given(st.integers(1, 30), st.integers(1, 12), st.integers(2, 6))
+def test_one_step_in_so_many_is_scored_and_the_last_of_a_round_always(steps, every, rounds):
+    schedule = Schedule(steps * rounds, steps, 10)
+    for number in range(rounds):
+        scored = [
+            t
+            for t in range(number * steps + 1, (number + 1) * steps + 1)
+            if schedule.is_scored(t, every)
+        ]
+        last = (number + 1) * steps
+        if number == rounds - 1:
+            assert scored == []  # nothing is picked any more
+        else:
+            assert scored == sorted(range(last, number * steps, -every))

@@ -8,8 +8,8 @@ import torch
 
 from sfa_peft import SFASelector
 from sfa_peft.tuner.layer import find_pool
+from tests.behaviour.test_precision import SCORES, STEPS, assert_same, loss_of, make, trained
 from tests.tiny import MLP
-from tests.training.test_precision import SCORES, STEPS, assert_same, loss_of, make, trained
 
 
 @pytest.mark.parametrize("options", SCORES, ids=str)

@@ -242,7 +242,7 @@ def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
 KILLED = """
 import sys; sys.path.insert(0, ".")
 import torch; torch.set_num_threads(1)
-from tests.tuner.test_failed_load import adapted
+from tests.behaviour.test_failed_load import adapted
 model = adapted()
 print("ready", flush=True)
 while True:

@@ -16,8 +16,7 @@ from torch import nn
 from sfa_peft import AdapterFileError, SFAConfig, SFAError
 from sfa_peft.files.folder import WEIGHTS_NAME
 from sfa_peft.tasks import TaskBank, combine
-from tests.tiny import MLP, upernet
-from tests.tuner.test_failed_load import (
+from tests.behaviour.test_failed_load import (
     CONFIG,
     DAMAGE,
     adapted,
@@ -28,6 +27,7 @@ from tests.tuner.test_failed_load import (
     saved,  # noqa: F401 (a fixture)
     state_of,
 )
+from tests.tiny import MLP, upernet
 
 PIXELS = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

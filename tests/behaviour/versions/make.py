@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes, with the installed Transformers, what the other major version must be able to read.
 
-    python -m tests.tuner.versions.make
+    python -m tests.behaviour.versions.make
 
 For each model type a folder `transformers-<major>/<model type>` with `base` (config and weights as
 `save_pretrained` writes them), `adapter` (trained for some steps, with a task head) and

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, SFAError, budget_report, selection_summary, set_card_metrics
+from tests.behaviour.hub import local_hub
 from tests.tiny import MLP, upernet
-from tests.tuner.hub import local_hub
 
 ROOT = Path(__file__).parents[2]
 
@@ -142,7 +142,7 @@ from huggingface_hub import HfApi
 from peft import AutoPeftModel, PeftConfig, PeftModel
 from sfa_peft import SFAConfig, set_card_metrics
 from tests.tiny import images, upernet
-from tests.tuner.test_peft_expectations_hub import adapted
+from tests.behaviour.test_peft_expectations_hub import adapted
 
 batch = images()["pixel_values"]
 model = adapted().eval()

@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from sfa_peft.tuner.upstream.heads import former_name, names_here
-from tests.tuner.versions.make import HERE, MODELS, adapted_weights, images, model_class
+from tests.behaviour.versions.make import HERE, MODELS, adapted_weights, images, model_class
 
 RELEASES = ["transformers-4", "transformers-5"]
 
