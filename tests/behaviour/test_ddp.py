@@ -3,7 +3,9 @@
 
 import os
 import socket
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from sfa_peft import SelectionError, SFAConfig, SFASelector
+from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
+from sfa_peft.selection import accumulators
 from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 
@@ -143,6 +146,51 @@ def test_gradients_that_are_sent_are_those_of_the_budget(ranks):
     assert wide["trained"] < 4 * sum(wide["tensors"])
 
 
+# --- a call that one process leaves out ------------------------------------------------------
+
+
+def _forgetful(rank: int, world: int, port: int, folder: str, forgotten: int, every: int) -> None:
+    """Train until an error; on rank 1 one call of the selector's step is missing."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    net = DistributedDataParallel(adapted(score_every=every, modules_to_save=["head"]))
+    selector = SFASelector(net, total_steps=STEPS)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+    error = "none"
+    try:
+        for step in range(STEPS):
+            net(torch.randn(4, 12)).square().mean().backward()
+            optimizer.step()
+            if rank == 0 or step != forgotten:
+                selector.step(optimizer)
+            optimizer.zero_grad()
+    except Exception as found:
+        error = f"{type(found).__name__}: {found}"
+    Path(folder, f"rank{rank}").write_text(error)
+    os._exit(0)  # as a process that fails: the other one does not wait for it
+
+
+@pytest.mark.parametrize(
+    ("forgotten", "every"), [(0, 1), (2, 1), (0, 3)], ids=["in a round", "at a pick", "unscored"]
+)
+def test_a_process_that_leaves_out_a_call_says_so(tmp_path, forgotten, every):
+    mp.spawn(_forgetful, (WORLD, _free_port(), str(tmp_path), forgotten, every), nprocs=WORLD)
+    errors = [(tmp_path / f"rank{rank}").read_text() for rank in range(WORLD)]
+    assert errors[1].startswith("SelectionError: Process 1: SFASelector.step was not called after")
+    assert f"update step {forgotten + 1}," in errors[1]
+    assert "op.preamble" not in errors[1]
+
+
+def test_scores_that_cannot_be_added_up_say_what_may_have_happened(monkeypatch):
+    def fail(_tensor) -> None:
+        raise RuntimeError("op.preamble.length <= op.nbytes")
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    with pytest.raises(SelectionError, match=r"not call SFASelector\.step .*op\.preamble"):
+        accumulators._all_reduce(torch.zeros(1))
+
+
 # --- sharded models ----------------------------------------------------------------------------
 
 
@@ -185,3 +233,19 @@ def test_a_model_sharded_by_zero_3_is_refused():
     model.get_base_model().second.get_base_layer().weight.ds_id = 0
     with pytest.raises(SelectionError, match="sharded by DeepSpeed ZeRO-3"):
         SFASelector(model, total_steps=STEPS)
+
+
+# --- copies of the model in one process --------------------------------------------------------
+
+
+def test_data_parallel_is_refused_at_the_first_step_with_the_remedy(monkeypatch):
+    # Its copies need several GPUs; sending tensors to them is replaced, copying modules is not.
+    def to_all(tensors, devices, detach=False):
+        return [list(tensors) for _ in devices]
+
+    copying = sys.modules["torch.nn.parallel.replicate"]
+    monkeypatch.setattr(copying, "_broadcast_coalesced_reshape", to_all)
+    model = adapted()
+    assert len(nn.parallel.replicate(MLP(), [0, 1])) == 2  # what has no adapter may be copied
+    with pytest.raises(SFAError, match=r"one process per GPU: torchrun --nproc_per_node N"):
+        nn.parallel.replicate(model, [0, 1])

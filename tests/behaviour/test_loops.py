@@ -108,13 +108,6 @@ def test_an_optimizer_that_does_not_train_the_values_is_refused():
         selector.step(torch.optim.SGD(MLP().parameters(), lr=0.1))
 
 
-def test_a_pick_without_any_gradient_is_refused():
-    selector = SFASelector(make(), total_steps=8)
-    selector.step()
-    with pytest.raises(SelectionError, match="no gradient has reached any weight"):
-        selector.step()
-
-
 def test_a_selector_that_another_took_over_from_is_refused_at_its_next_step():
     model = make()
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)

@@ -2,14 +2,14 @@
 import pytest
 import torch
 
-from sfa_peft import ConfigError, SelectionError, SFAConfig, register_score
+from sfa_peft import ConfigError, GradientWarning, SelectionError, SFAConfig, register_score
 from sfa_peft.selection import scores
 from sfa_peft.selection.accumulators import (
     Accumulator,
     Noise,
     add_rounded,
-    non_finite,
     round_stochastically,
+    warn_of_gaps,
 )
 from sfa_peft.selection.scores import find_score
 
@@ -187,11 +187,52 @@ def test_an_own_score_may_be_replaced_and_an_unknown_one_is_refused(own_scores):
             SFAConfig(score=unknown)
 
 
-def test_tensors_with_scores_that_are_not_finite_are_named(weight):
-    accumulators = {n: Accumulator(find_score("movement"), lambda: weight) for n in "abc"}
-    accumulators["b"](torch.full(SHAPE, float("nan")))
-    accumulators["c"](torch.ones(SHAPE))
-    assert non_finite(accumulators) == ["b"]
+# --- gradients that are not finite ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"can_drop": True}, {"loss_scale": lambda: 8.0}], ids=str)
+@pytest.mark.parametrize("name", DENSE)
+def test_a_gradient_that_is_not_finite_never_enters_a_score(
+    name, options, dtype, bad, weight, gradients
+):
+    got = []
+    for disturbed in (False, True):
+        accumulator = Accumulator(find_score(name), lambda: weight, dtype=dtype, key="w", **options)
+        for step in gradients:
+            for micro in step:
+                accumulator(micro)
+            if disturbed:
+                broken = torch.full(SHAPE, 1e30)  # finite entries of such a gradient are no better
+                broken[2, 3] = bad
+                accumulator(broken)
+            accumulator.end_step()
+        got.append(accumulator.source().read(0, weight.numel()))
+        assert int(accumulator.left_out) == 4 * disturbed
+    if dtype == "float32":
+        assert torch.equal(*got)
+    else:  # rounded with other noise
+        torch.testing.assert_close(*got, rtol=0.05, atol=0.05)
+    accumulator.reset()
+    assert int(accumulator.left_out) == 0
+
+
+def test_what_is_missing_from_scores_is_said_once_with_a_number(weight, own_scores):
+    own_scores("broken", lambda w, g, s: s.fill_(float("nan")))
+    names = {"a": "movement", "b": "movement", "c": "absolute_gradient", "d": "broken"}
+    accumulators = {n: Accumulator(find_score(s), lambda: weight) for n, s in names.items()}
+    for name, count in {"a": 0, "b": 2, "c": 1, "d": 0}.items():
+        for _ in range(count):
+            accumulators[name](torch.full(SHAPE, float("nan")))
+        accumulators[name](torch.ones(SHAPE))
+        accumulators[name].end_step()
+    with pytest.warns(GradientWarning) as caught:
+        warn_of_gaps(accumulators)
+    assert [str(w.message).partition(" of this round")[0] for w in caught] == [
+        "`b` (and some of 1 other tensors): 2 gradients",
+        "`d`: scores are NaN or infinite; those weights are skipped.",
+    ]
 
 
 # --- stochastic rounding -----------------------------------------------------------------------

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import shutil
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ from transformers import Trainer, TrainingArguments
 
 from sfa_peft import (
     EmptySelectionWarning,
-    GradientWarning,
     SelectionError,
     SFACallback,
     SFAConfig,
@@ -94,7 +92,8 @@ def test_the_state_of_another_run_is_refused():
     model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"]))
     selector = SFASelector(model, total_steps=10)
     state = selector.state_dict() | {"update_steps": 6, "selection_steps": 2}
-    with pytest.raises(SelectionError, match="has 0 selected weights, but after update step 6"):
+    state["joined"] = [(0, 7, 2)]
+    with pytest.raises(SelectionError, match=r"has 0 selected weights, .* step 6 .* should have 7"):
         selector.load_state_dict(state)
 
 
@@ -147,17 +146,3 @@ def test_going_on_from_an_unfinished_run_without_its_state_is_reported():
     assert 0 < selector.selected_share < 1
     with pytest.warns(UnfinishedSelectionWarning, match="comes from an unfinished run"):
         SFASelector(model, total_steps=8).step()
-
-
-def test_a_gradient_that_is_not_finite_is_named_and_never_selected():
-    model = get_peft_model(MLP(), SFAConfig(budget=0.1, rho=0, target_modules=["first", "second"]))
-    selector = SFASelector(model, total_steps=20)
-    pool = find_pool(model, "default")
-    for step in range(20):
-        model(torch.randn(4, 12)).sum().backward()
-        if step == 0:
-            pool.weights[0].observers["default"].function.state[0] = float("nan")
-        is_named = pytest.warns(GradientWarning, match=r"`first\.weight`: gradients were NaN")
-        with is_named if step == 0 else nullcontext():
-            selector.step()
-    assert selector.selected_share == 1

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import SelectionError
+from ..errors import GradientWarning, SelectionError, warn
 from .scores import Score
 from .topk import TensorSource
 
@@ -38,9 +38,12 @@ class Accumulator:
         loss_scale: Returns the factor that the loss is multiplied with now; None where there is
             none. Steps are then brought together first, so that one with an overflow can be left
             out.
+        can_drop: Whether the present step is kept apart, as `drop_step` needs it: float32, in the
+            weight's shape. Scores that are no sums always are.
 
     Attributes:
         state: What is ranked in the end, in the weight's shape.
+        left_out: Number of gradients of the round that were not finite, on the weight's device.
         change: For a dense score the trained change of every entry, whose data the state is; it
             gets the gradient of an update step as its own. None for other scores.
     """
@@ -53,19 +56,30 @@ class Accumulator:
         dtype: str = "float32",
         key: str = "",
         loss_scale: Callable[[], float] | None = None,
+        can_drop: bool = False,
     ) -> None:
         self.score, self.weight, self.key, self.loss_scale = score, weight, key, loss_scale
         like = weight()
         self.state = torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
         self.change = nn.Parameter(self.state) if score.dense else None
         self.num_added = 0  # what rounding depends on; saved, so that a resumed run rounds alike
-        self._direct = score.additive and loss_scale is None
+        self.can_drop = can_drop or loss_scale is not None or not score.additive
+        self.left_out = torch.zeros((), dtype=torch.int64, device=like.device)
         self._noise = Noise(0, like.device) if dtype == "bfloat16" else None
         self._step: Tensor | None = None  # gradient of the present update step
 
     def __call__(self, gradient: Tensor) -> None:
-        """Take the gradient of one backward (any float dtype, before clipping)."""
-        if self._direct:
+        """Take the gradient of one backward (any float dtype, before clipping).
+
+        One that is not finite counts as zero, whatever the loop does about it: it, or what is left
+        of it, would outweigh all others.
+        """
+        low, high = gradient.aminmax()
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        self.left_out += ~finite
+        if not (gradient.is_cpu and finite):  # elsewhere, to look would be to wait for the device
+            gradient = torch.where(finite, gradient, 0)
+        if not self.can_drop:
             self._add(gradient)
             return
         if self.loss_scale is not None:
@@ -79,7 +93,7 @@ class Accumulator:
         """Add the gradient of the update step that ended; a call for every rank to make."""
         if self._step is None and not self.score.additive and num_ranks() > 1:
             self._step = torch.zeros_like(self.state, dtype=torch.float32)  # others may have one
-        if self._direct or self._step is None:
+        if self._step is None:
             return
         gradient, self._step = self._step, None
         if self.score.additive:
@@ -96,6 +110,7 @@ class Accumulator:
     def reset(self) -> None:
         """Forget the round."""
         self.state.zero_()
+        self.left_out.zero_()
         self._step = None
 
     def source(self) -> TensorSource:
@@ -158,9 +173,21 @@ class Accumulator:
         )
 
 
-def non_finite(accumulators: Mapping[str, Accumulator]) -> list[str]:
-    """Return the names of the tensors whose scores hold NaN or infinity."""
-    return [n for n, a in accumulators.items() if not bool(torch.isfinite(a.state).all())]
+def warn_of_gaps(accumulators: Mapping[str, Accumulator]) -> None:
+    """Say at the end of a round what is missing from its scores."""
+    left_out = {name: int(a.left_out) for name, a in accumulators.items() if a.left_out}
+    for name, count in list(left_out.items())[:1]:
+        others = f" (and some of {len(left_out) - 1} other tensors)" if len(left_out) > 1 else ""
+        warn(
+            f"`{name}`{others}: {count} gradient{'s' * (count > 1)} of this round held NaN or "
+            "infinity and count for nothing in its scores.",
+            GradientWarning,
+        )
+    for name, accumulator in accumulators.items():
+        if not bool(torch.isfinite(accumulator.state).all()):
+            warn(
+                f"`{name}`: scores are NaN or infinite; those weights are skipped.", GradientWarning
+            )
 
 
 def num_ranks() -> int:
@@ -171,7 +198,7 @@ def num_ranks() -> int:
 def _average_over_ranks(gradient: Tensor) -> None:
     """Replace a gradient by its mean over ranks, as DistributedDataParallel does."""
     if num_ranks() > 1:
-        dist.all_reduce(gradient)
+        _all_reduce(gradient)
         gradient /= num_ranks()
 
 
@@ -179,8 +206,18 @@ def _sum_over_ranks(state: Tensor) -> Tensor:
     if num_ranks() == 1:
         return state
     total = state.to(torch.float32, copy=True)
-    dist.all_reduce(total)
+    _all_reduce(total)
     return total.to(state.dtype)
+
+
+def _all_reduce(tensor: Tensor) -> None:
+    try:
+        dist.all_reduce(tensor)
+    except RuntimeError as error:
+        raise SelectionError(
+            "The processes could not add up their scores. Did another one fail, or not call "
+            f"SFASelector.step after each of its optimizer steps? ({error})"
+        ) from error
 
 
 class Noise:

@@ -4,23 +4,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from ..errors import GradientWarning, SelectionError, UnfinishedSelectionWarning, warn
 from ..sparse.gradient import Observer
 from ..sparse.optimizer import LateEntries
 from ..sparse.pool import Pool
-from .accumulators import Accumulator, non_finite
+from .accumulators import Accumulator, num_ranks, warn_of_gaps
 from .candidates import Candidates
 from .distribution import ScoreDistribution
-from .pick import is_unfinished, num_selected, pick, row_sizes
+from .pick import num_selected, pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
 from .scores import find_score
+from .topk import TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ class Rounds:
         pool: The pool that is filled.
         schedule: When to pick how many.
         loss_scale: Returns the present factor of a gradient scaler; None without one.
+        can_skip: Whether a step's gradients are kept apart, so that `skip` can drop them.
     """
 
     def __init__(
@@ -41,9 +46,10 @@ class Rounds:
         pool: Pool,
         schedule: Schedule,
         loss_scale: Callable[[], float] | None = None,
+        can_skip: bool = False,
     ) -> None:
         self.rules, self.pool, self.schedule = rules, pool, schedule
-        self.loss_scale = loss_scale
+        self.loss_scale, self.can_skip = loss_scale, can_skip
         self.update_steps = 0
         self.optimizer_steps = pool.optimizer_steps
         self.accumulators: dict[str, Accumulator] = {}
@@ -52,6 +58,8 @@ class Rounds:
         self.joined: list[tuple[int, int, int]] = []  # (first slot, last + 1, update step) by pick
         self.late_entries = LateEntries(pool) if rules.late_bias_correction else None
         self.scores: dict[str, float] = {}  # distribution of those that the last pick compared
+        self._is_paused = self._has_seen = False  # a gradient
+        self._is_late = False  # made between a backward and the step after it
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observers": {}, "drives": self.drives}
@@ -100,7 +108,9 @@ class Rounds:
                 dtype=self.rules.score_dtype,
                 key=name,
                 loss_scale=self.loss_scale,
+                can_drop=self.can_skip,
             )
+        self._is_late = self.pool.values.grad is not None
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()
@@ -108,7 +118,10 @@ class Rounds:
     def _attach(self) -> None:
         """Take over the pool."""
         self.pool.driver = self
-        self.observers = {name: Observer(a) for name, a in self.accumulators.items()}
+        self.observers = {
+            name: Observer(partial(self._receive, accumulator))
+            for name, accumulator in self.accumulators.items()
+        }
         if self.candidates is not None:
             self.candidates.attach()
         self._observe_next_step()
@@ -135,6 +148,43 @@ class Rounds:
                 observers[self.pool.adapter_name] = self.observers[name]
             else:
                 observers.pop(self.pool.adapter_name, None)
+
+    def _receive(self, accumulator: Accumulator, gradient: Tensor) -> None:
+        """Show an accumulator the gradient of a backward, if that belongs to the present step."""
+        if not self._is_paused:
+            self._check_calls(missed=self.pool.optimizer_steps - self.optimizer_steps)
+            self._has_seen = True
+            accumulator(gradient)
+
+    def _check_calls(self, missed: int) -> None:
+        """Notice on several ranks, which must pick together, that this one left out a call."""
+        if missed > 0 and num_ranks() > 1:
+            raise SelectionError(
+                f"Process {dist.get_rank()}: SFASelector.step was not called after update step "
+                f"{self.update_steps + 1}, before the next backward. All processes must call it "
+                "after each optimizer.step(), or they pick at different times; a backward that "
+                "belongs to no step goes into `with selector.paused():`."
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Let no gradient count that comes meanwhile."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
+
+    def skip(self) -> None:
+        """Forget the gradients since the last step."""
+        if not all(a.can_drop for a in self.accumulators.values()):
+            raise SelectionError(
+                f"score={self.rules.score!r} adds gradients up as they come, so those of this step "
+                "cannot be dropped any more. Make the selector with can_skip=True, which keeps a "
+                "step apart (4 bytes for each weight that may be selected)."
+            )
+        for accumulator in self.accumulators.values():
+            accumulator.drop_step()
 
     def close(self) -> None:
         """End the run, also before its last pick, and say what it lacks then."""
@@ -168,9 +218,10 @@ class Rounds:
         if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
             # With a scaler it was an overflow, whose gradients do not count; else a micro-batch.
             if self.loss_scale is not None and _ends_update_step(optimizer):
-                for accumulator in self.accumulators.values():
-                    accumulator.drop_step()
+                self.skip()
             return False
+        self._check_calls(missed=self.pool.optimizer_steps - self.optimizer_steps - 1)
+        self.optimizer_steps = self.pool.optimizer_steps
         self.update_steps += 1
         if isinstance(torch_optimizer, torch.optim.Optimizer) and self.late_entries is not None:
             self.late_entries.correct(torch_optimizer, self.joined, self.update_steps)
@@ -179,13 +230,18 @@ class Rounds:
     def _score(self, optimizer: Any) -> bool:
         """Finish the scores of an update step; pick at the end of a round."""
         if self.schedule.is_scored(self.update_steps, self.rules.score_every):
+            if self._is_late and self.update_steps == 1 and not self._has_seen:
+                raise SelectionError(
+                    "The selector was made between a backward and the optimizer's step, so it "
+                    "missed the gradient of the first step. Make it before the first backward."
+                )
             for accumulator in self.accumulators.values():
                 accumulator.end_step()
         if self.candidates is not None:
             self.candidates.step(optimizer)
         picked = self.schedule.is_pick(self.update_steps)
         if picked:
-            self._pick()
+            self._end_round()
         if self.accumulators:
             self._observe_next_step()
         return picked
@@ -199,17 +255,27 @@ class Rounds:
                 f"The optimizer does not train the values of adapter `{self.pool.adapter_name}`. "
                 "Build it from the parameters with requires_grad of the wrapped model."
             )
-        stepped = self.pool.optimizer_steps > self.optimizer_steps
-        self.optimizer_steps = self.pool.optimizer_steps
-        return stepped
+        return self.pool.optimizer_steps > self.optimizer_steps
 
-    def _pick(self) -> None:
-        """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
-        accumulators = list(self.accumulators.values())
-        for accumulator in accumulators:
+    def _end_round(self) -> None:
+        """Pick by the scores of the round, if there are any, and begin the next one."""
+        for accumulator in self.accumulators.values():
             accumulator.reduce()
-        self._check_scores()
-        size = len(accumulators)
+        warn_of_gaps(self.accumulators)
+        if any(bool(a.state.any()) for a in self.accumulators.values()):
+            self._pick([accumulator.source() for accumulator in self.accumulators.values()])
+        else:
+            self._warn_of_no_scores()
+        for accumulator in self.accumulators.values():
+            accumulator.reset()
+        if self.candidates is not None:
+            self.candidates.restart()
+        if self.update_steps == self.schedule.last_pick:
+            self.stop()
+
+    def _pick(self, sources: list[TensorSource]) -> None:
+        """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
+        size = len(sources)
         first = self.pool.num_assigned
         if first != self.chosen:
             raise SelectionError(
@@ -221,7 +287,7 @@ class Rounds:
         distribution = ScoreDistribution()
         self.pool.assign(
             pick(
-                [accumulator.source() for accumulator in accumulators],
+                sources,
                 self.schedule.selected_after(self.update_steps) - first,
                 [self.pool.indices(i).sort().values for i in range(size)],
                 ranking=self.rules.ranking,
@@ -240,26 +306,19 @@ class Rounds:
             self.scores.get("threshold", float("nan")),
             self.scores["p50"],
         )
-        for accumulator in accumulators:
-            accumulator.reset()
-        if self.candidates is not None:
-            self.candidates.restart()
-        if self.update_steps == self.schedule.last_pick:
-            self.stop()
 
-    def _check_scores(self) -> None:
-        if not any(bool(a.state.any()) for a in self.accumulators.values()):
-            raise SelectionError(
-                f"Update step {self.update_steps}: no gradient has reached any weight that adapter "
-                f"`{self.pool.adapter_name}` may select. Is the adapter active and not merged, or "
-                "is gradient checkpointing on with use_reentrant=True (which needs "
-                "use_reentrant=False)?"
-            )
-        for name in non_finite(self.accumulators):
-            warn(
-                f"`{name}`: gradients were NaN or infinite; those weights are skipped.",
-                GradientWarning,
-            )
+    def _warn_of_no_scores(self) -> None:
+        is_last = self.update_steps == self.schedule.last_pick
+        share = self.schedule.selected_after(self.update_steps) - self.chosen
+        open_ = f"This was the last pick: {share} weights of the budget stay unselected."
+        later = f"Its {share} weights are left to the next pick."
+        warn(
+            f"Update step {self.update_steps}: no gradient has reached any weight that adapter "
+            f"`{self.pool.adapter_name}` may select, so this round selects nothing. "
+            f"{open_ if is_last else later} Is the adapter active and not merged, or is gradient "
+            "checkpointing on with use_reentrant=True (which needs use_reentrant=False)?",
+            GradientWarning,
+        )
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -282,16 +341,13 @@ class Rounds:
         self.update_steps = int(state["update_steps"])
         self.joined = [tuple(entry) for entry in state["joined"]]
         found = self.pool.num_assigned
-        expected = self.chosen
-        if self.rules.granularity == "weight":  # rows may leave a part of a quota open
-            expected = self.schedule.selected_after(self.update_steps)
-        if found != expected:
+        if found != self.chosen:
             raise SelectionError(
                 f"Adapter `{self.pool.adapter_name}` has {found} selected weights, but after "
-                f"update step {self.update_steps} of this run it should have {expected}. Load "
+                f"update step {self.update_steps} of this run it should have {self.chosen}. Load "
                 "adapter and selector state from the same checkpoint."
             )
-        _check_same_weights(self.pool, state)
+        check_same_weights(self.pool, state)
         self.pool.load_state_dict(state["pool"])
         self.stop()
         self.pool.driver = self
@@ -316,61 +372,12 @@ def _ends_update_step(optimizer: Any) -> bool:
     return getattr(getattr(optimizer, "gradient_state", None), "sync_gradients", True)
 
 
-class NoRounds:
-    """What stands in the place of `Rounds` where nothing is selected while training.
+def check_same_weights(pool: Pool, state: dict[str, Any]) -> None:
+    """Check that a selector's state is of the weights that are selected in a pool.
 
-    Args:
-        pool: The pool as it is; None where the adapter has none.
-        rules: Those of the adapter.
+    Raises:
+        SelectionError: If it is not.
     """
-
-    schedule, update_steps, round, drives = None, 0, 0, False
-
-    def __init__(self, pool: Pool | None, rules: SelectionRules) -> None:
-        self.pool, self.rules = pool, rules
-        self._warned = False
-
-    @property
-    def progress(self) -> dict[str, str]:
-        """Nothing."""
-        return {}
-
-    def metrics(self) -> dict[str, float]:
-        """Return nothing."""
-        return {}
-
-    def step(self, _optimizer: Any = None) -> bool:
-        """Say once that an adapter from the middle of a run goes on without its selector state."""
-        if self.pool is None or self._warned:
-            return False
-        self._warned = True
-        selected = num_selected(self.pool)
-        if selected and is_unfinished(self.pool, self.rules):
-            warn(
-                f"Adapter `{self.pool.adapter_name}` comes from an unfinished run: {selected} of "
-                f"{self.pool.size} weights are selected, and no more will be. Call load_state_dict "
-                "with the selector state of that run to go on.",
-                UnfinishedSelectionWarning,
-            )
-        return False
-
-    def stop(self) -> None:
-        """Free nothing."""
-
-    close = stop
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return values and positions, which the adapter's file does not keep to the last bit."""
-        return {} if self.pool is None else {"pool": self.pool.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned; the adapter's files are loaded already."""
-        if self.pool is not None and state:
-            _check_same_weights(self.pool, state)
-            self.pool.load_state_dict(state["pool"])
-
-
-def _check_same_weights(pool: Pool, state: dict[str, Any]) -> None:
     if not pool.fits(state["pool"]):
         raise SelectionError(
             f"Adapter `{pool.adapter_name}` has other weights selected than the selector "

@@ -132,8 +132,8 @@ def make_schedule(
         if steps < DEFAULT_SELECTION_STEPS:
             logger.warning(
                 "selection_steps is not given and a run of %d steps is too short for %d rounds of "
-                "%d: using rounds of %d steps.",
-                total_steps, DEFAULT_NUM_ROUNDS, DEFAULT_SELECTION_STEPS, steps,
+                "%d: using rounds of %d step%s.",
+                total_steps, DEFAULT_NUM_ROUNDS, DEFAULT_SELECTION_STEPS, steps, "s" * (steps > 1),
             )  # fmt: skip
     if total_steps // steps < 2:
         raise SelectionError(

@@ -2,6 +2,8 @@
 """Many tasks on one backbone."""
 
 from .bank import TaskBank as TaskBank
+from .combine import CombineReport as CombineReport
+from .combine import PairOverlap as PairOverlap
 from .combine import combine as combine
 from .extract import ExtractReport as ExtractReport
 from .extract import LostTensor as LostTensor

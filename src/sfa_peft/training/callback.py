@@ -10,11 +10,18 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ResumedRunWarning, SelectionError, warn
+from ..files.folder import check_complete
 from ..selection.pick import is_unfinished
-from ..tuner.layer import find_pool
+from ..tuner.layer import SFALayer, find_pool
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
-from .trainer import BeforeReporters, calling_trainer, resumed_checkpoint, warn_of_summed_loss
+from .trainer import (
+    BeforeReporters,
+    calling_trainer,
+    resume_from_whole,
+    resumed_checkpoint,
+    warn_of_summed_loss,
+)
 
 
 class SFACallback(TrainerCallback):
@@ -45,6 +52,23 @@ class SFACallback(TrainerCallback):
         self._written_at: int | None = None  # update step
         self._first = BeforeReporters(self.add_to_log)
         self._logged = self._shown = 0  # rounds
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the Trainer resume from the newest checkpoint that is whole.
+
+        A run that was killed while it saved leaves half a checkpoint, which the Trainer would take.
+        """
+        layers = [m for m in kwargs["model"].modules() if isinstance(m, SFALayer)]
+        selects = any(layer.entries for layer in layers)
+
+        def check(folder: Path, step: int) -> None:
+            check_complete(folder)
+            if selects and not args.save_only_model:
+                read_state(folder, step)
+
+        resume_from_whole(check)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

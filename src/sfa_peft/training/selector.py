@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from ..errors import SelectionError
-from ..selection.pick import num_selected
-from ..selection.rounds import NoRounds, Rounds
-from ..selection.rules import check_resumed
+from ..errors import SelectionError, UnfinishedSelectionWarning, warn
+from ..selection.pick import is_unfinished, num_selected
+from ..selection.rounds import Rounds, check_same_weights
+from ..selection.rules import SelectionRules, check_resumed
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
@@ -38,6 +39,8 @@ class SFASelector:
         adapter_name: The adapter; None for the active one.
         scaler: The gradient scaler of fp16 training (`accelerator.scaler`). Scores are unscaled,
             and a step that overflows counts neither as a step nor in a score.
+        can_skip: Whether `skip` may be called. For scores that are plain sums, the default among
+            them, it costs 4 bytes for each weight that may be selected until the last pick.
 
     Raises:
         SelectionError: If there is no such adapter, T is unknown, no pick fits into T, the model is
@@ -51,9 +54,11 @@ class SFASelector:
         total_steps: int | None = None,
         adapter_name: str | None = None,
         scaler: Any = None,
+        can_skip: bool = False,
     ) -> None:
         _refuse_reentrant_checkpointing(model)
-        self._model, self._scaler, self._checked = model, scaler, False
+        self._model, self._scaler, self._can_skip = model, scaler, can_skip
+        self._checked = False
         inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
         self._inner, self.adapter_name = inner, adapter_name or _active_adapter(inner)
         self._adapter = _find_adapter(inner, self.adapter_name)
@@ -62,7 +67,7 @@ class SFASelector:
             "total_steps": self.config.total_steps if total_steps is None else total_steps,
             "selection_steps": self.config.selection_steps,
         }
-        self._rounds: Rounds | NoRounds = NoRounds(self.pool, self.config.rules)
+        self._rounds: Rounds | _NoRounds = _NoRounds(self.pool, self.config.rules)
         if self.pool is None or not self.config.selects_while_training:
             return
         _refuse_sharded(model, self.pool)
@@ -83,7 +88,7 @@ class SFASelector:
     def _new_rounds(self, schedule: Schedule, pool: Pool) -> Rounds:
         scaler = self._scaler
         scale = scaler.get_scale if scaler is not None and scaler.is_enabled() else None
-        return Rounds(self.config.rules, pool, schedule, scale)
+        return Rounds(self.config.rules, pool, schedule, scale, self._can_skip)
 
     @property
     def drives(self) -> bool:
@@ -154,8 +159,9 @@ class SFASelector:
             Whether this step ended with a pick.
 
         Raises:
-            SelectionError: If the optimizer does not train the adapter's values, or at a pick no
-                gradient has arrived or too few weights have a finite one.
+            SelectionError: If the optimizer does not train the adapter's values, at a pick too few
+                weights have a finite score, or another call of this was left out (with several
+                processes) or came too early.
         """
         if self._rounds.schedule is not None and not self._checked:
             self._check_first_step(optimizer)
@@ -163,6 +169,31 @@ class SFASelector:
         picked = self._rounds.step(optimizer)
         self._checked = self._checked or self.update_steps > counted
         return picked
+
+    def skip(self) -> None:
+        """Drop the gradients since the last update step, which the loop gives up.
+
+        For a batch whose loss is not to count::
+
+            if not loss.isfinite():
+                selector.skip(); optimizer.zero_grad(); continue
+
+        A gradient that is not finite counts in no score anyway.
+
+        Raises:
+            SelectionError: If they are in the sums already (see `can_skip`).
+        """
+        self._rounds.skip()
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Leave out of the scores what belongs to no update step.
+
+        Such as the backward of a probe's loss or of an adversarial step::
+
+            with selector.paused():
+                probe_loss.backward()
+        """
+        return self._rounds.paused()
 
     def _check_first_step(self, optimizer: Any) -> None:
         """Look at what may have been set up after the selector was made, until a step counts."""
@@ -213,7 +244,7 @@ class SFASelector:
         if not state or self.pool is None:
             return
         if "update_steps" not in state:  # of a run that selected nothing
-            NoRounds(self.pool, self.config.rules).load_state_dict(state)
+            _NoRounds(self.pool, self.config.rules).load_state_dict(state)
             return
         check_resumed(state, self.config.rules, self._asked)
         schedule = Schedule(
@@ -227,6 +258,64 @@ class SFASelector:
         rounds = self._new_rounds(schedule, self.pool)
         rounds.load_state_dict(state)
         self._rounds = rounds
+
+
+class _NoRounds:
+    """What stands in the place of `Rounds` where nothing is selected while training.
+
+    Args:
+        pool: The pool as it is; None where the adapter has none.
+        rules: Those of the adapter.
+    """
+
+    schedule, update_steps, round, drives = None, 0, 0, False
+
+    def __init__(self, pool: Pool | None, rules: SelectionRules) -> None:
+        self.pool, self.rules = pool, rules
+        self._warned = False
+
+    @property
+    def progress(self) -> dict[str, str]:
+        """Nothing."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+    def step(self, _optimizer: Any = None) -> bool:
+        """Say once that an adapter from the middle of a run goes on without its selector state."""
+        if self.pool is None or self._warned:
+            return False
+        self._warned = True
+        selected = num_selected(self.pool)
+        if selected and is_unfinished(self.pool, self.rules):
+            warn(
+                f"Adapter `{self.pool.adapter_name}` comes from an unfinished run: {selected} of "
+                f"{self.pool.size} weights are selected, and no more will be. Call load_state_dict "
+                "with the selector state of that run to go on.",
+                UnfinishedSelectionWarning,
+            )
+        return False
+
+    def stop(self) -> None:
+        """Free nothing."""
+
+    close = skip = stop
+
+    def paused(self) -> AbstractContextManager[None]:
+        """Do nothing."""
+        return nullcontext()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return values and positions, which the adapter's file does not keep to the last bit."""
+        return {} if self.pool is None else {"pool": self.pool.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` returned; the adapter's files are loaded already."""
+        if self.pool is not None and state:
+            check_same_weights(self.pool, state)
+            self.pool.load_state_dict(state["pool"])
 
 
 def _active_adapter(model: nn.Module) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -12,9 +13,11 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import LossScaleWarning, warn
+from ..errors import LossScaleWarning, ResumedRunWarning, warn
 
 
 def calling_trainer() -> Any:
@@ -31,6 +34,47 @@ def resumed_checkpoint() -> Path | None:
         folder = frame.f_locals.get("resume_from_checkpoint")
         if isinstance(folder, (str, os.PathLike)):
             return Path(folder)
+    return None
+
+
+def resume_from_whole(check: Callable[[Path, int], Any]) -> None:
+    """Let `train(resume_from_checkpoint=True)` pass over checkpoints that are not whole.
+
+    The Trainer takes the newest folder, and a run that was killed while it saved leaves half of
+    one. To be called while the Trainer is made: no event comes before it loads a checkpoint.
+
+    Args:
+        check: Gets folder and update step; raises ValueError or OSError where a part is missing.
+    """
+    trainer = calling_trainer()
+    if trainer is None:
+        return
+    train = trainer.train
+
+    @functools.wraps(train)
+    def resume(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = _newest_whole(Path(trainer.args.output_dir), check) or True
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = resume
+
+
+def _newest_whole(output_dir: Path, check: Callable[[Path, int], Any]) -> str | None:
+    """Return the newest whole checkpoint, None where there is none; say which is left out."""
+    steps = (p.name.rpartition("-")[2] for p in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    broken = None
+    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        try:
+            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            check(folder, step)
+        except (OSError, TypeError, ValueError) as error:
+            broken = broken or f"{folder} is not whole ({error})"
+            continue
+        if broken:
+            warn(f"{broken}: the run resumes from {folder}.", ResumedRunWarning)
+        return str(folder)
     return None
 
 

@@ -228,6 +228,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
         # By name and not F.linear: any layer type and the hooks on it keep working.
         return torch.func.functional_call(self.base_layer, watched, args, kwargs)
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise SFAError(
+            "nn.DataParallel (which the Trainer takes by itself where it sees several GPUs) copies "
+            "the model to each GPU before each forward, and the copies would share one adapter's "
+            "state. Start one process per GPU: torchrun --nproc_per_node N script.py; or show it "
+            "one GPU: CUDA_VISIBLE_DEVICES=0."
+        )
+
     @eager  # a cut is kept between forwards, so no graph may own it
     def _taps(self, weight: Weight) -> tuple[list[Tap], list[Tensor]]:
         if self.training:
