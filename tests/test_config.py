@@ -72,16 +72,6 @@ def test_a_saved_config_is_json_and_reads_back_equal(tmp_path):
     assert SFAConfig.from_pretrained(tmp_path) == config
 
 
-def test_the_model_card_says_how_to_load_and_says_it_once(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("# My adapter\n")
-    SFAConfig().save_pretrained(tmp_path)
-    SFAConfig().save_pretrained(tmp_path)
-    text = card.read_text()
-    assert text.startswith("# My adapter")
-    assert text.count("import sfa_peft  # registers") == 1
-
-
 def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     SFAConfig(budget=0.1).save_pretrained(str(tmp_path))
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}

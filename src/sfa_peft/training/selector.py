@@ -18,6 +18,7 @@ from ..selection.unfinished import is_unfinished
 from ..tuner.model import find_pool
 from .active import active_adapter, adapter_config
 from .guards import refuse_reentrant_checkpointing, refuse_sharded
+from .state_files import check_state
 
 logger = logging.getLogger(__name__)
 
@@ -257,6 +258,8 @@ class SFASelector:
         """
         if not state or self.pool is None:
             return
+        names = enumerate(self.pool.names)
+        check_state(state, {name: self.pool.weight(i).shape for i, name in names})
         if "update_steps" not in state:  # of a run that selected nothing
             if not self.pool.fits(state["pool"]):
                 raise SelectionError(

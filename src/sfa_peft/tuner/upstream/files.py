@@ -23,10 +23,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.modelcard import TrainingSummary
+from transformers.utils.hub import PushToHubMixin
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError
 from ...files.folder import CHECKSUM, check_contents, write_tensors
+from .cards import summary_with_section, upload_with_section
 from .fits import Load, asked
 from .peft_type import NAME
 from .renamed_heads import heads_as_here
@@ -47,6 +50,8 @@ def install() -> None:
         (peft.peft_model, "set_peft_model_state_dict", _fill),
         (PeftModel, "load_adapter", _load_adapter),
         (PeftModel, "from_pretrained", _from_pretrained),
+        (TrainingSummary, "from_trainer", summary_with_section),
+        (PushToHubMixin, "_upload_modified_files", upload_with_section),
     ):
         original = inspect.getattr_static(holder, name)
         in_class = isinstance(original, classmethod)
