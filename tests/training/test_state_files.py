@@ -75,6 +75,13 @@ def test_a_state_comes_back_and_torch_alone_reads_it_too(tmp_path, selector):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
+def test_the_same_state_is_the_same_file_whatever_its_name(tmp_path):
+    for step in (4, 8):
+        written(SMALL, tmp_path, step)
+    one, two = (tmp_path / f"checkpoint-{step}" / STATE_NAME for step in (4, 8))
+    assert one.read_bytes() == two.read_bytes()
+
+
 def test_every_flipped_bit_of_a_small_state_is_refused(tmp_path):
     path = written(SMALL, tmp_path) / STATE_NAME
     data, accepted = path.read_bytes(), []
@@ -140,6 +147,8 @@ DAMAGES = {
     "picks in the future": ("update_steps", lambda n: 3, "out of order"),
     "a fraction of a step": ("update_steps", lambda n: n + 0.5, "is none"),
     "steps below zero": ("selection_steps", lambda n: -n, "is none"),
+    "a setting of another name": ("settings", lambda old: old | {"budget": 1}, "other settings"),
+    "a setting that is a list": ("settings", lambda old: old | {"score": []}, "a setting is none"),
     "no number of gradients": ("num_added", lambda numbers: {}, "KeyError"),
 }
 
@@ -197,8 +206,9 @@ import os, pathlib, signal, sys
 import torch
 from sfa_peft.training import state_files
 
-def write_half(state, path):
-    pathlib.Path(path).write_bytes(b"half")
+def write_half(state, file):
+    file.write(b"half")
+    file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 
 torch.save = write_half

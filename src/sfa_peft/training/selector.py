@@ -11,7 +11,7 @@ from torch import nn
 from ..analysis.stats import stage_shares
 from ..errors import SelectionError
 from ..selection.rounds import Run
-from ..selection.rules import check_settings
+from ..selection.rules import check_settings, settings_state
 from ..selection.schedule import Schedule, make_schedule
 from ..selection.scores import find_score
 from ..selection.unfinished import is_unfinished
@@ -258,8 +258,8 @@ class SFASelector:
         """
         if not state or self.pool is None:
             return
-        names = enumerate(self.pool.names)
-        check_state(state, {name: self.pool.weight(i).shape for i, name in names})
+        shapes = {name: self.pool.weight(i).shape for i, name in enumerate(self.pool.names)}
+        check_state(state, shapes, settings_state(self.config)["settings"])
         if "update_steps" not in state:  # of a run that selected nothing
             if not self.pool.fits(state["pool"]):
                 raise SelectionError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ STATE_NAME = "sfa_selector.pt"
 _MARK = b"SFASTATE"
 _SEAL = len(_MARK) + 4
 _CHUNK = 1 << 24  # bytes
+_MOST_STEPS = 1 << 48  # and weights
 _BEFORE = "Resume from the checkpoint before."
 
 
@@ -35,7 +36,8 @@ def write_state(state: dict[str, Any], output_dir: Path, step: int) -> None:
     path = _beside(output_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        torch.save(state, partial)
+        with partial.open("wb") as file:  # given a path, torch writes its name into the file
+            torch.save(state, file)
         seal = _MARK + _crc(partial, partial.stat().st_size).to_bytes(4, "little")
         with partial.open("ab") as file:
             file.write(seal)
@@ -86,12 +88,13 @@ def read_state(folder: Path | None, step: int) -> dict[str, Any]:
         raise SelectionError(f"{path}: cut short or damaged ({error}). {_BEFORE}") from error
 
 
-def check_state(state: Any, shapes: Mapping[str, torch.Size]) -> None:
+def check_state(state: Any, shapes: Mapping[str, torch.Size], settings: Collection[str]) -> None:
     """Check that a selector's state does not contradict itself or the model.
 
     Args:
         state: What `SFASelector.state_dict` returned once, and what may have become of it.
         shapes: Of the weights that may be selected, by name.
+        settings: Names of the settings that a state keeps.
 
     Raises:
         SelectionError: Naming the part that cannot be.
@@ -99,6 +102,8 @@ def check_state(state: Any, shapes: Mapping[str, torch.Size]) -> None:
     try:
         _check_pool(state["pool"]["slots"], state["pool"]["values"])
         if "update_steps" in state:
+            if state["settings"].keys() != set(settings):
+                raise ValueError("other settings")
             _check_picks(state, state["pool"]["slots"])
             _check_scores(state, shapes)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -139,8 +144,10 @@ def _check_file(path: Path) -> None:
     if seal[len(_MARK) :] != _crc(path, size - _SEAL).to_bytes(4, "little"):
         raise ValueError("its checksum does not match")
     with zipfile.ZipFile(path) as archive:  # torch stores and never packs: nothing expands
-        if any(entry.file_size != entry.compress_size for entry in archive.infolist()):
-            raise ValueError("it is packed")
+        entries = archive.infolist()
+    packed = any(entry.file_size != entry.compress_size for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > size:
+        raise ValueError("it would expand")
 
 
 # --- what it says ----------------------------------------------------------------------------
@@ -158,9 +165,10 @@ def _check_pool(slots: Any, values: Any) -> None:
 
 def _check_picks(state: Mapping[str, Any], slots: Tensor) -> None:
     picks = list(state["joined"])
-    numbers = [state[name] for name in ("update_steps", "total_steps", "selection_steps")]
-    if any(type(number) is not int or number < 0 for number in (*numbers, *chain(*picks))):
-        raise TypeError("a number of steps or weights is none")
+    least = [state[name] - 1 for name in ("total_steps", "selection_steps", "num_processes")]
+    numbers = [*least, state["update_steps"], *chain(*picks)]
+    if any(type(number) is not int or not 0 <= number < _MOST_STEPS for number in numbers):
+        raise TypeError("a number of steps, processes or weights is none")
     edges = [0, *(last for _, last, _ in picks)]
     if [first for first, _, _ in picks] != edges[:-1] or edges[-1] != int((slots >= 0).sum()):
         raise ValueError("its picks are not of its positions")
@@ -172,6 +180,11 @@ def _check_picks(state: Mapping[str, Any], slots: Tensor) -> None:
 
 
 def _check_scores(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) -> None:
+    plain, late = [*state["settings"].values()], state["late_entries"]
+    if late is not None:
+        plain += [*late["verdicts"].values(), late["watching"]]
+    if not all(value is None or isinstance(value, (str, int, float)) for value in plain):
+        raise TypeError("a setting is none")
     for name, sums in state["sums"].items():
         _check_tensor(f"sums of `{name}`", sums, shape=shapes.get(name))
         if type(state["num_added"][name]) is not int:
@@ -180,7 +193,8 @@ def _check_scores(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) ->
     for ordinal, moment in moments.items():
         for name, found in moment.items():
             if isinstance(found, Tensor):
-                _check_tensor(f"{name} of candidate {ordinal}", found)
+                floats = found.is_floating_point()
+                _check_tensor(f"{name} of candidate {ordinal}", found, floats=floats)
 
 
 def _check_tensor(

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+)
 from torch import Tensor, nn
 
 from ..config import SFAConfig
@@ -65,9 +69,15 @@ class SFAModel(SwitchingModel):
         check_base(model, self._name_to_add, self._plan, strict=peft_config.check_base)
         self._pool: Pool | None = None
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        if peft_config.resolved is None:  # nor are a file's patterns evaluated here
+            super()._check_tied_modules(model, peft_config)
+
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
         if key in self._plan.earlier:
             return True
+        if self._plan.loaded:  # a file's patterns are not evaluated: they might never end
+            return key in self._plan.targets or _ExcludedModule()
         # PEFT wants to hear of excluded layers apart from those that do not match.
         excluded = is_excluded(peft_config, key)
         return key in self._plan.targets if excluded is None else excluded
