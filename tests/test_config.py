@@ -92,16 +92,6 @@ def test_what_is_known_of_an_adapter_stays_with_its_config_and_is_no_setting(tmp
     assert config.notes.folder is None
 
 
-def test_the_model_card_says_how_to_load_and_says_it_once(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("# My adapter\n")
-    SFAConfig().save_pretrained(tmp_path)
-    SFAConfig().save_pretrained(tmp_path)
-    text = card.read_text()
-    assert text.startswith("# My adapter")
-    assert text.count("import sfa_peft  # registers") == 1
-
-
 def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     SFAConfig(budget=0.1).save_pretrained(str(tmp_path))
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}

@@ -17,7 +17,7 @@ from .errors import ConfigError, SFAError
 from .fields import check_fields, choice, names, number, option, patterns, saved, steps, whole
 from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
-from .model_card import CardFacts, write_section
+from .model_card import CardFacts, make_section, write_section
 from .selection.accumulators import SCORE_DTYPES
 from .selection.pick import GRANULARITIES, RANKINGS
 from .selection.rules import SelectionRules
@@ -289,10 +289,18 @@ class SFAConfig(PeftConfig):
             partial.write_bytes(written)
         mapping = kwargs.get("auto_mapping_dict") or self.auto_mapping or {}
         known = mapping.get("parent_library", "").startswith("transformers.")
-        write_section(
-            folder,
-            base=self.base_model_name_or_path,
-            base_class=mapping["base_model_class"] if known else None,
+        write_section(folder, self.card_section(mapping["base_model_class"] if known else None))
+
+    def card_section(self, base_class: str | None = None, base: str | None = None) -> str:
+        """Return what a model card says of the adapter.
+
+        Args:
+            base_class: Class of its base model, if that is one of transformers'.
+            base: Name of the base model, where the config does not know it yet.
+        """
+        return make_section(
+            base=self.base_model_name_or_path or base,
+            base_class=base_class,
             facts=self.notes.facts,
             metrics=self.notes.metrics,
         )

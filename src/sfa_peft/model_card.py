@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the model card of a saved adapter says: how to load it, its budget, its metrics.
 
-The section stands between two marks; saving again replaces it and leaves the rest of the card.
+The section stands between two marks, first in the card; saving again replaces it and leaves the
+rest of the card.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -18,11 +18,6 @@ from .errors import SFAError
 from .files.folder import replacing
 
 _START, _END = "<!-- sfa_peft: written anew on every save -->", "<!-- sfa_peft: end -->"
-_HEADING = "## Loading this Selective Feature Adapter"
-# The second form is that of cards without the marks.
-_SECTION = re.compile(
-    rf"{re.escape(_START)}.*?{re.escape(_END)}\n?|{_HEADING}.*?```python.*?```\n?", re.DOTALL
-)
 
 #: How files with bytes that are not UTF-8 are read and written: with the same bytes.
 _KEEP = "surrogateescape"
@@ -112,44 +107,68 @@ def _plain(value: Any) -> float | str:
     return float(value) if isinstance(value, Real) else value
 
 
-def write_section(
-    folder: Path,
+def make_section(
     *,
     base: str | None = None,
     base_class: str | None = None,
     facts: CardFacts | None = None,
     metrics: Mapping[str, float | str] | None = None,
-) -> None:
-    """Write the section about an adapter into the card in its folder (made if there is none).
+) -> str:
+    """Return the section about an adapter.
 
     Args:
-        folder: Where the adapter is saved.
         base: Hub id or path of the base model, if known.
         base_class: Its class in transformers, if known.
         facts: What its budget became; None leaves that out.
         metrics: Results.
     """
-    card = folder / "README.md"
-    # Bytes that are not UTF-8 go through unharmed.
-    text = card.read_text(encoding="utf-8", errors=_KEEP) if card.is_file() else ""
     parts = [_START, *_usage(base, base_class)]
     if facts is not None:
         parts += ["", *_facts(facts)]
     if metrics:
         rows = [(name, _number(value)) for name, value in metrics.items()]
         parts += ["", "### Results", "", *_table(("metric", "value"), rows)]
-    section = "\n".join([*parts, "", _END]) + "\n"
-    if _SECTION.search(text):
-        text = _SECTION.sub(lambda _: section, text, count=1)
-    else:
-        text = f"{text.rstrip()}\n\n{section}".lstrip()
+    return "\n".join([*parts, "", _END]) + "\n"
+
+
+def with_section(card: str, section: str) -> str:
+    """Return a card with a section in the place of the one that it has, or first."""
+    start = card.find(_START)
+    end = card.find(_END, start)
+    if start < 0 or end < 0:
+        place = _after_title(card)
+        before, after = card[:place].rstrip(), card[place:].strip()
+        return "\n\n".join(part for part in (before, section.rstrip(), after) if part) + "\n"
+    return card[:start] + section + card[end + len(_END) :].removeprefix("\n")
+
+
+def write_section(folder: Path, section: str) -> None:
+    """Write a section into the card in a folder (made if there is none)."""
+    card = folder / "README.md"
+    # Bytes that are not UTF-8 go through unharmed.
+    text = card.read_text(encoding="utf-8", errors=_KEEP) if card.is_file() else ""
     with replacing(card) as partial:
-        partial.write_text(text, encoding="utf-8", errors=_KEEP)
+        partial.write_text(with_section(text, section), encoding="utf-8", errors=_KEEP)
+
+
+def _after_title(card: str) -> int:
+    """Return where the metadata, comments and title end that a card begins with."""
+    lines = card.splitlines(keepends=True)
+    place, in_comment = 0, False
+    if lines and lines[0].rstrip() == "---":
+        place = next((n for n, line in enumerate(lines[1:], 2) if line.rstrip() == "---"), 0)
+    for count, line in enumerate(lines[place:], place + 1):
+        in_comment = in_comment or line.startswith("<!--")
+        if line.strip() and not in_comment:
+            place = count if line.startswith("# ") else place
+            break
+        in_comment = in_comment and "-->" not in line
+    return sum(map(len, lines[:place]))
 
 
 def _usage(base: str | None, base_class: str | None) -> Iterator[str]:
     yield from (
-        _HEADING,
+        "## Loading this Selective Feature Adapter",
         "",
         "`import sfa_peft` must come first: it registers the method with PEFT. Without it,",
         "loading ends in `KeyError: 'SFA'`.",
@@ -158,14 +177,30 @@ def _usage(base: str | None, base_class: str | None) -> Iterator[str]:
         "import sfa_peft  # registers SFA with PEFT",
         "from peft import PeftModel",
     )
-    if base and base_class:
+    if base and base_class and base_class.isascii() and base_class.isidentifier():
         yield f"from transformers import {base_class}"
         yield ""
-        yield f'base_model = {base_class}.from_pretrained("{base}")'
+        yield f"base_model = {base_class}.from_pretrained({_literal(base)})"
     else:
         yield ""
+        yield f"base_model = ...  # the model it was trained on{_named(base)}"
     yield 'model = PeftModel.from_pretrained(base_model, "path/or/hub-id/of/this/folder").eval()'
     yield "```"
+
+
+def _literal(text: str) -> str:
+    """Return Python's literal of a text that nobody vouches for, without what markdown might read.
+
+    Neither quotes, line ends, fences and marks nor characters that look like others end it early.
+    """
+    escaped = text.encode("unicode_escape").decode("ascii")
+    for char in '"<`':
+        escaped = escaped.replace(char, f"\\x{ord(char):02x}")
+    return f'"{escaped}"'
+
+
+def _named(base: str | None) -> str:
+    return f", {_literal(base)}" if base else ""
 
 
 def _facts(facts: CardFacts) -> Iterator[str]:
@@ -207,5 +242,6 @@ def _number(value: float | str) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     for row in (heads, ["---"] * len(heads), *rows):
-        cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in row)
+        cells = (cell.replace("|", "\\|").replace("<", "&lt;") for cell in row)
+        cells = (" ".join(cell.split()) for cell in cells)
         yield f"| {' | '.join(cells)} |"

@@ -91,19 +91,6 @@ def test_metrics_appear_once_and_saving_again_changes_nothing_else(tmp_path):
     assert "mIoU" not in card.read_text()
 
 
-def test_a_card_without_marks_gets_them(tmp_path):
-    model = adapted()
-    section = "## Loading this Selective Feature Adapter\n\nText.\n\n```python\ncode\n```"
-    old = f"# Mine\n\n{section}\n\nEnd"
-    (tmp_path / "README.md").write_text(old)
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.count("## Loading this Selective Feature Adapter") == 1
-    assert "# Mine" in card
-    assert "End" in card
-    assert "Text." not in card
-
-
 def test_metrics_that_are_none_are_refused():
     model = adapted()
     with pytest.raises(SFAError, match=r"\.item\(\)"):
@@ -153,6 +140,11 @@ with torch.no_grad():
 set_card_metrics(model, {"mIoU": 0.5})
 expected = model(batch).logits
 model.push_to_hub("someone/pushed", token="t")
+attached = upernet()
+attached.add_adapter(SFAConfig(budget=0.2, score="random", modules_to_save=["decode_head"]))
+set_card_metrics(attached, {"mIoU": 0.5})
+attached.push_to_hub("someone/attached", token="t")
+model.peft_config["default"].push_to_hub("someone/config", token="t")
 model.save_pretrained(sys.argv[1])
 HfApi(token="t").create_repo("someone/uploaded")
 HfApi(token="t").upload_folder(repo_id="someone/uploaded", folder_path=sys.argv[1])
@@ -193,5 +185,7 @@ def test_an_adapter_goes_to_the_hub_and_comes_back_by_its_id(tmp_path):
         assert "absent:" in result.stdout
     files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert files <= set(repositories["someone/pushed"])
-    card = repositories["someone/uploaded"]["README.md"].decode()
-    assert "| mIoU | 0.5 |" in card
+    for name in ("someone/pushed", "someone/uploaded", "someone/attached", "someone/config"):
+        card = repositories[name]["README.md"].decode()
+        assert card.count("import sfa_peft  # registers") == 1
+        assert "| mIoU | 0.5 |" in card

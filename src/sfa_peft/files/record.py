@@ -1,23 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `adapter_config.json` says of a saved adapter under `resolved`: sizes, layers, tensors.
+"""`adapter_config.json`, and what it says of a saved adapter under `resolved`.
 
-Each tensor has digests of its pretrained values, so that an adapter notices when it meets other
-ones. Version 4 is written only for an adapter that builds on earlier ones, which it lists; readers
-of version 3 must not ignore that.
+Sizes, layers, and tensors with digests of their pretrained values, so that an adapter notices when
+it meets other ones. Whatever a file holds, it is read in bounded time and memory and ends in a
+record that is whole, or in one `AdapterFileError`. Version 4 is written only for an adapter that
+builds on earlier ones, which it lists; readers of version 3 must not ignore that.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from .indices import MAX_SIZE
 
 FORMAT_VERSION = 3
 CHAIN_VERSION = 4
@@ -25,6 +29,13 @@ CHAIN_VERSION = 4
 _LARGEST_BYTES_PER_WEIGHT = 16
 _LARGEST_REST = 1 << 26
 READABLE_VERSIONS = (FORMAT_VERSION, CHAIN_VERSION)
+
+# More than any adapter's file has.
+_LARGEST_CONFIG = 1 << 22  # bytes
+_DEEPEST = 20  # lists and objects inside one another
+_MOST_DIGITS = 20
+_MOST_DIMENSIONS = 64
+_LONGEST_CHAIN = 256
 
 #: Hexadecimal digits kept of a SHA-256: 64 bits, against mistakes and not against attackers.
 _DIGITS = 16
@@ -92,10 +103,10 @@ class SavedTensor:
     def from_dict(cls, data: Mapping[str, Any]) -> SavedTensor:
         """Return what `to_dict` was given (ValueError, TypeError or KeyError if it was not)."""
         dtype = data["dtype"]
-        if dtype is not None and not isinstance(dtype, str):
-            raise TypeError(f"expected the name of a type, got {dtype!r}")
-        digests = {str(k): str(v) for k, v in data["digests"].items()}
-        return cls(str(data["name"]), _shape(data["shape"]), dtype, digests)
+        if dtype is not None and not isinstance(getattr(torch, _text(dtype), None), torch.dtype):
+            raise ValueError(f"expected the name of a type, got {shown(dtype)}")
+        digests = {_text(k): _text(v) for k, v in data["digests"].items()}
+        return cls(_text(data["name"]), _shape(data["shape"]), dtype, digests)
 
 
 @dataclass(frozen=True)
@@ -127,7 +138,7 @@ class Resolved:
     @property
     def num_weights(self) -> int:
         """Number of weights that positions count."""
-        return sum(math.prod(t.shape) for t in self.tensors)
+        return sum(_product(t.shape) for t in self.tensors)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -162,6 +173,49 @@ class Resolved:
         }
 
 
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the fields of an `adapter_config.json`.
+
+    Raises:
+        AdapterFileError: If it is no JSON object in UTF-8, or holds what no adapter's has.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(_LARGEST_CONFIG + 1)
+        if len(data) > _LARGEST_CONFIG:
+            raise ValueError(f"more than {_LARGEST_CONFIG} bytes")
+        text = data.decode("utf-8-sig")  # some editors put a mark before it
+        fields = json.loads(text, parse_int=_integer, parse_constant=_constant)
+        if not isinstance(fields, dict):
+            raise ValueError("no object")
+        _check_depth(fields)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterFileError(
+            f"{path}: no config of an adapter ({error}); damaged? Copy or save the adapter again."
+        ) from error
+    return fields
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _constant(name: str) -> float:
+    raise ValueError(f"a number that is {name}")
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError(f"lists or objects nested more than {_DEEPEST} deep")
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        depth += 1
+
+
 def read_resolved(data: Any) -> Resolved:
     """Return what a file's `resolved` says.
 
@@ -171,8 +225,8 @@ def read_resolved(data: Any) -> Resolved:
     version = data.get("format") if isinstance(data, Mapping) else None
     if not isinstance(data, Mapping) or version not in READABLE_VERSIONS:
         raise AdapterFileError(
-            f"adapter_config.json: format {version!r} of `resolved` is not known; this version "
-            f"reads {', '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
+            f"adapter_config.json: format {shown(version)} of `resolved` is not known; this "
+            f"version reads {', '.join(map(str, READABLE_VERSIONS))}. Upgrade sfa-peft."
         )
     wanted = {"total", "allowed", "adapter_dim", "internal", "tensors", "layers", "packed"}
     wanted |= {"chain"} if version == CHAIN_VERSION else set()
@@ -193,15 +247,17 @@ def read_resolved(data: Any) -> Resolved:
 
 def _read(data: Mapping[str, Any]) -> Resolved:
     tensors = [SavedTensor.from_dict(t) for t in data["tensors"]]
-    layers = {str(a["name"]): _layer(a) for a in data["layers"]}
-    packed = data["packed"]
+    layers = {_text(a["name"]): _layer(a) for a in data["layers"]}
+    packed, backbone, chain = data["packed"], data.get("backbone"), data.get("chain", ())
+    if len(chain) > _LONGEST_CHAIN:
+        raise ValueError(f"{len(chain)} earlier adapters")
     duplicates = len(tensors) - len({t.name for t in tensors})
     if duplicates:
         raise ValueError(f"{duplicates} tensors are listed twice")
     stray = {t.name.rpartition(".")[0] for t in tensors} - set(layers)
     if stray:
-        raise ValueError(f"tensors of {sorted(stray)[0]}, which is not among the layers")
-    most = sum(math.prod(t.shape) for t in tensors)
+        raise ValueError(f"tensors of {shown(sorted(stray)[0])}, which is not among the layers")
+    most = sum(_product(t.shape) for t in tensors)
     if _size(data["internal"]) > most:
         raise ValueError(f"internal {data['internal']} of {most} weights")
     if packed is not None and _size(packed) > _LARGEST_BYTES_PER_WEIGHT * most + _LARGEST_REST:
@@ -214,23 +270,44 @@ def _read(data: Mapping[str, Any]) -> Resolved:
         layers=layers,
         tensors=tuple(tensors),
         packed=None if packed is None else _size(packed),
-        backbone=data.get("backbone"),
-        chain=tuple(Link(str(a["source"]), str(a["digest"])) for a in data.get("chain", ())),
+        backbone=None if backbone is None else _text(backbone),
+        chain=tuple(Link(_text(a["source"]), _text(a["digest"])) for a in chain),
     )
 
 
 def _layer(data: Mapping[str, Any]) -> SavedLayer:
-    return SavedLayer(_size(data["width"]), data["role"], data["block"], data["index"])
+    role, block, index = data["role"], data["block"], data["index"]
+    return SavedLayer(
+        _size(data["width"]),
+        None if role is None else _text(role),
+        None if block is None else _size(block),
+        None if index is None else _size(index),
+    )
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, got {shown(value)}")
+    return value
 
 
 def _size(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"expected a number of at least 0, got {value!r}")
+        raise ValueError(f"expected a number of at least 0, got {shown(value)}")
     return value
 
 
 def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(_size(n) for n in value)
+    if len(value) > _MOST_DIMENSIONS or _product(value) >= MAX_SIZE:
+        raise ValueError(f"no tensor has the shape {shown(value)}")
+    return tuple(value)
+
+
+def _product(shape: Sequence[Any]) -> int:
+    product = 1
+    for size in shape:
+        product *= _size(size)
+    return product
 
 
 def check_tensors(

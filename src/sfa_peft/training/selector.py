@@ -19,6 +19,7 @@ from ..sparse.pool import Pool
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer, find_adapter
 from ..tuner.report import stage_shares
+from .state_files import check_state
 
 
 class SFASelector:
@@ -243,6 +244,9 @@ class SFASelector:
         """
         if not state or self.pool is None:
             return
+        weights = zip(self.pool.names, self.pool.weights, strict=True)
+        shapes = {name: weight.tensor.shape for name, weight in weights}
+        check_state(state, shapes, self.config.rules.to_state()["settings"])
         if "update_steps" not in state:  # of a run that selected nothing
             _NoRounds(self.pool, self.config.rules).load_state_dict(state)
             return

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 
 from ..config import SFAConfig
@@ -54,6 +54,8 @@ class Injection:
         """Return whether a layer is wrapped, or PEFT's mark of those that the config excludes."""
         if path in self.plan.earlier:
             return True
+        if self.plan.loaded:  # a file's patterns are not evaluated: they might never end
+            return path in self.plan.targets or _ExcludedModule()
         # PEFT wants to hear of excluded layers apart from those that do not match.
         excluded = is_excluded(self.config, path)
         return path in self.plan.targets if excluded is None else excluded

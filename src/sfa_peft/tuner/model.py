@@ -42,6 +42,10 @@ class SFAModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config  # an `Injection` finds the layers: it gets the model
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
+        if peft_config.resolved is None:  # nor are a file's patterns evaluated here
+            super()._check_tied_modules(model, peft_config)
+
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # pyright: ignore
         return self._injection.is_target(key)
 

@@ -8,25 +8,33 @@ Adapters of other methods pass through untouched.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
-import json
 import pickle
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 import peft.peft_model
 import peft.utils.save_and_load
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel, set_peft_model_state_dict
+from peft.config import PeftConfigMixin
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers.modelcard import TrainingSummary
+from transformers.utils.hub import PushToHubMixin
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError
 from ...files.folder import CHECKSUM, already_read, read_adapter, reading_once, write_tensors
+from ...files.record import read_config
+from .cards import summary_with_section, upload_with_section
 from .fits import Load, asked
 from .heads import heads_as_here
 from .peft_type import NAME
@@ -38,6 +46,13 @@ _READING = (SafetensorError, OSError, EOFError, pickle.UnpicklingError, HFValida
 #: In torch's own error about a damaged `.bin`, which is of no type of its own.
 _TORCH = "PytorchStreamReader"
 
+#: Bytes in which a config or the header of a tensors' file says whose it is.
+_HEAD = 1 << 22
+_TYPE = re.compile(rf'"peft_type"\s*:\s*"{NAME}"'.encode())
+# More than any adapter's config has.
+_MOST_UNKNOWN = 100  # fields, of later versions
+_MOST_NAMES = 10_000  # in a list
+
 
 def install() -> None:
     """Put the functions around PEFT's; safe to call again."""
@@ -45,8 +60,11 @@ def install() -> None:
         (peft.peft_model, "safe_save_file", _write),
         (peft.utils.save_and_load, "safe_load_file", _read),
         (peft.peft_model, "set_peft_model_state_dict", _fill),
+        (PeftConfigMixin, "from_json_file", _read_config),
         (PeftModel, "load_adapter", _load_adapter),
         (PeftModel, "from_pretrained", _from_pretrained),
+        (TrainingSummary, "from_trainer", summary_with_section),
+        (PushToHubMixin, "_upload_modified_files", upload_with_section),
     ):
         original = inspect.getattr_static(holder, name)
         in_class = isinstance(original, classmethod)
@@ -155,6 +173,36 @@ def _from_pretrained(
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
+def _read_config(
+    original: Callable[..., Any], cls: Any, path: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Go around `PeftConfig.from_json_file`, which trusts what it reads."""
+    if not _is_ours(Path(path)):
+        return original(cls, path, *args, **kwargs)
+    fields = read_config(path)
+    known = {f.name for f in dataclasses.fields(SFAConfig)}
+    lists = [value for value in fields.values() if isinstance(value, list)]
+    try:
+        if fields.get("peft_type") != NAME:
+            raise ValueError(f"peft_type {shown(fields.get('peft_type'))}, its tensors are SFA's.")
+        if len(fields.keys() - known) > _MOST_UNKNOWN or any(len(v) > _MOST_NAMES for v in lists):
+            raise ValueError("more fields or names than an adapter's config has.")
+        SFAConfig(**{name: value for name, value in fields.items() if name in known})
+        _check_texts(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: {error} Save the adapter again.") from error
+    return fields
+
+
+def _check_texts(fields: dict[str, Any]) -> None:
+    """Check what the config, PEFT and the model card take as it is (TypeError)."""
+    texts = {n: fields.get(n) for n in ("base_model_name_or_path", "revision", "score")}
+    texts |= fields.get("auto_mapping") or {}
+    for name, text in texts.items():
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"{name}: expected text, got {shown(text)}.")
+
+
 def _check_there(model_id: Any, subfolder: str | None) -> None:
     """Refuse a local SFA adapter without tensors, which PEFT would look for on the Hub."""
     folder = Path(model_id, subfolder or "")
@@ -168,8 +216,11 @@ def _check_there(model_id: Any, subfolder: str | None) -> None:
 
 
 def _is_ours(config: Path) -> bool:
-    try:
-        fields = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(fields, dict) and fields.get("peft_type") == NAME
+    """Whether an adapter is of this method, by its config or, if that is damaged, its tensors."""
+    with suppress(OSError), config.open("rb") as file:
+        if _TYPE.search(file.read(_HEAD)):
+            return True
+        with (config.parent / SAFETENSORS_WEIGHTS_NAME).open("rb") as tensors:
+            header = int.from_bytes(tensors.read(8), "little")
+            return b".sfa_" in tensors.read(min(header, _HEAD))
+    return False
