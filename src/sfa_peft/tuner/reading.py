@@ -234,7 +234,7 @@ def fill_pool(pool: Pool, selection: Selection, *, with_values: bool) -> None:
         selection: By the names of the pool's tensors.
         with_values: Whether values are set to the saved change; otherwise they stay as they are.
     """
-    none = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    none = tuple(torch.empty(0, dtype=t, device="cpu") for t in (torch.int64, torch.float32))
     found = [selection.get(name, none) for name in pool.names]
     pool.assign([indices for indices, _ in found])
     if with_values:

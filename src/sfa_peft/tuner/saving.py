@@ -83,7 +83,7 @@ def by_tensor(slots: Tensor, values: Tensor, starts: Sequence[int]) -> list[tupl
     assigned = slots >= 0
     positions, order = slots[assigned].long().sort()
     values = values[assigned][order]
-    cuts = torch.searchsorted(positions, torch.tensor(starts)).tolist()
+    cuts = torch.searchsorted(positions, positions.new_tensor(starts)).tolist()
     return [
         (positions[a:b] - start, values[a:b])
         for (a, b), start in zip(pairwise(cuts), starts, strict=False)
@@ -192,8 +192,8 @@ def unpack_selection(pool: Pool, packed: Tensor, where: str) -> tuple[Tensor, Te
             f"{where}: {count} selected weights, but adapter `{pool.adapter_name}` has room for "
             f"{size}. It was made with another budget: load it under a new name."
         )
-    slots = torch.full((size,), -1, dtype=pool.slots_dtype)
-    values = torch.zeros(size)
+    slots = torch.full((size,), -1, dtype=pool.slots_dtype, device="cpu")
+    values = torch.zeros(size, dtype=torch.float32, device="cpu")
     if count:
         starts = zip(pool.starts, entries, strict=False)
         slots[:count] = torch.cat([i + start for start, (i, _) in starts]).to(slots.dtype)

@@ -57,8 +57,8 @@ def unite(selections: Sequence[Selection], factors: Sequence[float], method: str
             if name in selection
         ]
         indices = torch.cat([i for i, _, _ in present]).unique()
-        values = torch.zeros(indices.numel(), dtype=torch.float64)
-        taken = torch.zeros(indices.numel(), dtype=torch.bool)
+        values = torch.zeros_like(indices, dtype=torch.float64)
+        taken = torch.zeros_like(indices, dtype=torch.bool)
         for own, change, factor in present:
             places = torch.searchsorted(indices, own)
             values[places] = _joined(values[places], taken[places], change, factor, method)
