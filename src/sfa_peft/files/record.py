@@ -9,6 +9,7 @@ adapter that builds on earlier ones, which it lists; readers of version 3 must n
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ CHAIN_VERSION = 4
 #: A packed selection takes less than this, whatever is selected; more is damage.
 _LARGEST_BYTES_PER_WEIGHT = 16
 _LARGEST_REST = 1 << 26
+_LARGEST_CONFIG = 1 << 16
 READABLE_VERSIONS = (1, 2, 3, 4)
 
 
@@ -85,6 +87,8 @@ class Resolved:
         packed: Bytes of the packed selection; None where values and positions are plain tensors.
         backbone: `model_type` of the backbone, None if unknown.
         chain: Earlier adapters that the change is made on top of, the oldest first.
+        base_config: Fields of the backbone's config that may change what it computes; None where a
+            file does not say.
     """
 
     total: int
@@ -96,6 +100,7 @@ class Resolved:
     packed: int | None = None
     backbone: str | None = None
     chain: tuple[Link, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
     @property
     def num_weights(self) -> int:
@@ -114,6 +119,7 @@ class Resolved:
             "format": CHAIN_VERSION if chain else FORMAT_VERSION,
             **({"chain": chain} if chain else {}),
             "backbone": self.backbone,
+            **({} if self.base_config is None else {"base_config": dict(self.base_config)}),
             "total": self.total,
             "allowed": self.allowed,
             "adapter_dim": self.adapter_dim,
@@ -192,8 +198,17 @@ def _read(data: Mapping[str, Any], version: int) -> Resolved:
         tensors=tuple(tensors),
         packed=None if packed is None else _size(packed),
         backbone=data.get("backbone"),
+        base_config=_config(data.get("base_config")),
         chain=tuple(Link(str(a["source"]), str(a["digest"])) for a in data.get("chain", ())),
     )
+
+
+def _config(fields: Any) -> Mapping[str, Any] | None:
+    if fields is not None and not isinstance(fields, Mapping):
+        raise TypeError(f"expected the fields of a config, got {fields!r:.100}")
+    if len(json.dumps(fields)) > _LARGEST_CONFIG:
+        raise ValueError(f"base_config of more than {_LARGEST_CONFIG} characters")
+    return fields
 
 
 def _layer(data: Mapping[str, Any]) -> SavedLayer:

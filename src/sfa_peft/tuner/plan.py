@@ -22,6 +22,7 @@ from ..files.record import Link, Resolved, SavedLayer, SavedTensor, read_resolve
 from .external import output_features
 from .quantised import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
+from .upstream.base_config import recorded_fields
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ class Plan:
             },
             tensors=tuple(replace(saved.get(n, t), name=n) for n, t in fresh.items()),
             backbone=self.backbone.model_type if self.backbone else None,
+            base_config=self.saved.base_config if self.saved else recorded_fields(self.backbone),
             chain=self.chain,
         )
 

@@ -23,6 +23,7 @@ from ..files.record import Resolved, SavedTensor
 from ..sparse.pool import Pool
 from .layer import SFALayer
 from .plan import Plan
+from .upstream.base_config import check_base_config
 
 State = dict[str, Tensor]
 
@@ -226,6 +227,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
     Raises:
         AdapterFileError: Naming the first tensor that differs, if `strict`.
     """
+    check_base_config(adapter_name, plan.saved, plan.backbone, strict=_is_strict(strict))
     others = set()
     for saved in plan.saved.tensors if plan.saved else ():
         name = plan.path_here(saved.name)

@@ -84,7 +84,7 @@ def union_config(
     *,
     widths: Mapping[str, int] | None = None,
     external: int = 0,
-    modules_to_save: list[str] | None = None,
+    modules_to_save: list[str] | str | None = None,
 ) -> SFAConfig:
     """Return the config of an adapter that is as large as the union of several.
 
@@ -114,6 +114,7 @@ def union_config(
         },
         tensors=tuple(tensors.values()),
         backbone=parts[0].backbone,
+        base_config=parts[0].base_config,
     )
     return SFAConfig(
         budget=allowed / total,
