@@ -25,6 +25,7 @@ from .reading import SavedAdapter, fill_pool, read_chain, read_saved, reuse
 from .report import card_facts
 from .saving import check_base, in_pool_type, pack_state, settle, unpack_state
 from .targets import is_excluded
+from .upstream.checkpointing import prepare_checkpointing
 from .upstream.fits import check_fits
 from .upstream.heads import check_heads, settle_heads, unmatched_heads
 from .weighted import LINEAR, add_weighted
@@ -94,6 +95,7 @@ class SFAModel(SwitchingModel):
         attach_chain(model, adapter_name, self._chain)
         self._chain = ()
         compiled.install(model)
+        prepare_checkpointing(model)
         plan, pool = self._plan, self._pool
         _check_order(pool, plan)
         resolved = plan.to_resolved()
