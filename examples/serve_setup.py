@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,11 @@ from sfa_peft.dense.scenes.render import SceneDataset
 from sfa_peft.errors import SFAError
 
 SCENES, STEPS, BATCH = 256, 100, 8
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 25_000_000  # to decode; of a JPEG, which can be decoded smaller, twice as many
+MAX_SIDE = 20_000
+# Two pictures at a time, each of which may take 130 MB for a moment; and always on the same two
+# threads, since C libraries keep freed memory for the thread that had it.
+DECODERS = ThreadPoolExecutor(2, "decoder")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 # Five colours of the viridis map, from near (bright) to far.
 VIRIDIS = np.array([[253, 231, 37], [94, 201, 98], [33, 145, 140], [59, 82, 139], [68, 1, 84]])
@@ -111,8 +117,8 @@ def train(model, scenes, loss: Callable, folder: Path, steps: int) -> None:
 # --- pictures ----------------------------------------------------------------------------------
 
 
-def read_picture(data: bytes) -> Image.Image:
-    """Return an uploaded picture, upright, in RGB.
+def read_picture(data: bytes, most: int) -> Image.Image:
+    """Return an uploaded picture, upright, in RGB, made smaller where a side is above `most`.
 
     Raises:
         BadPictureError: If it is none, is damaged, or has too many pixels.
@@ -120,17 +126,30 @@ def read_picture(data: bytes) -> Image.Image:
     try:
         # Only formats that browsers show: the fewer decoders a stranger can reach, the better.
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
-        if picture.width * picture.height > MAX_PIXELS:
+        size = picture.size
+        picture.draft("RGB", (2 * most, 2 * most))  # decodes a JPEG smaller, if it is one
+        decoded = picture.width * picture.height
+        if decoded > MAX_PIXELS or math.prod(size) > 2 * MAX_PIXELS or max(size) > MAX_SIDE:
             raise BadPictureError(
-                f"{picture.width} x {picture.height} pixels; at most {MAX_PIXELS:,} are taken"
+                f"{size[0]} x {size[1]} pixels; at most {MAX_PIXELS:,} are taken, and {MAX_SIDE:,} "
+                "a side"
             )
-        return as_image(ImageOps.exif_transpose(picture))
+        return DECODERS.submit(_small, picture, most).result()
     except BadPictureError:
         raise
     except UnidentifiedImageError as error:
         raise BadPictureError(f"not a picture of a known kind ({', '.join(FORMATS)})") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadPictureError(f"the picture is damaged ({error})") from error
+
+
+def _small(picture: Image.Image, most: int) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits, of which Pillow would take the lower ones
+        picture = as_image(picture)
+    elif picture.mode in ("1", "P"):  # cannot be averaged
+        picture = picture.convert("RGB")
+    picture.thumbnail((most, most), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return ImageOps.exif_transpose(picture).convert("RGB")
 
 
 def to_pixels(picture: Image.Image, image_size: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ The page shows an uploaded picture with both results, and how long the switch of
 forward took. The same without the page::
 
     curl --data-binary @picture.jpg http://127.0.0.1:8000/predict
+    curl -F picture=@picture.jpg http://127.0.0.1:8000/predict
 """
 
 import argparse
@@ -24,6 +25,7 @@ import json
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
@@ -33,7 +35,7 @@ import uvicorn
 from common.arguments import DEFAULT_BACKBONE
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse
+from fastapi.responses import HTMLResponse
 from PIL import Image
 from serve_setup import (
     BadPictureError,
@@ -44,12 +46,15 @@ from serve_setup import (
     to_pixels,
     train_both,
 )
+from serve_web import LIMITS, make_guarded_app, read_upload
+from starlette.requests import ClientDisconnect
 
 from sfa_peft.dense.scenes.render import CLASS_NAMES, render_scene
 from sfa_peft.errors import SFAError
 from sfa_peft.tasks import TaskBank
 
 WAIT = 30.0  # seconds that a request may wait for others before it is told to come back
+HERE = ("127.0.0.1", "localhost")  # names of this machine for itself
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -73,6 +78,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="out/serve", help="Where adapters are trained to.")
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on.")
     parser.add_argument("--port", type=int, default=8000, help="Port to listen on, 0 for any.")
+    parser.add_argument(
+        "--names",
+        nargs="*",
+        default=[],
+        help="Host names that the server is reached by, if others.",
+    )
     parser.add_argument("--max_upload_mb", type=float, default=10.0, help="Largest picture, in MB.")
     args = parser.parse_args(argv)
     if (args.segmentation is None) != (args.depth is None):
@@ -103,9 +114,9 @@ def load_bank(args: argparse.Namespace) -> tuple[TaskBank, list[str]]:
     return bank, names
 
 
-def predict(bank: TaskBank, names: list[str], picture: Image.Image, image_size: int) -> dict:
-    """Return pictures, legends and times of both tasks."""
-    pixels = to_pixels(picture, image_size)
+def predict(bank: TaskBank, names: list[str], data: bytes, image_size: int) -> dict:
+    """Return pictures, legends and times of both tasks for an uploaded picture."""
+    pixels = to_pixels(read_picture(data, 16 * image_size), image_size)
     results = {}
     # The task that is active goes first, which saves a switch.
     for name in sorted(bank.list(), key=lambda name: name != bank.active):
@@ -135,12 +146,24 @@ def to_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def make_app(bank: TaskBank, names: list[str], *, image_size: int, max_bytes: int) -> FastAPI:
-    app = FastAPI(title="Several tasks on one backbone")
+def make_app(
+    bank: TaskBank,
+    names: list[str],
+    *,
+    image_size: int,
+    max_bytes: int,
+    hosts: Sequence[str] = HERE,
+) -> FastAPI:
+    page = (Path(__file__).parent / "serve_tasks.html").read_text(encoding="utf-8")
+    app = make_guarded_app("Several tasks on one backbone", page, hosts)
 
     @app.get("/")
-    def page() -> FileResponse:
-        return FileResponse(Path(__file__).parent / "serve_tasks.html")
+    def index() -> HTMLResponse:
+        return HTMLResponse(page)
+
+    @app.get("/health")
+    async def health() -> dict:
+        return {"status": "ok", "tasks": bank.list()}
 
     @app.get("/tasks")
     def tasks() -> dict:
@@ -152,21 +175,15 @@ def make_app(bank: TaskBank, names: list[str], *, image_size: int, max_bytes: in
         picture = Image.fromarray(render_scene(secrets.randbelow(2**31), image_size).image)
         return Response(to_png(picture), media_type="image/png")
 
-    @app.post("/predict")
-    async def upload(request: Request) -> dict:
-        data = bytearray()
-        async for chunk in request.stream():  # counted as it comes: a header may lie
-            data += chunk
-            if len(data) > max_bytes:
-                raise HTTPException(413, f"the picture is larger than {max_bytes:,} bytes")
-        if not data:
-            raise HTTPException(400, "no picture: send its bytes as the body of the request")
+    @app.post("/predict", response_model=None)
+    async def upload(request: Request) -> dict | Response:
         try:
-            picture = await run_in_threadpool(read_picture, bytes(data))
+            data = await read_upload(request, max_bytes)
+            return await run_in_threadpool(predict, bank, names, data, image_size)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it; without it a traceback is printed
         except BadPictureError as error:
             raise HTTPException(415, str(error)) from error
-        try:
-            return await run_in_threadpool(predict, bank, names, picture, image_size)
         except SFAError as error:  # others keep the backbone busy
             raise HTTPException(503, str(error), {"Retry-After": "5"}) from error
 
@@ -178,8 +195,9 @@ def main() -> None:
     bank, names = load_bank(args)
     total = sum(memory.total for memory in bank.memory().values())
     print(f"backbone {bank.backbone_bytes:,} bytes, both tasks {total:,} bytes")
-    app = make_app(bank, names, image_size=args.image_size, max_bytes=int(1e6 * args.max_upload_mb))
-    uvicorn.run(app, host=args.host, port=args.port)
+    max_bytes, hosts = int(1e6 * args.max_upload_mb), [*HERE, args.host, *args.names]
+    app = make_app(bank, names, image_size=args.image_size, max_bytes=max_bytes, hosts=hosts)
+    uvicorn.run(app, host=args.host, port=args.port, **LIMITS)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing, however it is switched on."""
 
+import warnings
+
 import pytest
 import torch
 from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector
+from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
 from sfa_peft.tuner.layer import find_pool
-from tests.behaviour.test_precision import assert_same, trained
+from tests.model_zoo import FAMILIES, pixels
+from tests.training.test_precision import assert_same, trained
 from tests.training.trainer_runs import make_trainer
+from tests.whole_life import outputs
 
 
 def classifier():
@@ -75,3 +79,30 @@ def test_reentrant_checkpointing_after_the_selector_was_made_is_refused():
     switch_on(model, True)
     with pytest.raises(SelectionError, match='"use_reentrant": False'):
         selector.step(torch.optim.AdamW(trained(model)))
+
+
+@pytest.mark.filterwarnings(NEWER_NAME)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_before_wrapping_works_with_every_family_that_has_it(family):
+    """PEFT's hook wants a tensor of the patch embeddings, where hierarchical ones give a tuple."""
+
+    batch = {"pixel_values": pixels(family)}
+
+    def gradients(checkpointed):
+        torch.manual_seed(0)
+        base = FAMILIES[family]()
+        if not base.supports_gradient_checkpointing:
+            pytest.skip("has no gradient checkpointing")
+        if checkpointed:
+            switch_on(base, False)
+        config = SFAConfig(budget=0.2, score="random", init_weights=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SFAWarning)  # heads stay frozen here
+            model = get_peft_model(base, config).train()
+        sum(t.nan_to_num().square().mean() for t in outputs(model, batch)).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    expected, found = gradients(False), gradients(True)
+    assert found.keys() == expected.keys()
+    assert any(grad.any() for grad in expected.values())
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

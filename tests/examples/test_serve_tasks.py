@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import hashlib
 import importlib
 import io
 import json
+import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +33,7 @@ from sfa_peft.errors import SFAError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT = 200_000
+HERE = "http://127.0.0.1:8000"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def example() -> Iterator[ModuleType]:
     """Import the script as Python does that runs it: with its folder on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(EXAMPLES))
-        for name in ("semantic_segmentation", "serve_setup", "serve_tasks"):
+        for name in ("semantic_segmentation", "serve_setup", "serve_web", "serve_tasks"):
             patch.delitem(sys.modules, name, raising=False)
         yield importlib.import_module("serve_tasks")
 
@@ -60,7 +65,8 @@ def loaded(example: ModuleType, args: Any) -> Any:
 @pytest.fixture(scope="module")
 def client(example: ModuleType, loaded: Any) -> TestClient:
     bank, names = loaded
-    return TestClient(example.make_app(bank, names, image_size=64, max_bytes=LIMIT))
+    app = example.make_app(bank, names, image_size=64, max_bytes=LIMIT)
+    return TestClient(app, base_url=HERE)
 
 
 def picture(width: int = 64, height: int = 64, kind: str = "PNG", mode: str = "RGB") -> bytes:
@@ -123,7 +129,7 @@ def test_results_are_those_of_each_task_loaded_alone(example, args, loaded, clie
     from peft import PeftModel
     from serve_setup import build, read_picture, to_pixels
 
-    pixels = to_pixels(read_picture(picture()), 64)
+    pixels = to_pixels(read_picture(picture(), 1024), 64)
     bank, _ = loaded
     for name in ("segmentation", "depth"):
         folder = getattr(args, name)
@@ -152,7 +158,8 @@ def test_requests_at_the_same_time_all_get_the_same_answer(client):
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415, "not a picture"),
         (picture()[:200], 415, "damaged"),
         (bytes(LIMIT + 1), 413, "larger than 200,000 bytes"),
-        (picture(8000, 8000, "GIF", "1")[:LIMIT], 415, "at most 50,000,000"),
+        (picture(8000, 8000, "GIF", "1")[:LIMIT], 415, "at most 25,000,000"),
+        (picture(20_008, 8), 415, "20,000 a side"),
     ],
 )
 def test_what_is_no_picture_is_refused_with_a_reason(client, data, status, message):
@@ -239,3 +246,169 @@ def test_help_says_what_it_does(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(EXAMPLES / "serve_tasks.py"), run_name="__main__")
     assert "Segmentation and depth from one backbone" in capsys.readouterr().out
+
+
+# --- strangers ---------------------------------------------------------------------------------
+
+
+def call(app: Any, messages: list[dict]) -> list[dict]:
+    """Run an app on what a server would tell it; return what it says."""
+    said: list[dict] = []
+    waiting = iter(messages)
+
+    async def receive() -> dict:
+        message = dict(next(waiting))
+        await asyncio.sleep(message.pop("after", 0))
+        return message
+
+    async def send(message: dict) -> None:
+        said.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/predict", "query_string": b""}
+    scope |= {"headers": [(b"host", b"localhost")], "http_version": "1.1"}
+    asyncio.run(app(scope, receive, send))
+    return said
+
+
+def test_an_upload_that_is_given_up_ends_without_an_error(client):
+    part = {"type": "http.request", "body": b"\x89PNG", "more_body": True}
+    said = call(client.app, [part, {"type": "http.disconnect"}])
+    assert said[0]["status"] == 499
+
+
+def test_an_upload_that_takes_too_long_is_given_up(client, monkeypatch):
+    monkeypatch.setattr("serve_web.UPLOAD_SECONDS", 0.05)
+    part = {"type": "http.request", "body": b"\x89PNG", "more_body": True}
+    said = call(client.app, [part, {**part, "after": 30}])
+    assert said[0]["status"] == 408
+
+
+def test_a_form_with_a_file_is_as_good_as_the_bytes(client):
+    data = picture(kind="JPEG")
+    expected = client.post("/predict", content=data).json()["tasks"]
+    field = ("title", (None, "a form field before the file"))
+    for name in ("a.jpg", "b \xe9.jpg"):
+        answer = client.post("/predict", files=[field, ("picture", (name, data))]).json()
+        for task, found in answer["tasks"].items():
+            assert found["image"] == expected[task]["image"]
+    response = client.post("/predict", files=[field])
+    assert response.status_code == 400
+    assert "a form with a file" in response.json()["detail"]
+    assert client.post("/predict", files={"picture": ("a.txt", b"hello")}).status_code == 415
+
+
+@pytest.mark.parametrize("path", ["/", "/tasks", "/nowhere", "/predict"])
+def test_every_answer_says_what_a_page_may_do(client, path):
+    headers = client.get(path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+
+
+def test_the_policy_allows_the_scripts_and_styles_of_the_page_and_no_others(client):
+    response = client.get("/")
+    policy = response.headers["content-security-policy"]
+    inline = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", response.text, re.DOTALL)
+    assert len(inline) == 2
+    for _, text in inline:
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in policy
+    assert policy.count("sha256-") == 2
+    assert not re.search(r"\son\w+=|\sstyle=", response.text)  # attributes, which no hash allows
+
+
+def test_a_name_that_is_not_the_servers_is_refused(example, loaded, client):
+    for host in ("evil.example", "127.0.0.1.evil.example", ""):
+        response = client.get("/tasks", headers={"host": host})
+        assert response.status_code == 400
+        assert response.headers["x-content-type-options"] == "nosniff"
+    assert client.get("/tasks", headers={"host": "localhost:8000"}).status_code == 200
+    own = example.make_app(*loaded, image_size=64, max_bytes=LIMIT, hosts=["depth.example"])
+    assert TestClient(own, base_url="http://depth.example").get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json"])
+def test_the_server_does_not_describe_itself(client, path):
+    assert client.get(path).status_code == 404
+
+
+def test_health_is_answered_while_the_backbone_is_in_use(client, loaded):
+    with loaded[0].activate("depth"):
+        response = client.get("/health")
+    assert response.json() == {"status": "ok", "tasks": ["segmentation", "depth"]}
+
+
+def test_uvicorn_gets_limits_and_the_names(example, loaded, monkeypatch):
+    ran = {}
+    monkeypatch.setattr(example, "load_bank", lambda _args: loaded)
+    monkeypatch.setattr(example.uvicorn, "run", lambda app, **options: ran.update(options, app=app))
+    monkeypatch.setattr(sys, "argv", ["serve_tasks.py", "--names", "depth.example"])
+    example.main()
+    app = ran.pop("app")
+    assert TestClient(app, base_url="http://depth.example").get("/health").status_code == 200
+    config = example.uvicorn.Config(app, **ran)  # which takes them all
+    assert config.limit_concurrency == 32
+    assert config.timeout_keep_alive == 5
+    assert not config.server_header
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(example):
+    from serve_setup import read_picture
+
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    found = np.asarray(read_picture(buffer.getvalue(), 1024))[..., 0]
+    assert np.abs(found.astype(int) - ramp // 257).max() <= 1
+
+
+def test_a_picture_is_upright_and_made_smaller_on_the_way_in(example):
+    from serve_setup import read_picture
+
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a camera that was held upright
+    Image.new("RGB", (4000, 3000), (10, 200, 30)).save(buffer, "JPEG", exif=exif)
+    found = read_picture(buffer.getvalue(), 1000)
+    assert found.size == (750, 1000)
+    assert np.abs(np.asarray(found).reshape(-1, 3).mean(0) - [10, 200, 30]).max() < 3
+
+
+UPLOADS = """
+import io, resource, sys
+from concurrent.futures import ThreadPoolExecutor
+sys.path.insert(0, "examples")
+from PIL import Image
+from serve_setup import read_picture, to_pixels
+
+def save(size, kind):
+    buffer = io.BytesIO()
+    Image.new("RGB", size).save(buffer, kind)
+    return buffer.getvalue()
+
+def answer(data):
+    return tuple(to_pixels(read_picture(data, 1024), 64).shape)
+
+pictures = [save((5000, 4990), "PNG")] * 6 + [save((20_000, 1), "PNG")]
+answer(save((64, 64), "PNG"))
+with open("/proc/self/status") as file:
+    before = next(int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+with ThreadPoolExecutor(7) as pool:
+    shapes = list(pool.map(answer, pictures))
+assert shapes == [(1, 3, 64, 64)] * 6 + [(1, 3, 64, 192)], shapes
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_many_large_uploads_at_once_take_little_memory():
+    done = subprocess.run(
+        [sys.executable, "-c", UPLOADS],
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 350  # MB; each picture alone has 100 MB

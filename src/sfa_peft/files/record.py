@@ -32,6 +32,7 @@ READABLE_VERSIONS = (FORMAT_VERSION, CHAIN_VERSION)
 
 # More than any adapter's file has.
 _LARGEST_CONFIG = 1 << 22  # bytes
+_LARGEST_BASE_CONFIG = 1 << 16  # characters
 _DEEPEST = 20  # lists and objects inside one another
 _MOST_DIGITS = 20
 _MOST_DIMENSIONS = 64
@@ -123,6 +124,8 @@ class Resolved:
         packed: Bytes of the packed selection; None where no weight is changed.
         backbone: `model_type` of the backbone, None if unknown.
         chain: Earlier adapters that the change is made on top of, the oldest first.
+        base_config: Fields of the backbone's config that may change what it computes; None where a
+            file does not say.
     """
 
     total: int
@@ -134,6 +137,7 @@ class Resolved:
     packed: int | None = None
     backbone: str | None = None
     chain: tuple[Link, ...] = ()
+    base_config: Mapping[str, Any] | None = None
 
     @property
     def num_weights(self) -> int:
@@ -160,6 +164,7 @@ class Resolved:
             "format": CHAIN_VERSION if chain else FORMAT_VERSION,
             **({"chain": chain} if chain else {}),
             "backbone": self.backbone,
+            **({} if self.base_config is None else {"base_config": dict(self.base_config)}),
             "total": self.total,
             "allowed": self.allowed,
             "adapter_dim": self.adapter_dim,
@@ -271,8 +276,17 @@ def _read(data: Mapping[str, Any]) -> Resolved:
         tensors=tuple(tensors),
         packed=None if packed is None else _size(packed),
         backbone=None if backbone is None else _text(backbone),
+        base_config=_config(data.get("base_config")),
         chain=tuple(Link(_text(a["source"]), _text(a["digest"])) for a in chain),
     )
+
+
+def _config(fields: Any) -> Mapping[str, Any] | None:
+    if fields is not None and not isinstance(fields, Mapping):
+        raise TypeError(f"expected the fields of a config, got {shown(fields)}")
+    if len(json.dumps(fields)) > _LARGEST_BASE_CONFIG:
+        raise ValueError(f"base_config of more than {_LARGEST_BASE_CONFIG} characters")
+    return fields
 
 
 def _layer(data: Mapping[str, Any]) -> SavedLayer:

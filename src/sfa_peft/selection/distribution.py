@@ -26,7 +26,7 @@ class ScoreDistribution:
     """
 
     def __init__(self) -> None:
-        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64)
+        self.counts = torch.zeros(NUM_BINS, dtype=torch.int64, device="cpu")
         self.threshold: float | None = None
 
     def add(self, counts: Tensor, threshold: int | None) -> None:

@@ -178,7 +178,9 @@ def _pick_rows(
         for score, chosen in zip(scores, rows, strict=True):
             distribution.add_scores(score[score >= 0], score[chosen])
     return [
-        (chosen[:, None] * size + torch.arange(size)).reshape(-1).to(source.device)
+        (chosen[:, None] * size + torch.arange(size, device=chosen.device))
+        .reshape(-1)
+        .to(source.device)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
     ]
 
@@ -200,12 +202,13 @@ def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
 def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> list[Tensor]:
     """Return for each tensor the rows that come first, while all of them fit into the quota."""
     every = torch.cat(list(scores))
+    counts = [0, *(s.numel() for s in scores)]
+    starts = torch.tensor(counts, device=every.device).cumsum(0)
     order = torch.sort(every, descending=True, stable=True).indices
     order = order[every[order] >= 0]
-    lengths = torch.cat([torch.full(s.shape, n) for s, n in zip(scores, sizes, strict=True)])
+    lengths = every.new_tensor(sizes, dtype=torch.int64).repeat_interleave(starts.diff())
     fits = int((lengths[order].cumsum(0) <= quota).sum())
     chosen = order[:fits].sort().values
-    starts = torch.tensor([0, *(s.numel() for s in scores)]).cumsum(0)
     cuts = torch.searchsorted(chosen, starts).tolist()
     return [
         chosen[a:b] - start

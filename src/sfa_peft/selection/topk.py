@@ -96,7 +96,8 @@ class RandomSource:
 
     def _block(self, block: int) -> Tensor:
         seed = Random(f"{self.seed}/{block}").getrandbits(63)
-        return torch.rand(_RANDOM_BLOCK, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return torch.rand(_RANDOM_BLOCK, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def streaming_topk(
@@ -173,7 +174,7 @@ def _histogram(
     size: int,
 ) -> Tensor:
     """Count entries that are not banned by bin."""
-    counts = torch.zeros(size, dtype=torch.int64)
+    counts = torch.zeros(size, dtype=torch.int64, device="cpu")
     for source, ban in zip(sources, banned, strict=True):
         own = torch.zeros(size, dtype=torch.int64, device=source.device)
         for _, keys, inside in _chunks(source, ban):
@@ -187,7 +188,7 @@ def _histogram(
 def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:
     """Return the bin that holds the k-th largest entry and how many lie in bins above it."""
     from_top = counts.flip(0).cumsum(0)
-    position = int(torch.searchsorted(from_top, torch.tensor(k)))
+    position = int(torch.searchsorted(from_top, k))
     above = int(from_top[position - 1]) if position else 0
     return counts.numel() - 1 - position, above
 

@@ -80,8 +80,8 @@ def unite(selections: Sequence[Deltas], factors: Sequence[float], method: str) -
             if name in selection
         ]
         indices = torch.cat([i for i, _, _ in present]).unique()
-        values = torch.zeros(indices.numel(), dtype=torch.float64)
-        taken = torch.zeros(indices.numel(), dtype=torch.bool)
+        values = torch.zeros_like(indices, dtype=torch.float64)
+        taken = torch.zeros_like(indices, dtype=torch.bool)
         for own, change, factor in present:
             places = torch.searchsorted(indices, own)
             values[places] = _joined(values[places], taken[places], change, factor, method)
@@ -140,7 +140,7 @@ def by_weight(slots: Tensor, values: Tensor, starts: Sequence[int]) -> list[Delt
     assigned = slots >= 0
     positions, order = slots[assigned].long().sort()
     values = values[assigned][order]
-    cuts = torch.searchsorted(positions, torch.tensor(starts)).tolist()
+    cuts = torch.searchsorted(positions, positions.new_tensor(starts)).tolist()
     return [
         Delta(positions[a:b] - start, values[a:b])
         for (a, b), start in zip(pairwise(cuts), starts, strict=False)

@@ -182,7 +182,8 @@ class Pool:
             deltas: By the names of the pool's weights.
             with_values: Whether values are set to the change; otherwise they stay as they are.
         """
-        none = Delta(torch.empty(0, dtype=torch.int64), torch.empty(0))
+        kinds = (torch.int64, torch.float32)
+        none = Delta(*(torch.empty(0, dtype=kind, device="cpu") for kind in kinds))
         found = [deltas.get(name, none) for name in self.names]
         self.assign([delta.indices for delta in found])
         if with_values:

@@ -19,27 +19,7 @@ from ..backbones import describe_model, find_backbone, role_modules
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..tuner.layer import SFALayer
-
-#: Fields of a config that say nothing about what a backbone computes.
-_NOTES = frozenset(
-    {
-        "_name_or_path",
-        "architectures",
-        "chunk_size_feed_forward",
-        "dtype",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-    }
-)
-#: Fields that say which features come out: the parts inside can be shared all the same.
-_OUTPUTS = frozenset({"out_features", "out_indices", "stage_names", "reshape_hidden_states"})
+from ..tuner.upstream.base_config import OUTPUTS, config_fields
 
 
 def find_shareable(model: nn.Module) -> nn.Module:
@@ -97,7 +77,7 @@ def share(shared: nn.Module, model: nn.Module, *, check_weights: bool) -> dict[s
         )
     own, where = found.module, found.name
     differences = _compare_configs(shared, own)
-    structural = [d for d in differences if d.partition("=")[0] not in _OUTPUTS]
+    structural = [d for d in differences if d.partition("=")[0] not in OUTPUTS]
     if structural:
         raise SFAError(
             f"task model: its backbone `{where}` has another config than the bank's: "
@@ -202,18 +182,12 @@ def adapted_layers(module: nn.Module) -> list[SFALayer]:
 
 def _compare_configs(shared: nn.Module, own: nn.Module) -> list[str]:
     """Return the fields that differ, as "field=value, the bank's value"."""
-    first, second = _config_of(shared), _config_of(own)
-    fields = sorted((first.keys() | second.keys()) - _NOTES)
+    first, second = config_fields(shared), config_fields(own)
     return [
         f"{field}={second.get(field)!r}, the bank's {first.get(field)!r}"
-        for field in fields
+        for field in sorted(first.keys() | second.keys())
         if first.get(field) != second.get(field)
     ]
-
-
-def _config_of(module: nn.Module) -> dict[str, Any]:
-    config = getattr(module, "config", None)
-    return config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
 
 
 def _match_parts(

@@ -163,8 +163,8 @@ def unpack_selection(pool: Pool, packed: PackedSelection) -> tuple[Tensor, Tenso
             f"{where}: {count} selected weights, but adapter `{pool.adapter_name}` has room for "
             f"{size}. It was made with another budget: load it under a new name."
         )
-    slots = torch.full((size,), -1, dtype=pool.slots.dtype)
-    values = torch.zeros(size, dtype=torch.float32)
+    slots = torch.full((size,), -1, dtype=pool.slots.dtype, device="cpu")
+    values = torch.zeros(size, dtype=torch.float32, device="cpu")
     if count:
         starts = zip(pool.starts, deltas, strict=False)
         slots[:count] = torch.cat([d.indices + start for start, d in starts]).to(slots.dtype)

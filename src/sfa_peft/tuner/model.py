@@ -18,6 +18,7 @@ from .layer import SFALayer, find_adapter
 from .reading import in_pool_type, unpack_state
 from .report import card_facts
 from .saving import pack_state
+from .upstream.checkpointing import prepare_checkpointing
 from .upstream.fits import check_fits
 from .upstream.heads import settle_heads
 from .weighted import LINEAR, add_weighted
@@ -72,6 +73,7 @@ class SFAModel(BaseTuner):
         self._injection.finish()
         del self._injection  # it holds what it read of other adapters
         compiled.install(model)
+        prepare_checkpointing(model)
 
     def _create_and_replace(
         self,

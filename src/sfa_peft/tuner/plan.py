@@ -20,6 +20,7 @@ from ..files.record import Resolved, SavedLayer, SavedTensor, check_tensors, rea
 from .external import output_features
 from .quantised import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
+from .upstream.base_config import recorded_fields
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,7 @@ def _record(
         layers=_layers(targets),
         tensors=tuple(SavedTensor(name, shape) for name, shape in sizes.items()),
         backbone=backbone.model_type if backbone else None,
+        base_config=recorded_fields(backbone),
     )
 
 
@@ -241,7 +243,7 @@ def _loaded_plan(
         saved,
         layers=_layers(targets),
         tensors=tuple(listed[f"{t.name}.{p}"] for t in targets.values() for p in t.parameters),
-        backbone=backbone.model_type if backbone else None,
+        backbone=saved.backbone or (backbone.model_type if backbone else None),
     )
     moved = {a: b for a, b in renamed.items() if a != b}
     return Plan(backbone, record, targets, loaded=True, renamed=moved)

@@ -31,6 +31,7 @@ from .adapter import Adapter, base_reader, unpack_selection
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .targets import is_excluded
+from .upstream.base_config import check_base_config
 
 State = dict[str, Tensor]
 
@@ -148,6 +149,8 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
     Raises:
         AdapterFileError: Naming the first tensor that differs, if `strict`.
     """
+    if plan.loaded:
+        check_base_config(adapter_name, plan.record, plan.backbone, strict=_is_strict(strict))
     others = set()
     for saved in plan.record.tensors if plan.loaded else ():
         weight = pretrained_tensor(model, saved.name)
@@ -180,12 +183,16 @@ def pretrained_tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(layer.get_base_layer(), parameter).detach()
 
 
+def _is_strict(strict: bool) -> bool:
+    return strict and os.environ.get(_ENVIRONMENT) != "0"
+
+
 def _report_other_base(adapter_name: str, name: str, strict: bool) -> None:
     message = (
         f"Adapter `{adapter_name}` was trained on other pretrained weights: `{name}` holds "
         "other values here. "
     )
-    if strict and os.environ.get(_ENVIRONMENT) != "0":
+    if _is_strict(strict):
         raise AdapterFileError(
             message + "Load it onto the model it was trained on; or, to load it all the same, read "
             "its config with SFAConfig.from_pretrained, set check_base=False and pass "

@@ -62,6 +62,7 @@ def union_config(
         },
         tensors=tuple(tensors.values()),
         backbone=parts[0].backbone,
+        base_config=parts[0].base_config,
     )
     return SFAConfig(
         budget=allowed / total,
