@@ -2,6 +2,7 @@
 """Make every test process small, offline and repeatable, before transformers is imported."""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the Hub fails at once, here as in CI
 os.environ.setdefault("MPLBACKEND", "Agg")
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+HERE = Path(__file__).resolve().parent
 # Several workers share few cores; threads that wait by spinning make a step many times slower.
 torch.set_num_threads(1)
 
@@ -21,7 +23,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # these train whole models: they may not count, nor be slowed, as coverage
-        if {"benchmarks", "examples"} & set(item.path.parts):
+        if any(item.path.is_relative_to(HERE / name) for name in ("benchmarks", "examples")):
             item.add_marker(pytest.mark.no_cover)
     if torch.cuda.is_available():
         return
