@@ -13,7 +13,7 @@ from sfa_peft import AdapterFileError, SFAConfig, SFAWarning
 from sfa_peft.backbones import find_backbone
 from sfa_peft.files.record import Resolved, read_resolved
 from sfa_peft.tasks import combine
-from sfa_peft.tuner.upstream.base_config import check_base_config, config_fields, recorded_fields
+from sfa_peft.tuner.base_config import check_base_config, config_fields, recorded_fields
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 from tests.whole_life import evaluate

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..backbones import describe_model, find_backbone, role_modules
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..tuner.base_config import OUTPUTS, config_fields
 from ..tuner.layer import SFALayer
-from ..tuner.upstream.base_config import OUTPUTS, config_fields
 
 
 def find_shareable(model: nn.Module) -> nn.Module:

@@ -28,10 +28,10 @@ from ..files.record import Resolved, is_same_base, read_resolved, type_name
 from ..sparse import delta
 from ..sparse.delta import Delta
 from .adapter import Adapter, base_reader, unpack_selection
+from .base_config import check_base_config
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .targets import is_excluded
-from .upstream.base_config import check_base_config
 
 State = dict[str, Tensor]
 

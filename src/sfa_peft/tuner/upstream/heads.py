@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from ...backbones import find_backbone, head_modules, role_modules
 from ...config import AUTO, SFAConfig
-from ...errors import SFAWarning, TargetError
+from ...errors import FrozenHeadWarning, TargetError, warn
 
 # What Transformers 5 calls otherwise, with the name in 4. Only names that one release has and the
 # other lacks are compared, so that a pattern that fits too much does no harm.
@@ -96,11 +95,10 @@ def _without_auto(model: nn.Module, config: SFAConfig) -> SFAConfig:
         return config
     found = head_modules(model)
     if not found:
-        warnings.warn(
+        warn(
             f'modules_to_save="{AUTO}": the whole model is its backbone, so nothing is trained '
             "whole. Where it has a head nevertheless, name that.",
-            SFAWarning,
-            stacklevel=2,
+            FrozenHeadWarning,
         )
     others = [name for name in given if name != AUTO]
     return _with_heads(config, list(dict.fromkeys([*found, *others])))

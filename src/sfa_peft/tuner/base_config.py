@@ -8,14 +8,13 @@ shifts by `image_size` when it is built.
 from __future__ import annotations
 
 import json
-import warnings
 from typing import Any
 
 from torch import nn
 
-from ...backbones import Backbone
-from ...errors import AdapterFileError, SFAWarning
-from ...files.record import Resolved
+from ..backbones import Backbone
+from ..errors import AdapterFileError, OtherBaseWarning, warn
+from ..files.record import Resolved
 
 #: Fields that say nothing about what is computed outside training.
 _SILENT = frozenset(
@@ -99,7 +98,7 @@ def check_base_config(
             "SFA_CHECK_BASE=0)."
         )
     if names:
-        warnings.warn(f"{message}{found}.", SFAWarning, stacklevel=6)
+        warn(f"{message}{found}.", OtherBaseWarning)
 
 
 def _plain(value: Any) -> Any:
