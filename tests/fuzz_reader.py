@@ -188,8 +188,21 @@ def files(folder: Path) -> Target:
     saved_adapter(folder)
     path = folder / WEIGHTS_NAME
     sealed, tensors = path.read_bytes(), load_file(path)
-    save_file(tensors, path)
-    plain = path.read_bytes()
+    key = next(key for key in tensors if key.endswith("sfa_packed"))
+    packed = tensors[key].numpy().tobytes()
+    length = int.from_bytes(packed[32:40], "little")
+    listed = json.loads(zlib.decompress(packed[length + 4 :]))
+
+    def make(rng: random.Random) -> bytes:
+        if rng.random() < 0.4:
+            return mutate(sealed, rng)
+        manifest = zlib.compress(json.dumps(forge(listed, rng)).encode())
+        if rng.random() < 0.2:
+            manifest = zlib.compress(b"[" + b"{}," * rng.choice([1, 10**6, 10**7]) + b"{}]")
+        data = packed[:length] + zlib.crc32(manifest).to_bytes(4, "little") + manifest
+        forged = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        save_file(tensors | {key: forged}, path)
+        return mutate(path.read_bytes(), rng) if rng.random() < 0.3 else path.read_bytes()
 
     def check(data: bytes) -> None:
         path.write_bytes(data)
@@ -197,7 +210,7 @@ def files(folder: Path) -> Target:
         if found.selection is None and any("sfa_packed" in key for key in found.tensors):
             raise RuntimeError("a selection that was not looked at")
 
-    return Target(lambda rng: mutate(rng.choice([sealed, plain]), rng), check, AdapterFileError)
+    return Target(make, check, AdapterFileError)
 
 
 def configs(folder: Path) -> Target:

@@ -1,4 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import time
+import tracemalloc
+import zlib
+
 import pytest
 import torch
 
@@ -26,6 +30,19 @@ def test_every_damaged_byte_of_a_manifest_is_refused():
     for end in range(len(BLOB) + 1, PACKED.numel()):
         with pytest.raises(AdapterFileError, match="x: the list of tensors"):
             read_packed(PACKED[:end], "x")
+
+
+@pytest.mark.parametrize("text", [b"[" + b"{}," * 10**7 + b"{}]", b"[" * 10**6, b"9" * 10**5])
+def test_a_forged_manifest_takes_bounded_time_and_memory(text):
+    body = zlib.compress(text)
+    data = BLOB + zlib.crc32(body).to_bytes(4, "little") + body
+    tracemalloc.start()
+    start = time.process_time()
+    with pytest.raises(AdapterFileError, match="x: the list of tensors"):
+        read_packed(torch.frombuffer(bytearray(data), dtype=torch.uint8), "x")
+    assert time.process_time() - start < 2
+    assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("packed", [PACKED.int(), PACKED.view(1, -1), torch.zeros(9)])

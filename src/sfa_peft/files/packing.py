@@ -33,7 +33,7 @@ from .container import (
     encode_entries,
     read_blob,
 )
-from .record import SavedTensor
+from .record import LARGEST_JSON, SavedTensor, parse_json
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.
@@ -44,8 +44,6 @@ _DTYPE_OF = {mode: dtype for dtype, mode in _ULPS.items()}
 
 #: Bytes of the checksum between a blob and its manifest.
 _CRC = 4
-#: More than any model's names take; a damaged manifest cannot ask for more.
-_LARGEST_MANIFEST = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -202,10 +200,10 @@ def _read_manifest(data: memoryview, where: str) -> tuple[SavedTensor, ...]:
         raise damaged
     try:
         reader = zlib.decompressobj()
-        text = reader.decompress(body, _LARGEST_MANIFEST)
+        text = reader.decompress(body, LARGEST_JSON)
         if not reader.eof or reader.unused_data:
             raise damaged
-        return tuple(SavedTensor.from_dict(t) for t in json.loads(text))
+        return tuple(SavedTensor.from_dict(t) for t in parse_json(text))
     except (zlib.error, ValueError, TypeError, KeyError, AttributeError) as error:
         raise damaged from error
 

@@ -31,7 +31,7 @@ _LARGEST_REST = 1 << 26
 READABLE_VERSIONS = (FORMAT_VERSION, CHAIN_VERSION)
 
 # More than any adapter's file has.
-_LARGEST_CONFIG = 1 << 22  # bytes
+LARGEST_JSON = 1 << 22  # bytes
 _LARGEST_BASE_CONFIG = 1 << 16  # characters
 _DEEPEST = 20  # lists and objects inside one another
 _MOST_DIGITS = 20
@@ -186,19 +186,33 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """
     try:
         with Path(path).open("rb") as file:
-            data = file.read(_LARGEST_CONFIG + 1)
-        if len(data) > _LARGEST_CONFIG:
-            raise ValueError(f"more than {_LARGEST_CONFIG} bytes")
-        text = data.decode("utf-8-sig")  # some editors put a mark before it
-        fields = json.loads(text, parse_int=_integer, parse_constant=_constant)
+            fields = parse_json(file.read(LARGEST_JSON + 1))
         if not isinstance(fields, dict):
             raise ValueError("no object")
-        _check_depth(fields)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise AdapterFileError(
             f"{path}: no config of an adapter ({error}); damaged? Copy or save the adapter again."
         ) from error
     return fields
+
+
+def parse_json(data: bytes) -> Any:
+    """Return what JSON that nobody vouches for holds (ValueError if it holds too much)."""
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"more than {LARGEST_JSON} bytes")
+    text = data.decode("utf-8-sig")  # some editors put a mark before it
+    try:
+        value = json.loads(text, parse_int=_integer, parse_constant=_constant)
+    except RecursionError as error:
+        raise ValueError("lists or objects nested too deep") from error
+    level, depth = [value] if isinstance(value, (dict, list)) else [], 0
+    while level:
+        if depth > _DEEPEST:
+            raise ValueError("lists or objects nested too deep")
+        inner = (v.values() if isinstance(v, dict) else v for v in level)
+        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
+        depth += 1
+    return value
 
 
 def _integer(digits: str) -> int:
@@ -209,16 +223,6 @@ def _integer(digits: str) -> int:
 
 def _constant(name: str) -> float:
     raise ValueError(f"a number that is {name}")
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level:
-        if depth > _DEEPEST:
-            raise ValueError(f"lists or objects nested more than {_DEEPEST} deep")
-        inner = (v.values() if isinstance(v, dict) else v for v in level)
-        level = [v for values in inner for v in values if isinstance(v, (dict, list))]
-        depth += 1
 
 
 def read_resolved(data: Any) -> Resolved:
