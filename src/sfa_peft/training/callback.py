@@ -85,12 +85,19 @@ class SFACallback(TrainerCallback):
         _refuse_second_callback(trainer)
         warn_of_summed_loss(args, kwargs["model"], trainer)
         if not self._begins_again(state, kwargs["model"]):
-            self._begin(state, kwargs["model"], kwargs.get("optimizer"))
+            self._begin(state, **kwargs)
         self._is_training = True
         self._logged, self._shown = self.selector.round if self.selector else 0, 0
         self._first.join(trainer)
 
-    def _begin(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _begin(
+        self,
+        state: TrainerState,
+        model: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_kwargs: Any,
+    ) -> None:
         if self.selector is not None:
             self.selector.discard()  # it may be what the memory ran out of
         self.selector = SFASelector(
@@ -98,6 +105,7 @@ class SFACallback(TrainerCallback):
             total_steps=state.max_steps,
             adapter_name=self.adapter_name,
             scaler=getattr(optimizer, "scaler", None),
+            lr_scheduler=lr_scheduler,
         )
         pool = self.selector.pool
         if pool is None:  # rho=1 selects nothing
