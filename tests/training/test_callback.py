@@ -95,6 +95,7 @@ def test_the_state_of_another_run_is_refused():
     selector = SFASelector(model, total_steps=10)
     state = selector.state_dict() | {"update_steps": 6, "selection_steps": 2}
     state["joined"] = [(0, 7, 2)]
+    state["pool"]["slots"][:7] = torch.arange(7)
     with pytest.raises(SelectionError, match=r"has 0 selected weights, .* step 6 .* should have 7"):
         selector.load_state_dict(state)
 
