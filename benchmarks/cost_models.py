@@ -141,7 +141,8 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
     ends = [schedule.selected_after(i * SELECTION_STEPS) for i in range(picks + 1)]
     state = fresh.state_dict()
     fresh.discard()
-    sums = {} if phase == "after" else {n: _zeros(s) for n, s in state["sums"].items()}
+    sums = {} if phase == "after" else state["sums"]  # zeros yet
+    sums = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in sums.items()}  # on the CPU
     state |= {
         "update_steps": picks * SELECTION_STEPS,
         "sums": sums,
@@ -153,11 +154,6 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
     resumed = SFASelector(model)
     resumed.load_state_dict(state)
     return resumed
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Return zeros of a tensor's shape that take no memory."""
-    return like.new_zeros(()).expand(like.shape)
 
 
 def fill(slots: Tensor, eligible: int, ends: list[int], seed: int = 0) -> None:
