@@ -69,8 +69,13 @@ class DenseReference:
         return sum(int(m.sum()) for m in self.mask.values())
 
     @torch.no_grad()
-    def step(self, rate: float, decay: float, betas: tuple[float, float], eps: float) -> None:
-        """Do what one optimizer step and one selector step do, from the weights' `.grad`."""
+    def step(
+        self, rate: float | dict[str, float], decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Do what one optimizer step and one selector step do, from the weights' `.grad`.
+
+        `rate` is one for all weights, or that of each by its name.
+        """
         self.taken += 1
         beta1, beta2 = betas
         dense = self.score == "weight_difference" and self.taken <= max(self.targets)
@@ -90,7 +95,8 @@ class DenseReference:
             )
             mean = self.mean[name] / (1 - beta1**age)
             square = self.square[name] / (1 - beta2**age)
-            update = rate * mean / (square.sqrt() + eps) + rate * decay * self.delta[name]
+            own = rate[name] if isinstance(rate, dict) else rate
+            update = own * mean / (square.sqrt() + eps) + own * decay * self.delta[name]
             self.delta[name] = torch.where(trains, self.delta[name] - update, self.delta[name])
             weight.grad = None
         if self.taken in self.targets:

@@ -15,6 +15,7 @@ from .errors import LossScaleWarning as LossScaleWarning
 from .errors import MergeWarning as MergeWarning
 from .errors import OptimizerWarning as OptimizerWarning
 from .errors import OtherBaseWarning as OtherBaseWarning
+from .errors import ParameterGroupWarning as ParameterGroupWarning
 from .errors import ResumedRunWarning as ResumedRunWarning
 from .errors import SelectionError as SelectionError
 from .errors import SFAError as SFAError
@@ -27,6 +28,7 @@ from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
+from .tuner.rates import parameter_groups as parameter_groups
 from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
 from .tuner.report import plot_selection as plot_selection
@@ -48,6 +50,7 @@ __all__ = [
     "MergeWarning",
     "OptimizerWarning",
     "OtherBaseWarning",
+    "ParameterGroupWarning",
     "ResumedRunWarning",
     "SFACallback",
     "SFAConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "UnfinishedSelectionWarning",
     "budget_report",
     "head_modules",
+    "parameter_groups",
     "plot_selection",
     "register_score",
     "selection_summary",
