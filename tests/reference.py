@@ -149,6 +149,20 @@ class DenseReference:
             self.mask[name] |= part.view_as(self.mask[name])
 
 
+def step_where(optimizer, weights: dict, masks: dict, pretrained: dict) -> None:
+    """Let an optimizer of dense weights move what a mask selects, and nothing else."""
+    for name, weight in weights.items():
+        weight.grad *= masks[name]
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.where(masks[name], weight, pretrained[name]))
+            for state in optimizer.state[weight].values():  # decay got into the moments
+                if torch.is_tensor(state) and state.shape == weight.shape:
+                    state.mul_(masks[name])
+
+
 def assert_same(pool, reference: DenseReference, atol: float = 1e-6) -> None:
     """Compare an adapter with the reference: the same set, and values to `atol`."""
     masks, deltas = masks_of(pool), deltas_of(pool)

@@ -22,9 +22,9 @@ from sfa_peft import (
     parameter_groups,
 )
 from sfa_peft.tuner.layer import find_pool
-from tests.reference import DenseReference, assert_same, masks_of
+from tests.reference import DenseReference, assert_same, masks_of, step_where
 from tests.tiny import images, upernet
-from tests.training.trainer_runs import STEPS, make_trainer
+from tests.training.trainer_runs import make_trainer
 
 BETAS, EPS = (0.9, 0.999), 1e-3  # an eps that keeps rounding of tiny gradients small
 DECAY = 0.7
@@ -141,16 +141,7 @@ def test_any_optimizer_trains_as_it_trains_dense_weights_with_a_group_per_layer(
         optimizer.step()
         optimizer.zero_grad()
         loss_of(dense, step).backward()
-        for n, weight in weights.items():
-            weight.grad *= masks[n]
-        own.step()
-        own.zero_grad()
-        with torch.no_grad():
-            for n, weight in weights.items():
-                weight.copy_(torch.where(masks[n], weight, pretrained[n]))
-                for state in own.state[weight].values():  # decay got into the moments
-                    if torch.is_tensor(state) and state.shape == weight.shape:
-                        state.mul_(masks[n])
+        step_where(own, weights, masks, pretrained)
     model(torch.randn(2, 12))
     for n, weight in weights.items():
         live = model.base_model.model.get_submodule(n.rpartition(".")[0]).base_layer.weight
@@ -247,13 +238,25 @@ def test_norms_biases_and_embeddings_do_not_decay_unless_asked():
     for name, parameter in model.named_parameters():
         plain = parameter.ndim > 1 and not name.endswith("logit_scale")
         assert found[name] == (1e-3, 0.05 if plain else 0.0), name
-    query = nn.Module()
-    query.level_embed, query.queries = nn.Parameter(torch.ones(3, 4)), nn.Embedding(2, 4)
-    assert set(rates_by_name(query, parameter_groups(query, 1, weight_decay=1)).values()) == {
-        (1, 0.0)
-    }
-    everything = parameter_groups(model, 1e-3, weight_decay=0.05, decay_all=True)
+    everything = parameter_groups(model, 1e-3, weight_decay=0.05, no_decay=())
     assert [(g["lr"], g["weight_decay"]) for g in everything] == [(1e-3, 0.05)]
+
+
+def test_each_kind_can_be_spared_decay_alone():
+    model = nn.Module()
+    model.norm, model.linear, model.queries = nn.BatchNorm2d(4), nn.Linear(4, 4), nn.Embedding(2, 4)
+    model.gamma, model.cls_token = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1, 1, 4))
+
+    def spared(*kinds):
+        groups = parameter_groups(model, 1e-3, weight_decay=0.05, no_decay=kinds)
+        return {n for n, (_, decay) in rates_by_name(model, groups).items() if decay == 0}
+
+    assert spared("norms") == {"norm.weight", "norm.bias", "gamma"}
+    assert spared("biases") == {"norm.bias", "linear.bias"}
+    assert spared("embeddings") == {"queries.weight", "cls_token"}
+    assert spared("norms", "biases", "embeddings") == {
+        n for n, _ in model.named_parameters() if n != "linear.weight"
+    }
 
 
 def test_head_external_adapters_and_selected_weights_have_rates_of_their_own():
@@ -278,13 +281,15 @@ def test_layers_of_external_adapters_and_of_lora_count_like_their_blocks():
     sfa = get_peft_model(upernet(), SFAConfig(budget=0.3, rho=1, modules_to_save=["decode_head"]))
     lora = LoraConfig(r=2, target_modules=["query", "q_proj"], modules_to_save=["decode_head"])
     for model in (sfa, get_peft_model(upernet(), lora)):
-        found = rates_by_name(model, parameter_groups(model, 1e-3, layer_decay=0.9))
+        new = [p for n, p in model.named_parameters() if p.requires_grad and "lora_" in n]
+        groups = parameter_groups(model, 1e-2, layer_decay=0.9, external_lr=1e-3, new_layers=new)
+        found = rates_by_name(model, groups)
         assert len({rate for rate, _ in found.values()}) == 6  # the head and 5 blocks
         for name, (rate, _) in found.items():
             plain = name.removeprefix("base_model.model.")
             inside = plain.startswith("backbone.")
             scale = scale_of_the_source(plain, [1, 1, 2, 1], 0.9) if inside else 1
-            assert rate == pytest.approx(1e-3 * scale), name
+            assert rate == pytest.approx(1e-3 * scale if inside else 1e-2), name
 
 
 @pytest.mark.parametrize(
@@ -295,6 +300,7 @@ def test_layers_of_external_adapters_and_of_lora_count_like_their_blocks():
         ({"internal_lr": float("inf")}, "internal_lr: expected a finite number"),
         ({"layer_decay": 0.0}, r"layer_decay: expected a factor in \(0, 1\], got 0.0"),
         ({"layer_decay": 1.1}, r"layer_decay: expected a factor in \(0, 1\], got 1.1"),
+        ({"no_decay": ["norm"]}, r"no_decay: expected some of \['norms', .* got \['norm'\]"),
         ({"head_lr": 1.0}, "head_lr is given, but nothing outside the backbone is trained"),
         ({"internal_lr": 1e-3}, r"internal_lr=0.001, but SFAConfig.internal_lr_ratio=2.0 sets"),
     ],
@@ -315,24 +321,30 @@ def test_layer_decay_of_a_model_without_numbered_blocks_is_refused():
 # --- rules by names and shapes -------------------------------------------------------------------
 
 
-NORMS = {"rho": 0, "target_modules": [], "target_parameters": ["layernorm_before.weight"]}
+NORMS = {
+    "budget": 5e-4,
+    "rho": 0,
+    "target_modules": [],
+    "target_parameters": ["layernorm_before.weight"],
+    "modules_to_save": ["decode_head"],
+}
 
 
 def test_the_trainers_own_groups_take_a_selection_in_norms_for_a_norm_which_a_warning_says(
     tmp_path,
 ):
-    trainer = make_trainer(tmp_path, [SFACallback()], NORMS | {"budget": 5e-4}, weight_decay=0.05)
+    trainer = make_trainer(tmp_path, [SFACallback()], NORMS, weight_decay=0.05)
     with pytest.warns(ParameterGroupWarning, match=r"do not decay, .*\(weight_decay=0.05\)"):
         trainer.train()
 
 
-def train(folder, resume=None, steps=STEPS, **changes):
+def train(folder, resume=None, **changes):
     """Train as the documentation says; return the optimizer's groups of the selected weights."""
-    trainer = make_trainer(
-        folder, [SFACallback()], NORMS | {"budget": 5e-4}, save_steps=6, **changes
-    )
-    groups = parameter_groups(trainer.model, 1e-2, weight_decay=0.05, layer_decay=0.5)
-    trainer.optimizer = torch.optim.AdamW(groups)
+    model = get_peft_model(upernet(), SFAConfig(**NORMS, selection_steps=3))
+    groups = parameter_groups(model, 1e-2, weight_decay=0.05, layer_decay=0.5)
+    optimizers = torch.optim.AdamW(groups), None
+    changes |= {"model": model, "optimizers": optimizers, "save_steps": 6}
+    trainer = make_trainer(folder, [SFACallback()], **changes)
     trainer.train(resume_from_checkpoint=resume)
     pool = find_pool(trainer.model, "default")
     (group,) = [g for g in trainer.optimizer.param_groups if "sfa_lr_ratios" in g]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,8 +21,9 @@ from ..sparse.optimizer import LR_RATIOS
 from ..sparse.pool import Pool
 from .layer import SFALayer
 
-#: Names of parameters that are no matrix though they may have its shape.
-_NO_MATRIX = re.compile(r"bias|embed|token|logit_scale")
+#: What may be spared weight decay.
+_KINDS = ("norms", "biases", "embeddings")
+_EMBEDDING_NAME = re.compile("embed|token")
 
 
 class _Found(NamedTuple):
@@ -32,14 +33,14 @@ class _Found(NamedTuple):
         parameter: The parameter.
         part: The argument of `parameter_groups` with its rate.
         below: How many layers it is below the top; of a pool, each of its weights.
-        decays: Whether it is neither a norm nor a bias nor an embedding.
+        kinds: What it is of `_KINDS`; the bias of a norm is two of them.
         pool: Where it is a pool's values, the pool.
     """
 
     parameter: nn.Parameter
     part: str
     below: list[int]
-    decays: bool = True
+    kinds: frozenset[str] = frozenset()
     pool: Pool | None = None
 
 
@@ -52,7 +53,8 @@ def parameter_groups(
     head_lr: float | None = None,
     external_lr: float | None = None,
     internal_lr: float | None = None,
-    decay_all: bool = False,
+    new_layers: Iterable[nn.Parameter] = (),
+    no_decay: Collection[str] = _KINDS,
 ) -> list[dict[str, Any]]:
     """Return the groups of all trained parameters, for any optimizer of torch.
 
@@ -67,15 +69,18 @@ def parameter_groups(
     Args:
         model: A model, wrapped or not; what requires a gradient is trained.
         lr: Learning rate of what is trained in the backbone.
-        weight_decay: Weight decay; 0 for norms, biases and embeddings.
+        weight_decay: Weight decay.
         layer_decay: Factor of the rates from each layer of the backbone to the one below, (0, 1]:
             the last block's are multiplied by it, those of the block before by its square. Patch
             merging between two stages counts as a layer.
         head_lr: Rate of what lies outside the backbone (where that is not known: of
             `modules_to_save`); None for `lr`.
-        external_lr: Rate of external adapters; None for `lr`.
+        external_lr: Rate of external adapters and of `new_layers`; None for `lr`.
         internal_lr: Rate of selected weights; None for `lr` times `SFAConfig.internal_lr_ratio`.
-        decay_all: Whether norms, biases and embeddings decay as well.
+        new_layers: Parameters in the backbone that are as new as external adapters: those of LoRA
+            or of your own layers.
+        no_decay: What has no weight decay, of "norms" (scales of layers included), "biases" and
+            "embeddings". Selected weights decay whatever tensor they are in.
 
     Returns:
         One group for each rate and decay, those with the highest rate first, and one for the
@@ -86,7 +91,7 @@ def parameter_groups(
         ConfigError: If a number is out of range, or a rate is given twice or has nothing to act on.
     """
     given = {"lr": lr, "head_lr": head_lr, "external_lr": external_lr, "internal_lr": internal_lr}
-    _check(given | {"weight_decay": weight_decay}, layer_decay)
+    _check(given | {"weight_decay": weight_decay}, layer_decay, no_decay)
     rates = {part: lr if rate is None else rate for part, rate in given.items()}
     positions = layer_positions(model)
     if layer_decay is not None and len(set(positions.values())) == 1:
@@ -94,7 +99,7 @@ def parameter_groups(
             "parameter_groups: layer_decay is given, but the order of layers is not known. Leave "
             f"it out. The model has: {describe_model(model)}"
         )
-    found = list(_trained(model, positions))
+    found = list(_trained(model, positions, {id(p) for p in new_layers}))
     if head_lr is not None and all(f.part != "head_lr" for f in found):
         raise ConfigError(
             "parameter_groups: head_lr is given, but nothing outside the backbone is trained. Name "
@@ -102,9 +107,9 @@ def parameter_groups(
         )
     factor = 1.0 if layer_decay is None else layer_decay
     groups: dict[Any, dict[str, Any]] = {}
-    for parameter, part, below, decays, pool in found:
+    for parameter, part, below, kinds, pool in found:
         rate = rates[part] * factor ** min(below)
-        decay = weight_decay if decays or decay_all else 0.0
+        decay = weight_decay if kinds.isdisjoint(no_decay) else 0.0
         empty = {"params": [], "lr": rate, "weight_decay": decay}
         group = groups.setdefault((rate, decay, pool), empty)
         group["params"].append(parameter)
@@ -114,7 +119,7 @@ def parameter_groups(
     return sorted(groups.values(), key=lambda group: (-group["lr"], -group["weight_decay"]))
 
 
-def _trained(model: nn.Module, positions: dict[str, int]) -> Iterator[_Found]:
+def _trained(model: nn.Module, positions: dict[str, int], new: set[int]) -> Iterator[_Found]:
     """Yield each parameter that requires a gradient, once, in model order."""
     backbone, top, seen = find_backbone(model), max(positions.values()), set()
     below = {id(m): top - positions[path] for path, m in model.named_modules()}
@@ -138,13 +143,21 @@ def _trained(model: nn.Module, positions: dict[str, int]) -> Iterator[_Found]:
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
                 layers = [0] if part == "head_lr" else [below[id(module)]]
-                yield _Found(parameter, part, layers, _is_matrix(module, name, parameter))
+                own = "external_lr" if id(parameter) in new else part
+                yield _Found(parameter, own, layers, _kinds_of(module, name, parameter))
 
 
-def _is_matrix(module: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is neither of a norm, nor a bias, a scale or an embedding."""
-    named = isinstance(module, nn.Embedding) or _NO_MATRIX.search(name) is not None
-    return parameter.ndim > 1 and not named
+def _kinds_of(module: nn.Module, name: str, parameter: nn.Parameter) -> frozenset[str]:
+    """Return what a parameter is, of `_KINDS`; nothing of them is the matrix of a layer."""
+    found = set()
+    if "bias" in name:
+        found.add("biases")
+    if isinstance(module, nn.Embedding) or _EMBEDDING_NAME.search(name):
+        found.add("embeddings")
+    scales = "scale" in name or (parameter.ndim < 2 and not found)
+    if "Norm" in type(module).__name__ or scales:
+        found.add("norms")
+    return frozenset(found)
 
 
 def _refuse_two_rates(pool: Pool, internal_lr: float | None) -> None:
@@ -155,7 +168,9 @@ def _refuse_two_rates(pool: Pool, internal_lr: float | None) -> None:
         )
 
 
-def _check(numbers: dict[str, float | None], layer_decay: float | None) -> None:
+def _check(
+    numbers: dict[str, float | None], layer_decay: float | None, no_decay: Collection[str]
+) -> None:
     for name, number in numbers.items():
         if number is not None and not (math.isfinite(number) and number >= 0):
             raise ConfigError(
@@ -165,4 +180,8 @@ def _check(numbers: dict[str, float | None], layer_decay: float | None) -> None:
         raise ConfigError(
             f"parameter_groups: layer_decay: expected a factor in (0, 1], got {layer_decay!r}. "
             "None is for one rate in all layers."
+        )
+    if isinstance(no_decay, str) or not set(no_decay) <= set(_KINDS):
+        raise ConfigError(
+            f"parameter_groups: no_decay: expected some of {list(_KINDS)}, got {no_decay!r}"
         )
