@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 from sfa_peft import SFAConfig, SFASelector
 from sfa_peft.checkpoint.container import read_info
 from sfa_peft.checkpoint.packing import Entries, pack
-from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
+from sfa_peft.dense import CLASS_NAMES, SceneDataset
 from sfa_peft.tuner.model import find_pool
 from sfa_peft.tuner.pool import Pool
 

@@ -17,9 +17,8 @@ from semantic_segmentation import Arguments, build_model
 from torch.nn.functional import cross_entropy
 
 import sfa_peft
-from sfa_peft.dense.pictures.sheets import class_palette
-from sfa_peft.dense.scenes.render import SceneDataset
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import SceneDataset, class_palette
 
 SCENES, STEPS, BATCH = 256, 100, 8
 MAX_PIXELS = 50_000_000

@@ -12,7 +12,7 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from common.recipes import read_recipes
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
 DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
@@ -126,6 +126,10 @@ class SharedArguments:
         default=None,
         metadata={"help": "Height and width to evaluate at; as image_size if not given."},
     )
+    train_scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={"help": "Range of the random scale of your images; 1 just fits the crop."},
+    )
     max_eval_samples: int | None = field(
         default=None,
         metadata={"help": "Items to report on at most; of rendered scenes 200 if not given."},
@@ -197,6 +201,13 @@ class SharedArguments:
         square = all(height == width for height, width in (self.image_size, self.eval_size))
         if self.dataset_name is None and not square:
             raise SFAError("--image_size, --eval_size: rendered scenes are square")
+        if len(self.train_scale) != 2:
+            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise SFAError("--max_eval_samples: expected 1 or more")
+        self._check_training()
+
+    def _check_training(self) -> None:
         if not 0 < self.budget <= 1:
             raise SFAError(
                 f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
@@ -207,8 +218,6 @@ class SharedArguments:
             raise SFAError(
                 "--per_device_train_batch_size, --gradient_accumulation_steps: expected 1 or more"
             )
-        if self.max_eval_samples is not None and self.max_eval_samples < 1:
-            raise SFAError("--max_eval_samples: expected 1 or more")
         if self.selection_from is not None and self.method != "sfa":
             raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
         if self.lr_scheduler_kwargs is not None:

@@ -1,53 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask2Former on a SwinV2, and its use for semantic segmentation with class maps in and out."""
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, PretrainedConfig
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Swinv2Backbone
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from sfa_peft.dense.data.transforms import IGNORE_INDEX
-from sfa_peft.dense.inference import dense_maps
+from sfa_peft import SFAError
+from sfa_peft.dense import IGNORE_INDEX, dense_maps
 
 PAPER_POINTS = 12544  # sampled per mask for the loss
+DECODER_HELP = "Mask2Former's predictions, the first from bare queries; 10 in its paper."
+QUERIES_HELP = "Masks that Mask2Former predicts per image; 100 in its paper."
+
+Model = TypeVar("Model", bound=Mask2FormerForUniversalSegmentation)
 
 
-def mask2former_config(
-    backbone: PretrainedConfig,
-    *,
-    image_size: list[int],
-    hidden_size: int,
-    encoder_layers: int,
-    decoder_layers: int,
-    num_queries: int,
-    num_labels: int,
-) -> Mask2FormerConfig:
-    """Return a configuration; what is not an argument is as in the paper of Mask2Former.
+@dataclass
+class Mask2FormerOptions:
+    """Options of scripts that can have this head; defaults are for rendered scenes."""
+
+    hidden_size: int = field(
+        default=64, metadata={"help": "Channels of the head; 256 in Mask2Former's paper."}
+    )
+    encoder_layers: int = field(
+        default=2, metadata={"help": "Blocks of Mask2Former's pixel decoder; 6 in its paper."}
+    )
+    decoder_layers: int = field(default=4, metadata={"help": DECODER_HELP})
+    num_queries: int = field(default=20, metadata={"help": QUERIES_HELP})
+
+
+def check_width(options: Mask2FormerOptions) -> None:
+    """Refuse a width that the head's 32 groups of channels do not divide."""
+    if options.hidden_size % 32:
+        raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {options.hidden_size}")
+
+
+def build_mask2former(
+    kind: type[Model], args: Any, backbone: Swinv2Backbone, num_labels: int
+) -> Model:
+    """Return Mask2Former on a backbone; what is not an argument is as in its paper.
 
     Args:
-        backbone: Configuration of the backbone, all stages put out.
-        image_size: Height and width of training images. Small ones have fewer points for the loss.
-        hidden_size: Channels of pixel decoder, mask features and decoder; a multiple of 32.
-        encoder_layers: Blocks of the pixel decoder.
-        decoder_layers: Layers of the decoder, the prediction from the queries alone included.
-        num_queries: Masks predicted per image.
+        kind: Class of the model.
+        args: `Mask2FormerOptions` and `image_size`: small images have fewer points for the loss.
+        backbone: All its stages are put out.
         num_labels: Classes.
     """
-    return Mask2FormerConfig(
-        backbone_config=backbone,
-        feature_size=hidden_size,
-        mask_feature_size=hidden_size,
-        hidden_dim=hidden_size,
-        encoder_feedforward_dim=4 * hidden_size,
-        dim_feedforward=8 * hidden_size,
-        encoder_layers=encoder_layers,
-        decoder_layers=decoder_layers,
-        num_queries=num_queries,
+    width, (height, columns) = args.hidden_size, args.image_size
+    config = Mask2FormerConfig(
+        backbone_config=backbone.config,
+        feature_size=width,
+        mask_feature_size=width,
+        hidden_dim=width,
+        encoder_feedforward_dim=4 * width,
+        dim_feedforward=8 * width,
+        encoder_layers=args.encoder_layers,
+        decoder_layers=args.decoder_layers,
+        num_queries=args.num_queries,
         num_labels=num_labels,
-        train_num_points=min(PAPER_POINTS, image_size[0] * image_size[1] // 4),
+        train_num_points=min(PAPER_POINTS, height * columns // 4),
+        init_std=width**-0.5,  # as Xavier's; by default 0.02 whatever the width
     )
+    model = kind(config)
+    model.model.pixel_level_module.encoder = backbone
+    return model
 
 
 @dataclass

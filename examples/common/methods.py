@@ -19,11 +19,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 import sfa_peft
-from common.adaptformer import add_adapters, mlp_widths
+from common.adaptformer import add_adapters, mlp_widths, parameters
 from common.arguments import SharedArguments, find_checkpoint
-from sfa_peft.backbones import Backbone, find_backbone, role_modules
-from sfa_peft.budget import external_parameters
-from sfa_peft.errors import BudgetError, SFAError, TargetError
+from sfa_peft import (
+    Backbone,
+    BudgetError,
+    SFAError,
+    TargetError,
+    find_backbone,
+    role_modules,
+)
 
 TRAINED_NAME, METHOD_NAME = "trained.safetensors", "method.json"
 SFA_RHO = {"internal": 0.0, "external": 1.0}  # of `sfa` the user says it
@@ -104,7 +109,7 @@ def adaptformer_width(backbone: Backbone, budget: float) -> int:
     """Return the largest width of AdaptFormer's bottlenecks within the budget."""
     outputs = mlp_widths(backbone)
     return _largest(
-        lambda width: external_parameters(outputs, width, bias=True),
+        lambda width: sum(parameters(features, width) for features in outputs.values()),
         backbone,
         budget,
         "AdaptFormer of width 1",

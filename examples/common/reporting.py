@@ -18,7 +18,7 @@ import sfa_peft
 from common.arguments import SharedArguments
 from common.methods import Prepared
 from common.training import Rates
-from sfa_peft.dense.pictures.sheets import curve_plot
+from sfa_peft.dense import curve_plot
 
 RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
 CURVE_NAME, SCORES_NAME = "training.png", "scores.png"

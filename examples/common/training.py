@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.augmented import AugmentedTrainer
 from common.methods import Prepared
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 
 class Rates(NamedTuple):
@@ -24,11 +24,19 @@ class Rates(NamedTuple):
     head: float
 
 
-def pick_rates(args: SharedArguments, by_method: dict[str, float], head: float) -> Rates:
-    """Return the rates that the user gave, else those of the script."""
+def pick_rates(args: SharedArguments, *, adapters: float, full: float, head: float) -> Rates:
+    """Return the rates that the user gave, else those that suit a script's rendered scenes.
+
+    Args:
+        args: The run's arguments.
+        adapters: Rate of every adapter.
+        full: Rate of full fine-tuning.
+        head: Rate of the head.
+    """
     given = args.learning_rate, args.head_learning_rate
+    backbone = {"frozen": 0.0, "full": full}.get(args.method, adapters)
     return Rates(
-        by_method[args.method] if given[0] is None else given[0],
+        backbone if given[0] is None else given[0],
         head if given[1] is None else given[1],
     )
 

@@ -5,6 +5,10 @@ from .analysis import BudgetReport as BudgetReport
 from .analysis import budget_report as budget_report
 from .analysis import plot_selection as plot_selection
 from .analysis import selection_summary as selection_summary
+from .backbones import Backbone as Backbone
+from .backbones import RoleModule as RoleModule
+from .backbones import find_backbone as find_backbone
+from .backbones import role_modules as role_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -24,9 +28,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "Backbone",
     "BudgetError",
     "BudgetReport",
     "ConfigError",
+    "RoleModule",
     "SFACallback",
     "SFAConfig",
     "SFAError",
@@ -37,8 +43,10 @@ __all__ = [
     "SelectionError",
     "TargetError",
     "budget_report",
+    "find_backbone",
     "plot_selection",
     "register_score",
+    "role_modules",
     "selection_summary",
     "set_card_metrics",
 ]

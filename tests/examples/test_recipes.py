@@ -45,7 +45,7 @@ def rates(args: Any) -> Any:
     methods = importlib.import_module("common.methods")
     head, adapted = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
     ready = methods.Prepared(torch.nn.Module(), torch.nn.Module(), head, adapted, 0.1, 1, [])
-    given = training.pick_rates(args, {}, 0.0)
+    given = training.pick_rates(args, adapters=0.0, full=0.0, head=0.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         training.make_optimizer(ready, given, args),
