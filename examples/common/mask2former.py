@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask2Former on a SwinV2, and its use for semantic segmentation with class maps in and out."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Swinv2Backbone
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
@@ -62,11 +63,59 @@ def build_mask2former(
         num_queries=args.num_queries,
         num_labels=num_labels,
         train_num_points=min(PAPER_POINTS, height * columns // 4),
-        init_std=width**-0.5,  # as Xavier's; by default 0.02 whatever the width
     )
     model = kind(config)
+    start_as_original(model)
     model.model.pixel_level_module.encoder = backbone
     return model
+
+
+def start_as_original(model: Mask2FormerForUniversalSegmentation) -> None:
+    """Give a new head the random start of Mask2Former's own code, in place.
+
+    transformers draws most layers from a normal distribution of standard deviation 0.02 whatever
+    their width, with which training hardly starts; nobody sees it who begins with a trained head.
+    The start of deformable attention and of norms is the original's already.
+    """
+    start_pixel_decoder(model.model.pixel_level_module.decoder)
+    start_queries(model.model.transformer_module)
+    model.class_predictor.reset_parameters()
+
+
+def start_pixel_decoder(decoder: nn.Module) -> None:
+    """See `start_as_original`."""
+    for projection, _ in decoder.input_projections:
+        nn.init.xavier_uniform_(projection.weight)
+    levels = [*decoder.lateral_convolutions, *decoder.output_convolutions]
+    for convolution in (decoder.mask_projection, *(level[0] for level in levels)):
+        nn.init.kaiming_uniform_(convolution.weight, a=1)  # Detectron2's c2_xavier_fill
+    nn.init.normal_(decoder.level_embed)
+    start_feedforward(decoder.encoder.layers)
+
+
+def start_queries(transformer: nn.Module) -> None:
+    """See `start_as_original`."""
+    for module in transformer.modules():
+        if isinstance(module, (nn.Embedding, nn.Linear)):
+            module.reset_parameters()
+    for layer in transformer.decoder.layers:
+        for attention in (layer.self_attn, layer.cross_attn):
+            nn.init.xavier_uniform_(attention.out_proj.weight)
+            nn.init.zeros_(attention.out_proj.bias)
+        nn.init.xavier_uniform_(layer.cross_attn.in_proj_weight)
+        for linear in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            # A third of the rows of the original's one matrix, whose size counts.
+            nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
+            nn.init.zeros_(linear.bias)
+    start_feedforward(transformer.decoder.layers)
+
+
+def start_feedforward(layers: Iterable[nn.Module]) -> None:
+    """See `start_as_original`; biases stay as torch draws them."""
+    for layer in layers:
+        for linear in (layer.fc1, layer.fc2):
+            linear.reset_parameters()
+            nn.init.xavier_uniform_(linear.weight)
 
 
 @dataclass
