@@ -43,6 +43,7 @@ from sfa_peft.dense import (
     DepthEvalTransform,
     DepthMetrics,
     DepthTrainTransform,
+    NormedFeatures,
     SILogLoss,
     TransformedSplit,
     depth_at_labels,
@@ -147,10 +148,13 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
         model = DPTForDepthEstimation(config)
         # The head ends in a ReLU: where it starts at 0 it has no gradient.
         nn.init.constant_(model.head.head[-2].bias, args.max_depth / 4)
+        if args.norm_outputs:
+            model.neck = NormedFeatures(model.neck, backbone.channels)
     else:
-        model = DeconvForDepthEstimation(
-            DeconvDepthConfig(backbone.config, max_depth=args.max_depth)
+        config = DeconvDepthConfig(
+            backbone.config, max_depth=args.max_depth, norm_features=args.norm_outputs
         )
+        model = DeconvForDepthEstimation(config)
     model.backbone = backbone
     return model
 

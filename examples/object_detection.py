@@ -40,7 +40,7 @@ from transformers import (
 )
 
 from sfa_peft import SFAError
-from sfa_peft.dense import collate_detection
+from sfa_peft.dense import MapNorm, collate_detection
 
 STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
@@ -113,6 +113,11 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     model = RTDetrForObjectDetection(config)
     start_head(model)
     model.model.backbone.model = backbone
+    if args.norm_outputs:
+        for level, (projection, channels) in enumerate(
+            zip(model.model.encoder_input_proj, backbone.channels, strict=True)
+        ):
+            model.model.encoder_input_proj[level] = nn.Sequential(MapNorm(channels), *projection)
     return model
 
 

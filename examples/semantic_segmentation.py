@@ -49,6 +49,7 @@ from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegme
 from sfa_peft import SFAError
 from sfa_peft.dense import (
     EvalTransform,
+    NormedFeatures,
     SegmentationMetrics,
     TrainTransform,
     TransformedSplit,
@@ -149,6 +150,8 @@ def build_model(args: Arguments, num_labels: int) -> PreTrainedModel:
     )
     model = UperNetForSemanticSegmentation(config)
     model.backbone = backbone
+    if args.norm_outputs:
+        model.decode_head = NormedFeatures(model.decode_head, backbone.channels)
     return model
 
 

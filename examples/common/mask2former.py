@@ -10,7 +10,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from sfa_peft import SFAError
-from sfa_peft.dense import IGNORE_INDEX, dense_maps
+from sfa_peft.dense import IGNORE_INDEX, NormedFeatures, dense_maps
 
 PAPER_POINTS = 12544  # sampled per mask for the loss
 DECODER_HELP = "Mask2Former's predictions, the first from bare queries; 10 in its paper."
@@ -46,7 +46,8 @@ def build_mask2former(
 
     Args:
         kind: Class of the model.
-        args: `Mask2FormerOptions` and `image_size`: small images have fewer points for the loss.
+        args: `Mask2FormerOptions`, `norm_outputs`, and `image_size`: small images have fewer points
+            for the loss.
         backbone: All its stages are put out.
         num_labels: Classes.
     """
@@ -66,7 +67,10 @@ def build_mask2former(
     )
     model = kind(config)
     start_as_original(model)
-    model.model.pixel_level_module.encoder = backbone
+    pixels = model.model.pixel_level_module
+    pixels.encoder = backbone
+    if args.norm_outputs:
+        pixels.decoder = NormedFeatures(pixels.decoder, backbone.channels)
     return model
 
 

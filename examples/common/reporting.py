@@ -111,6 +111,7 @@ def make_result(
         "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
         "bytes": size,
         "learning_rate": rates.backbone,
+        "external_learning_rate": rates.added,
         "head_learning_rate": rates.head,
         "train_seconds": round(_seconds(trainer), 1),
     }

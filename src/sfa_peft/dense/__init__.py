@@ -36,6 +36,7 @@ from sfa_peft.dense.data.transforms import (
     to_tensors,
 )
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
+from sfa_peft.dense.heads.feature_norms import MapNorm, NormedFeatures
 from sfa_peft.dense.inference import DenseMaps, dense_maps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
 from sfa_peft.dense.losses import SILogLoss, resize_depth, silog_loss
@@ -72,6 +73,8 @@ __all__ = [
     "DepthMetrics",
     "DepthTrainTransform",
     "EvalTransform",
+    "MapNorm",
+    "NormedFeatures",
     "ObjectPicture",
     "ObjectResize",
     "ObjectScaleCrop",
