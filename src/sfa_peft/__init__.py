@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selective Feature Adapter (SFA) for PEFT; importing the package registers the method."""
 
+from .backbones import Backbone as Backbone
+from .backbones import RoleModule as RoleModule
+from .backbones import find_backbone as find_backbone
 from .backbones import head_modules as head_modules
+from .backbones import role_modules as role_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -36,6 +40,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "Backbone",
     "BudgetError",
     "BudgetReport",
     "BudgetWarning",
@@ -49,6 +54,7 @@ __all__ = [
     "OptimizerWarning",
     "OtherBaseWarning",
     "ResumedRunWarning",
+    "RoleModule",
     "SFACallback",
     "SFAConfig",
     "SFAError",
@@ -60,9 +66,11 @@ __all__ = [
     "TargetError",
     "UnfinishedSelectionWarning",
     "budget_report",
+    "find_backbone",
     "head_modules",
     "plot_selection",
     "register_score",
+    "role_modules",
     "selection_summary",
     "set_card_metrics",
 ]
