@@ -61,7 +61,7 @@ class SFACallback(TrainerCallback):
         A run that was killed while it saved leaves half a checkpoint, which the Trainer would take.
         """
         layers = [m for m in kwargs["model"].modules() if isinstance(m, SFALayer)]
-        selects = any(layer.entries for layer in layers)
+        selects = any(layer.weights for layer in layers)
 
         def check(folder: Path, step: int) -> None:
             check_complete(folder)
