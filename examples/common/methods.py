@@ -7,7 +7,7 @@ The head is always trained and saved whole; it is everything that lies beside th
 import json
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 import sfa_peft
-from common.adaptformer import add_adapters, mlp_widths
+from common.adaptformer import add_adapters, mlp_widths, parameters
 from common.arguments import SharedArguments, find_checkpoint
-from sfa_peft.backbones import Backbone, find_backbone, role_modules
-from sfa_peft.budget import external_parameters
-from sfa_peft.errors import BudgetError, SFAError, TargetError
+from sfa_peft import (
+    Backbone,
+    BudgetError,
+    SFAError,
+    TargetError,
+    find_backbone,
+    role_modules,
+)
 
 TRAINED_NAME, METHOD_NAME = "trained.safetensors", "method.json"
 SFA_RHO = {"internal": 0.0, "external": 1.0}  # of `sfa` the user says it
@@ -38,6 +43,7 @@ class Prepared:
         base: The task model.
         head: Trained parameters beside the backbone.
         adapted: Trained parameters of the backbone, adapters included.
+        added: Those of them that are new layers' rather than pretrained.
         share: Trained share of the backbone.
         backbone_size: Parameters of the backbone.
         callbacks: What Trainer needs besides.
@@ -52,6 +58,7 @@ class Prepared:
     backbone_size: int
     callbacks: list[TrainerCallback]
     checkpoint: str | None = None
+    added: list[nn.Parameter] = field(default_factory=list)
 
 
 def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
@@ -69,8 +76,12 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
         config = sfa_peft.SFAConfig(  # SFA: one budget, the head in modules_to_save
             budget=args.budget,
             rho=SFA_RHO.get(args.method, args.rho),
+            adapter_dim=args.adapter_dim,
             score=args.score,
+            schedule=args.schedule,
+            select_until=args.select_until,
             selection_steps=args.selection_steps,
+            internal_lr_ratio=args.internal_lr_ratio,
             selection_from=args.selection_from,
             modules_to_save=head,
         )
@@ -79,10 +90,12 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
     elif args.method == "lora":
         model = get_peft_model(base, lora_config(backbone, args.budget, head))
     elif args.method == "adaptformer":
-        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
     else:
         backbone.module.requires_grad_(args.method == "full")
-    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
+    ready = _sorted(model, base, size, callbacks)
+    added = [] if args.method == "full" else _without_pool(base, ready.adapted)
+    return replace(ready, checkpoint=checkpoint, added=added)
 
 
 def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfig:
@@ -100,22 +113,31 @@ def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfi
     )
 
 
-def adaptformer_width(backbone: Backbone, budget: float) -> int:
-    """Return the largest width of AdaptFormer's bottlenecks within the budget."""
+def adaptformer_width(backbone: Backbone, budget: float, asked: int | None = None) -> int:
+    """Return the width of AdaptFormer's bottlenecks: the largest within the budget, or that asked.
+
+    Raises:
+        BudgetError: If the width is asked for and too large, or not even 1 is small enough.
+    """
     outputs = mlp_widths(backbone)
-    return _largest(
-        lambda width: external_parameters(outputs, width, bias=True),
+    largest = _largest(
+        lambda width: sum(parameters(features, width) for features in outputs.values()),
         backbone,
         budget,
         "AdaptFormer of width 1",
         most=max(outputs.values()),
     )
+    if asked is not None and not 1 <= asked <= largest:
+        raise BudgetError(
+            f"--adapter_dim {asked}: --budget {budget} allows AdaptFormer 1 to {largest}"
+        )
+    return largest if asked is None else asked
 
 
 def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> None:
     """Save what a task needs beside the backbone (of full fine-tuning, all)."""
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(ready.model, PeftModel) or args.method == "full":
+    if isinstance(ready.model, PeftModel) or _is_of_transformers(args):
         ready.model.save_pretrained(folder)
     else:
         trained = {id(p) for p in (*ready.head, *ready.adapted)}
@@ -147,15 +169,15 @@ def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Modu
         args: Those of the training.
         folder: What `save_method` wrote.
     """
-    if args.method == "full":
+    if _is_of_transformers(args):
         # Copied, since tensors mapped from a file lie otherwise in memory and round otherwise.
         base.load_state_dict(type(base).from_pretrained(folder).state_dict())
         return base.eval()
-    if args.method not in ("frozen", "adaptformer"):
+    if args.method not in ("frozen", "adaptformer", "full"):
         return PeftModel.from_pretrained(base, folder).eval()
     if args.method == "adaptformer":
         backbone = _backbone(base)
-        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
     result = base.load_state_dict(load_file(folder / TRAINED_NAME), strict=False)
     if result.unexpected_keys:
         raise SFAError(f"{folder}: not of this model: {result.unexpected_keys[:3]}")
@@ -190,6 +212,11 @@ def check_loaded_again(
     print(f"loaded again from {folder}: same outputs")
 
 
+def _is_of_transformers(args: SharedArguments) -> bool:
+    """Tell whether all is trained, and of a model whose class alone can read it again."""
+    return args.method == "full" and not args.norm_outputs
+
+
 def _tensors(outputs: Any) -> list[torch.Tensor]:
     """Return the tensors of a model's output, in order, however nested."""
     if isinstance(outputs, torch.Tensor):
@@ -212,6 +239,13 @@ def _sorted(
             (adapted if name.startswith(inside) else head).append(parameter)
     count = sum(p.numel() for p in adapted)
     return Prepared(model, base, head, adapted, count / size, size, callbacks)
+
+
+def _without_pool(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return what is trained and no pretrained weight: all but SFA's changes of such."""
+    layers = [m for m in model.modules() if isinstance(m, sfa_peft.SFALayer)]
+    changes = {id(p) for layer in layers for p in layer.sfa_pool.values()}
+    return [p for p in trained if id(p) not in changes]
 
 
 def _backbone(model: nn.Module) -> Backbone:

@@ -3,11 +3,12 @@
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
@@ -15,22 +16,40 @@ from common.arguments import SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
 from common.wording import as_typed
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Rates(NamedTuple):
-    """Learning rates of what is trained in the backbone, and of the head."""
+    """Learning rates.
+
+    Attributes:
+        backbone: Of the backbone's pretrained weights.
+        head: Of the head.
+        added: Of new layers in the backbone.
+    """
 
     backbone: float
     head: float
+    added: float
 
 
-def pick_rates(args: SharedArguments, by_method: dict[str, float], head: float) -> Rates:
-    """Return the rates that the user gave, else those of the script."""
-    given = args.learning_rate, args.head_learning_rate
+def pick_rates(args: SharedArguments, *, adapters: float, full: float, head: float) -> Rates:
+    """Return the rates that the user gave, else those that suit a script's rendered scenes.
+
+    Args:
+        args: The run's arguments.
+        adapters: Rate of every adapter.
+        full: Rate of full fine-tuning.
+        head: Rate of the head.
+    """
+    backbone = {"frozen": 0.0, "full": full}.get(args.method, adapters)
+    backbone = backbone if args.learning_rate is None else args.learning_rate
     return Rates(
-        by_method[args.method] if given[0] is None else given[0],
-        head if given[1] is None else given[1],
+        backbone,
+        head if args.head_learning_rate is None else args.head_learning_rate,
+        backbone if args.external_learning_rate is None else args.external_learning_rate,
     )
 
 
@@ -110,15 +129,38 @@ def make_trainer(
 
 
 def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
-    """Return AdamW with one rate for the head and one for what is trained in the backbone."""
+    """Return AdamW with rates for the head, new layers and pretrained weights, decayed or not."""
+    added = {id(p) for p in ready.added}
+    parts = [
+        (rates.head, ready.head),
+        (rates.backbone, [p for p in ready.adapted if id(p) not in added]),
+        (rates.added, ready.added),
+    ]
+    exempt = undecayed(ready.model, args.no_decay)
     groups = [
-        {"params": ready.head, "lr": rates.head},
-        {"params": ready.adapted, "lr": rates.backbone},
+        {
+            "params": [p for p in parameters if (id(p) in exempt) == free],
+            "lr": rate,
+            "weight_decay": 0.0 if free else args.weight_decay,
+        }
+        for rate, parameters in parts
+        for free in (False, True)
     ]
     # `lr_end` of the polynomial course is where AdamW's own rate ends; others keep their ratio.
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=max(rates), weight_decay=args.weight_decay
-    )
+    highest = max(rate for rate, parameters in parts if parameters)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=highest)
+
+
+def undecayed(model: nn.Module, kinds: Sequence[str]) -> set[int]:
+    """Return the ids of a model's parameters of some kinds: norms, biases, embeddings."""
+    types = {"norms": NORMS, "embeddings": (nn.Embedding,)}
+    wanted = tuple(kind for name in kinds for kind in types.get(name, ()))
+    return {
+        id(parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(module, wanted) or ("biases" in kinds and name.endswith("bias"))
+    }
 
 
 def run_script(main: Callable[[], Any]) -> None:

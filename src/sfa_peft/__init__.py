@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selective Feature Adapter (SFA) for PEFT; importing the package registers the method."""
 
+from .backbones import Backbone as Backbone
+from .backbones import RoleModule as RoleModule
+from .backbones import find_backbone as find_backbone
 from .backbones import head_modules as head_modules
+from .backbones import role_modules as role_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -38,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "Backbone",
     "BudgetError",
     "BudgetReport",
     "BudgetWarning",
@@ -52,6 +57,7 @@ __all__ = [
     "OtherBaseWarning",
     "ParameterGroupWarning",
     "ResumedRunWarning",
+    "RoleModule",
     "SFACallback",
     "SFAConfig",
     "SFAError",
@@ -63,10 +69,12 @@ __all__ = [
     "TargetError",
     "UnfinishedSelectionWarning",
     "budget_report",
+    "find_backbone",
     "head_modules",
     "parameter_groups",
     "plot_selection",
     "register_score",
+    "role_modules",
     "selection_summary",
     "set_card_metrics",
 ]
