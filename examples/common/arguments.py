@@ -191,6 +191,13 @@ class SharedArguments:
         default=None,
         metadata={"help": "Rate of the head; if not given, one that suits the rendered scenes."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the rates from each layer of the backbone to the one below; one "
+            "rate for all if not given."
+        },
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     no_decay: list[str] = field(
         default_factory=list,
@@ -263,6 +270,8 @@ class SharedArguments:
             raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
         if self.adapter_dim is not None and self.method not in ("sfa", "adaptformer"):
             raise SFAError(f"--adapter_dim: needs --method sfa or adaptformer, got {self.method}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise SFAError(f"--layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
         if not set(self.no_decay) <= set(UNDECAYED):
             raise SFAError(f"--no_decay: expected some of {list(UNDECAYED)}, got {self.no_decay}")
         if self.lr_scheduler_kwargs is not None:

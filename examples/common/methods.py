@@ -7,7 +7,7 @@ The head is always trained and saved whole; it is everything that lies beside th
 import json
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,6 @@ class Prepared:
         base: The task model.
         head: Trained parameters beside the backbone.
         adapted: Trained parameters of the backbone, adapters included.
-        added: Those of them that are new layers' rather than pretrained.
         share: Trained share of the backbone.
         backbone_size: Parameters of the backbone.
         callbacks: What Trainer needs besides.
@@ -58,7 +57,6 @@ class Prepared:
     backbone_size: int
     callbacks: list[TrainerCallback]
     checkpoint: str | None = None
-    added: list[nn.Parameter] = field(default_factory=list)
 
 
 def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
@@ -93,9 +91,7 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
         add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
     else:
         backbone.module.requires_grad_(args.method == "full")
-    ready = _sorted(model, base, size, callbacks)
-    added = [] if args.method == "full" else _without_pool(base, ready.adapted)
-    return replace(ready, checkpoint=checkpoint, added=added)
+    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
 
 
 def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfig:
@@ -239,13 +235,6 @@ def _sorted(
             (adapted if name.startswith(inside) else head).append(parameter)
     count = sum(p.numel() for p in adapted)
     return Prepared(model, base, head, adapted, count / size, size, callbacks)
-
-
-def _without_pool(model: nn.Module, trained: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Return what is trained and no pretrained weight: all but SFA's changes of such."""
-    layers = [m for m in model.modules() if isinstance(m, sfa_peft.SFALayer)]
-    changes = {id(p) for layer in layers for p in layer.sfa_pool.values()}
-    return [p for p in trained if id(p) not in changes]
 
 
 def _backbone(model: nn.Module) -> Backbone:

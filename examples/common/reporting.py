@@ -114,6 +114,7 @@ def make_result(
         "learning_rate": rates.backbone,
         "external_learning_rate": rates.added,
         "head_learning_rate": rates.head,
+        "layer_decay": args.layer_decay,
         "train_seconds": round(_seconds(trainer), 1),
     }
     curve = ([e["step"] for e in log], [e["loss"] for e in log])

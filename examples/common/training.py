@@ -3,22 +3,20 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+import sfa_peft
 from common.arguments import SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
 from common.wording import as_typed
 from sfa_peft import SFAError
-
-NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class Rates(NamedTuple):
@@ -130,37 +128,18 @@ def make_trainer(
 
 def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
     """Return AdamW with rates for the head, new layers and pretrained weights, decayed or not."""
-    added = {id(p) for p in ready.added}
-    parts = [
-        (rates.head, ready.head),
-        (rates.backbone, [p for p in ready.adapted if id(p) not in added]),
-        (rates.added, ready.added),
-    ]
-    exempt = undecayed(ready.model, args.no_decay)
-    groups = [
-        {
-            "params": [p for p in parameters if (id(p) in exempt) == free],
-            "lr": rate,
-            "weight_decay": 0.0 if free else args.weight_decay,
-        }
-        for rate, parameters in parts
-        for free in (False, True)
-    ]
+    groups = sfa_peft.parameter_groups(
+        ready.model,
+        rates.backbone,
+        head_lr=rates.head,
+        external_lr=rates.added,
+        new_layers=() if args.method == "full" else ready.adapted,
+        layer_decay=args.layer_decay,
+        weight_decay=args.weight_decay,
+        no_decay=args.no_decay,
+    )
     # `lr_end` of the polynomial course is where AdamW's own rate ends; others keep their ratio.
-    highest = max(rate for rate, parameters in parts if parameters)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=highest)
-
-
-def undecayed(model: nn.Module, kinds: Sequence[str]) -> set[int]:
-    """Return the ids of a model's parameters of some kinds: norms, biases, embeddings."""
-    types = {"norms": NORMS, "embeddings": (nn.Embedding,)}
-    wanted = tuple(kind for name in kinds for kind in types.get(name, ()))
-    return {
-        id(parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(module, wanted) or ("biases" in kinds and name.endswith("bias"))
-    }
+    return torch.optim.AdamW(groups, lr=groups[0]["lr"])
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from sfa_peft import find_backbone, role_modules
 from sfa_peft.budget import solve_budget
-from tests.tiny import swinv2_config
+from tests.tiny import swinv2_config, upernet
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -50,8 +50,9 @@ def rates(args: Any) -> Any:
     """Return the head's rate as a function of the update step, as Trainer makes it."""
     training = importlib.import_module("common.training")
     methods = importlib.import_module("common.methods")
-    head, adapted = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
-    ready = methods.Prepared(torch.nn.Module(), torch.nn.Module(), head, adapted, 0.1, 1, [])
+    model = upernet()
+    model.backbone.requires_grad_(False)
+    ready = methods.Prepared(model, model, [*model.decode_head.parameters()], [], 0.0, 1, [])
     given = training.pick_rates(args, adapters=0.0, full=0.0, head=0.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
@@ -278,6 +279,11 @@ def test_pretrained_weights_get_the_sources_rate_and_new_layers_the_heads(
         found = training.pick_rates(args, adapters=0.0, full=0.0, head=0.0)
         assert found.added == found.head
         assert found.backbone == pytest.approx(ratio * found.head)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_rates_fall_from_layer_to_layer_where_they_do_in_the_source(path: Path) -> None:
+    assert read(path)[1].layer_decay == (0.9 if path.stem.endswith("_depth") else None)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

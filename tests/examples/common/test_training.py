@@ -11,16 +11,14 @@ import torch
 from transformers import get_scheduler
 
 from tests.tiny import upernet
+from tests.tuner.test_rates import scale_of_the_source
 
 
 def test_a_polynomial_course_ends_at_lr_end() -> None:
     training = importlib.import_module("common.training")
-    methods = importlib.import_module("common.methods")
-    arguments = importlib.import_module("common.arguments")
-    head, adapted = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
-    ready = methods.Prepared(torch.nn.Module(), torch.nn.Module(), [head], [adapted], 0.1, 1, [])
+    ready, args = prepared("full")
     rates = training.Rates(backbone=2e-3, head=4e-3, added=2e-3)
-    optimizer = training.make_optimizer(ready, rates, arguments.SharedArguments())
+    optimizer = training.make_optimizer(ready, rates, args)
     kwargs = {"power": 1.0, "lr_end": 1e-3}
 
     scheduler = get_scheduler("polynomial", optimizer, 0, 10, scheduler_specific_kwargs=kwargs)
@@ -107,15 +105,37 @@ def test_norms_biases_and_embeddings_are_spared_weight_decay_where_asked() -> No
 def test_queries_are_spared_weight_decay_as_embeddings() -> None:
     training = importlib.import_module("common.training")
     example = importlib.import_module("semantic_segmentation")
-    model = example.build_model(example.Arguments(head="mask2former", hidden_size=32), 3)
+    args = example.Arguments(
+        head="mask2former", hidden_size=32, method="full", weight_decay=0.1, no_decay=["embeddings"]
+    )
+    ready = importlib.import_module("common.methods").prepare_method(
+        example.build_model(args, 3), args
+    )
 
-    found = training.undecayed(model, ["embeddings"])
+    optimizer = training.make_optimizer(ready, training.Rates(1.0, 1.0, 1.0), args)
+    spared = {id(p) for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]}
 
-    assert {n for n, p in model.named_parameters() if id(p) in found} == {
+    assert {n for n, p in ready.model.named_parameters() if id(p) in spared} == {
+        "model.pixel_level_module.decoder.level_embed",
         "model.transformer_module.queries_embedder.weight",
         "model.transformer_module.queries_features.weight",
         "model.transformer_module.level_embed.weight",
     }
+
+
+@pytest.mark.parametrize("method", ["sfa", "external", "lora", "adaptformer", "full"])
+def test_layer_decay_lowers_the_rates_of_every_method(method: str) -> None:
+    ready, args = prepared(method, learning_rate=1.0, layer_decay=0.5)
+
+    for name, group in groups_of(ready, args).items():
+        plain = name.removeprefix("base_model.model.")
+        if "sfa_pool" in name:
+            assert group["lr"] == 0.5  # of the last block, the ratios are beside it
+            assert (max(group["sfa_lr_ratios"]), min(group["sfa_lr_ratios"])) == (1, 0.5**7)
+        elif plain.startswith("backbone."):
+            assert group["lr"] == scale_of_the_source(plain, [1, 1, 2, 1], 0.5), name
+        else:
+            assert group["lr"] == 3.0
 
 
 def test_sfas_options_reach_its_config() -> None:
