@@ -16,8 +16,7 @@ from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Swinv2Backbone, Swinv2Config
 
-from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.backbones import find_backbone, role_modules
+from sfa_peft import SFAConfig, SFASelector, find_backbone, role_modules
 
 #: Rounds of a run, and the steps of one (the paper's s): the run that is looked at in the middle.
 ROUNDS = 20

@@ -31,9 +31,8 @@ from peft import get_peft_model
 from semantic_segmentation import Arguments, build_model
 from torch.utils.data import DataLoader
 
-from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAConfig, SFAError, SFASelector
+from sfa_peft.dense import CLASS_NAMES, SceneDataset
 
 LEARNING_RATE, HEAD_LEARNING_RATE = 3e-3, 6e-3  # those of the example
 LAST_LOSSES = 10

@@ -32,7 +32,7 @@ from semantic_segmentation import Arguments, build_model
 from torch.utils.data import DataLoader
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
+from sfa_peft.dense import CLASS_NAMES, SceneDataset
 from sfa_peft.files.container import read_blob
 from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool

@@ -35,8 +35,7 @@ from transformers import (
 )
 
 import sfa_peft
-from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
-from sfa_peft.dense.scenes.render import CLASS_NAMES, SceneDataset
+from sfa_peft.dense import CLASS_NAMES, SceneDataset, SegmentationMetrics, argmax_logits
 
 BACKBONE = Path(__file__).parent / "backbones" / "swinv2-nano"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

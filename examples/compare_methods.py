@@ -36,7 +36,7 @@ from common.reporting import (
 )
 from common.training import run_script
 
-from sfa_peft.dense.pictures.sheets import curve_plot
+from sfa_peft.dense import curve_plot
 
 TASKS = (
     "semantic_segmentation",

@@ -19,49 +19,38 @@ side by side: `compare_methods.py`.
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
-import torch
-from common.arguments import parse
 from common.augmented import Maps, try_maps
 from common.backbones import STAGES, load_backbone
 from common.data import Data, load_pairs
-from common.finish import save_and_report
-from common.items import picture
-from common.maps import MapArguments, plain_maps
-from common.methods import prepare_method
-from common.reporting import Result, shown_indices
-from common.training import make_trainer, pick_rates, run_script
+from common.maps import MapArguments, MapScoring
+from common.reporting import Result
+from common.task import Task, run_task
+from common.training import Rates, pick_rates, run_script
+from torch import nn
 from transformers import DPTConfig, DPTForDepthEstimation, PreTrainedModel, set_seed
 
-from sfa_peft.dense.data.depth import kitti_benchmark_crop
-from sfa_peft.dense.data.depth_transforms import DepthEvalTransform, DepthTrainTransform
-from sfa_peft.dense.data.splits import TransformedSplit
-from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
-from sfa_peft.dense.inference_augmented import predict_depth
-from sfa_peft.dense.losses import SILogLoss
-from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels
-from sfa_peft.dense.pictures.depth import depth_sheet
-from sfa_peft.dense.scenes.render import MAX_DEPTH
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import (
+    MAX_DEPTH,
+    DeconvDepthConfig,
+    DeconvForDepthEstimation,
+    DepthEvalTransform,
+    DepthMetrics,
+    DepthTrainTransform,
+    NormedFeatures,
+    SILogLoss,
+    TransformedSplit,
+    depth_at_labels,
+    depth_sheet,
+    kitti_benchmark_crop,
+    predict_depth,
+)
 
-# The head's was found on the validation scenes; other data wants its own (see --learning_rate).
-LEARNING_RATES = {
-    "frozen": 0.0,
-    "sfa": 3e-3,
-    "internal": 3e-3,
-    "external": 3e-3,
-    "lora": 3e-3,
-    "adaptformer": 3e-3,
-    "full": 2e-3,
-}
-HEAD_LEARNING_RATES = {"deconv": 6e-3, "dpt": 1e-3}
-HEADERS = {"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"}
 # NYUv2's frame stays, as in MIM-Depth: without it images are lower than its crops of 480.
 CROPS = {"none": None, "nyu": None, "kitti": kitti_benchmark_crop}
 PROTOCOLS = {"nyu": DepthMetrics.nyu, "kitti": DepthMetrics.kitti}
@@ -87,10 +76,6 @@ class Arguments(MapArguments):
     protocol: Literal["none", "nyu", "kitti"] = field(
         default="none",
         metadata={"help": "Crops of a benchmark in training and evaluation; none: whole images."},
-    )
-    train_scale: list[float] = field(
-        default_factory=lambda: [1.0, 1.0],
-        metadata={"help": "Range of the random scale of your images; 1 is their own size."},
     )
     cut_depth: float = field(
         default=0.0, metadata={"help": "Share of training images with vertical CutDepth."}
@@ -123,8 +108,6 @@ class Arguments(MapArguments):
             )
         if self.max_depth <= 0:
             raise SFAError(f"--max_depth: expected metres above 0, got {self.max_depth}")
-        if len(self.train_scale) != 2:
-            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
         if self.test_shifts is not None and self.test_shifts < 2:
             raise SFAError(f"--test_shifts: expected 2 or more, got {self.test_shifts}")
 
@@ -168,25 +151,16 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
         )
         model = DPTForDepthEstimation(config)
         # The head ends in a ReLU: where it starts at 0 it has no gradient.
-        torch.nn.init.constant_(model.head.head[-2].bias, args.max_depth / 4)
+        nn.init.constant_(model.head.head[-2].bias, args.max_depth / 4)
+        if args.norm_outputs:
+            model.neck = NormedFeatures(model.neck, backbone.channels)
     else:
-        model = DeconvForDepthEstimation(
-            DeconvDepthConfig(backbone.config, max_depth=args.max_depth)
+        config = DeconvDepthConfig(
+            backbone.config, max_depth=args.max_depth, norm_features=args.norm_outputs
         )
+        model = DeconvForDepthEstimation(config)
     model.backbone = backbone
     return model
-
-
-def predict(model, items) -> list[np.ndarray]:
-    """Return the predicted depth of each item in metres."""
-    model.eval()
-    maps = []
-    for item in items:
-        with torch.no_grad():
-            outputs = model(pixel_values=item["pixel_values"][None].to(model.device))
-        depth = depth_at_labels(outputs.predicted_depth, item["labels"][None])
-        maps.append(depth[0].cpu().numpy())
-    return maps
 
 
 def augmented_maps(args: Arguments) -> Maps | None:
@@ -198,66 +172,32 @@ def augmented_maps(args: Arguments) -> Maps | None:
     )
 
 
-def draw(columns, path: Path) -> None:
-    """Write columns of images and depth maps as a contact sheet."""
-    depth_sheet([list(row) for row in zip(*columns.values(), strict=True)], list(columns), path)
+def rates(args: Arguments) -> Rates:
+    """Return those of the rendered scenes, where only the head's was searched."""
+    head = {"deconv": 6e-3, "dpt": 1e-3}[args.head]
+    return pick_rates(args, adapters=3e-3, full=2e-3, head=head)
+
+
+def scoring(args: Arguments, data: Data) -> MapScoring:
+    """Return the errors of depth maps, and their pictures."""
+    maps = augmented_maps(args)
+    try_maps(maps, data.evaluation, output="predicted_depth")
+    return MapScoring(
+        headers={"RMSE (m)": "rmse", "abs. rel.": "abs_rel", "d1": "d1"},
+        sheet=depth_sheet,
+        metric=PROTOCOLS.get(args.protocol, partial(DepthMetrics, args.max_depth))(),
+        at_labels=depth_at_labels,
+        one_size=args.one_size,
+        maps=maps,
+        loss=SILogLoss() if args.head == "dpt" else None,
+    )
+
+
+TASK = Task(Arguments, load_data, make_model, rates, scoring)
 
 
 def main(argv: list[str] | None = None) -> Result:
-    args = parse(Arguments, argv, __doc__.splitlines()[0])
-
-    # 1. Data
-    data = load_data(args)
-
-    # 2. Model
-    model = make_model(args, data)
-    maps = augmented_maps(args)
-    try_maps(maps, data.evaluation, output="predicted_depth")
-
-    # 3. Adapter
-    ready = prepare_method(model, args)
-
-    # 4. Train
-    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATES[args.head])
-    metric = PROTOCOLS.get(args.protocol, partial(DepthMetrics, args.max_depth))()
-    trainer = make_trainer(
-        ready,
-        args,
-        rates=rates,
-        train_data=data.train,
-        eval_data=data.evaluation,
-        compute_metrics=metric,
-        preprocess=depth_at_labels,
-        compute_loss=SILogLoss() if args.head == "dpt" else None,
-        maps=plain_maps(args),
-    )
-    trainer.train(resume_from_checkpoint=ready.checkpoint)
-
-    # 5. Evaluate
-    scores, headers = trainer.evaluate(), HEADERS
-    if maps is not None:
-        scores |= trainer.evaluate_augmented(maps)
-        headers = HEADERS | {"RMSE augm.": "augmented_rmse"}
-    items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
-    columns = {
-        "input": [picture(item["pixel_values"]) for item in items],
-        "truth": [item["labels"].numpy() for item in items],
-        "prediction": predict(ready.model, items),
-    }
-
-    # 6. Save, and load it again to see that nothing is lost
-    return save_and_report(
-        ready,
-        args,
-        trainer,
-        rates=rates,
-        scores=scores,
-        headers=headers,
-        columns=columns,
-        draw=draw,
-        fresh=make_model(args, data),
-        pixels=items[0]["pixel_values"][None],
-    )
+    return run_task(TASK, argv, __doc__)
 
 
 if __name__ == "__main__":

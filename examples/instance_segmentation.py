@@ -19,51 +19,35 @@ What the paper trained, as far as transformers has it:
 
 import os
 from dataclasses import dataclass, field
-from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from common.arguments import SharedArguments, parse
 from common.backbones import load_backbone
-from common.data import Data, load_pairs
-from common.finish import save_and_report
-from common.mask2former import mask2former_config
-from common.methods import prepare_method
-from common.objects import columns_of, draw, evaluate
-from common.reporting import Result, shown_indices
-from common.training import make_trainer, pick_rates, run_script
+from common.data import Data
+from common.mask2former import (
+    DECODER_HELP,
+    QUERIES_HELP,
+    Mask2FormerOptions,
+    build_mask2former,
+    check_width,
+)
+from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.reporting import Result
+from common.task import Task, run_task
+from common.training import Rates, pick_rates, run_script
 from transformers import (
     Mask2FormerForUniversalSegmentation,
     PreTrainedModel,
     set_seed,
 )
 
-from sfa_peft.dense import instances_from_queries
-from sfa_peft.dense.data.collate import collate_instances
-from sfa_peft.dense.data.object_transforms import ObjectResize, ObjectScaleCrop
-from sfa_peft.dense.data.splits import TransformedSplit
-from sfa_peft.dense.metrics.coco import CocoMetrics
-from sfa_peft.errors import SFAError
-
-# The head's rate was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps; the
-# others were not searched.
-LEARNING_RATES = {
-    "frozen": 0.0,
-    "sfa": 3e-3,
-    "internal": 3e-3,
-    "external": 3e-3,
-    "lora": 3e-3,
-    "adaptformer": 3e-3,
-    "full": 1e-3,
-}
-HEAD_LEARNING_RATE = 2e-3
-HEADERS = {"mask AP": "segm_map", "AP50": "segm_map_50", "AP75": "segm_map_75"}
+from sfa_peft.dense import collate_instances, instances_from_queries
 
 
 @dataclass
-class Arguments(SharedArguments):
+class Arguments(Mask2FormerOptions, ObjectArguments):
     """Options of instance segmentation."""
 
     output_dir: str = field(
@@ -71,68 +55,26 @@ class Arguments(SharedArguments):
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
     max_steps: int = field(default=1000, metadata={"help": "Update steps, 2 or more."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Images per step and device."}
-    )
-    hidden_size: int = field(
-        default=64, metadata={"help": "Channels of the head; 256 in Mask2Former's paper."}
-    )
-    encoder_layers: int = field(
-        default=2, metadata={"help": "Blocks of the pixel decoder; 6 in Mask2Former's paper."}
-    )
-    decoder_layers: int = field(
-        default=3,
-        metadata={"help": "Predictions of the decoder, the first from bare queries; paper 10."},
-    )
-    num_queries: int = field(
-        default=12, metadata={"help": "Masks predicted per image; 100 in Mask2Former's paper."}
-    )
-    train_scale: list[float] = field(
-        default_factory=lambda: [0.8, 1.6],
-        metadata={"help": "Range of the random scale of your images; 1 just fits the crop."},
-    )
+    decoder_layers: int = field(default=3, metadata={"help": DECODER_HELP})
+    num_queries: int = field(default=12, metadata={"help": QUERIES_HELP})
 
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
         super().check()
-        if self.hidden_size % 32:
-            raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {self.hidden_size}")
-        if len(self.train_scale) != 2:
-            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        check_width(self)
 
 
 def load_data(args: Arguments) -> Data:
     """Return rendered scenes, or the user's data cropped and augmented."""
-    pairs = load_pairs("instances", args)
-    plain = ObjectResize(tuple(args.eval_size))
-    if args.dataset_name is None:  # scenes are all different
-        augment = ObjectScaleCrop(tuple(args.image_size), scale=(1.0, 1.0), jitter=0.0)
-    else:
-        augment = ObjectScaleCrop(tuple(args.image_size), scale=tuple(args.train_scale))
-    return Data(
-        TransformedSplit(pairs.train, augment, seed=args.seed),
-        TransformedSplit(pairs.evaluation, plain),
-        pairs.class_names,
-    )
+    return load_objects("instances", args)
 
 
 def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     """Return the head on the pretrained backbone, the same for every method."""
     backbone = load_backbone(args)
     set_seed(args.seed)
-    config = mask2former_config(
-        backbone.config,
-        image_size=args.image_size,
-        hidden_size=args.hidden_size,
-        encoder_layers=args.encoder_layers,
-        decoder_layers=args.decoder_layers,
-        num_queries=args.num_queries,
-        num_labels=len(data.class_names),
-    )
-    config.init_std = args.hidden_size**-0.5  # as Xavier's; by default 0.02 whatever the width
-    model = Mask2FormerForUniversalSegmentation(config)
-    model.model.pixel_level_module.encoder = backbone
-    return model
+    kind = Mask2FormerForUniversalSegmentation
+    return build_mask2former(kind, args, backbone, len(data.class_names))
 
 
 def predict(model, batch, sizes) -> list[dict]:
@@ -148,51 +90,33 @@ def predict(model, batch, sizes) -> list[dict]:
     )
 
 
-def main(argv: list[str] | None = None) -> Result:
-    args = parse(Arguments, argv, __doc__.splitlines()[0])
+def rates(args: Arguments) -> Rates:
+    """Return those of the rendered scenes.
 
-    # 1. Data
-    data = load_data(args)
-    metric = CocoMetrics(data.class_names, iou_types=["segm"])
+    The head's was the better of 1e-3 and 2e-3 on 100 validation scenes, SFA, 320 steps; the others
+    were not searched.
+    """
+    return pick_rates(args, adapters=3e-3, full=1e-3, head=2e-3)
 
-    # 2. Model
-    model = make_model(args, data)
 
-    # 3. Adapter
-    ready = prepare_method(model, args)
-
-    # 4. Train
-    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATE)
-    collate = collate_instances
-    trainer = make_trainer(
-        ready,
-        args,
-        rates=rates,
-        train_data=data.train,
-        collator=collate,
+def scoring(args: Arguments, data: Data) -> ObjectScoring:
+    """Return the average precision of masks, and their pictures."""
+    return ObjectScoring(
+        headers={"mask AP": "segm_map", "AP50": "segm_map_50", "AP75": "segm_map_75"},
+        class_names=data.class_names,
+        collate=collate_instances,
+        predict=predict,
+        iou_types=("segm",),
         label_names=("mask_labels", "class_labels"),
+        num_workers=args.dataloader_num_workers,
     )
-    trainer.train(resume_from_checkpoint=ready.checkpoint)
 
-    # 5. Evaluate
-    workers = args.dataloader_num_workers
-    scores = evaluate(ready.model, data.evaluation, metric, collate, predict, workers)
-    items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
-    columns = columns_of(ready.model, items, collate, predict)
 
-    # 6. Save, and load it again to see that nothing is lost
-    return save_and_report(
-        ready,
-        args,
-        trainer,
-        rates=rates,
-        scores=scores,
-        headers=HEADERS,
-        columns=columns,
-        draw=partial(draw, class_names=data.class_names),
-        fresh=make_model(args, data),
-        pixels=items[0]["pixel_values"][None],
-    )
+TASK = Task(Arguments, load_data, make_model, rates, scoring)
+
+
+def main(argv: list[str] | None = None) -> Result:
+    return run_task(TASK, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,17 @@ What the paper trained, as far as transformers has it:
 
 import os
 from dataclasses import dataclass, field
-from functools import partial
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
-from common.arguments import SharedArguments, parse
 from common.backbones import STAGES, load_backbone
-from common.data import Data, load_pairs
-from common.finish import save_and_report
-from common.methods import prepare_method
-from common.objects import columns_of, draw, evaluate
-from common.reporting import Result, shown_indices
-from common.training import make_trainer, pick_rates, run_script
+from common.data import Data
+from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.reporting import Result
+from common.task import Task, run_task
+from common.training import Rates, pick_rates, run_script
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -42,39 +39,19 @@ from transformers import (
     set_seed,
 )
 
-from sfa_peft.dense.data.collate import collate_detection
-from sfa_peft.dense.data.object_transforms import ObjectResize, ObjectScaleCrop
-from sfa_peft.dense.data.splits import TransformedSplit
-from sfa_peft.dense.metrics.coco import CocoMetrics
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import MapNorm, collate_detection
 
-# Not searched: the head's rate is the better of two in instance_segmentation.py. Other data wants
-# its own.
-LEARNING_RATES = {
-    "frozen": 0.0,
-    "sfa": 3e-3,
-    "internal": 3e-3,
-    "external": 3e-3,
-    "lora": 3e-3,
-    "adaptformer": 3e-3,
-    "full": 1e-3,
-}
-HEAD_LEARNING_RATE = 2e-3
-HEADERS = {"box AP": "bbox_map", "AP50": "bbox_map_50", "AP75": "bbox_map_75"}
 STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
 
 @dataclass
-class Arguments(SharedArguments):
+class Arguments(ObjectArguments):
     """Options of object detection."""
 
     output_dir: str = field(
         default="out/object_detection",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
-    )
-    max_steps: int = field(default=1200, metadata={"help": "Update steps, 2 or more."})
-    per_device_train_batch_size: int = field(
-        default=8, metadata={"help": "Images per step and device."}
     )
     stages: list[str] = field(
         default_factory=lambda: ["stage2", "stage3"],
@@ -92,16 +69,10 @@ class Arguments(SharedArguments):
     num_queries: int = field(
         default=20, metadata={"help": "Boxes predicted per image; 300 in RT-DETR's paper."}
     )
-    train_scale: list[float] = field(
-        default_factory=lambda: [0.8, 1.6],
-        metadata={"help": "Range of the random scale of your images; 1 just fits the crop."},
-    )
 
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
         super().check()
-        if len(self.train_scale) != 2:
-            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
         if sorted(set(self.stages)) != self.stages or not set(self.stages) <= set(STAGES):
             raise SFAError(f"--stages: expected some of {list(STAGES)} in order: {self.stages}")
         if any(side % 32 for side in (*self.image_size, *self.eval_size)):
@@ -114,17 +85,7 @@ class Arguments(SharedArguments):
 
 def load_data(args: Arguments) -> Data:
     """Return rendered scenes, or the user's data cropped and augmented."""
-    pairs = load_pairs("detection", args)
-    plain = ObjectResize(tuple(args.eval_size))
-    if args.dataset_name is None:  # scenes are all different
-        augment = ObjectScaleCrop(tuple(args.image_size), scale=(1.0, 1.0), jitter=0.0)
-    else:
-        augment = ObjectScaleCrop(tuple(args.image_size), scale=tuple(args.train_scale))
-    return Data(
-        TransformedSplit(pairs.train, augment, seed=args.seed),
-        TransformedSplit(pairs.evaluation, plain),
-        pairs.class_names,
-    )
+    return load_objects("detection", args)
 
 
 def make_model(args: Arguments, data: Data) -> PreTrainedModel:
@@ -152,6 +113,11 @@ def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     model = RTDetrForObjectDetection(config)
     start_head(model)
     model.model.backbone.model = backbone
+    if args.norm_outputs:
+        for level, (projection, channels) in enumerate(
+            zip(model.model.encoder_input_proj, backbone.channels, strict=True)
+        ):
+            model.model.encoder_input_proj[level] = nn.Sequential(MapNorm(channels), *projection)
     return model
 
 
@@ -180,44 +146,27 @@ def predict(model, batch, sizes) -> list[dict[str, torch.Tensor]]:
     return [{name: value.cpu() for name, value in objects.items()} for objects in found]
 
 
-def main(argv: list[str] | None = None) -> Result:
-    args = parse(Arguments, argv, __doc__.splitlines()[0])
+def rates(args: Arguments) -> Rates:
+    """Return those of the rendered scenes: not searched, the head's as in instances."""
+    return pick_rates(args, adapters=3e-3, full=1e-3, head=2e-3)
 
-    # 1. Data
-    data = load_data(args)
-    metric = CocoMetrics(data.class_names)
 
-    # 2. Model
-    model = make_model(args, data)
-
-    # 3. Adapter
-    ready = prepare_method(model, args)
-
-    # 4. Train
-    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATE)
-    collate = collate_detection
-    trainer = make_trainer(ready, args, rates=rates, train_data=data.train, collator=collate)
-    trainer.train(resume_from_checkpoint=ready.checkpoint)
-
-    # 5. Evaluate
-    workers = args.dataloader_num_workers
-    scores = evaluate(ready.model, data.evaluation, metric, collate, predict, workers)
-    items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
-    columns = columns_of(ready.model, items, collate, predict)
-
-    # 6. Save, and load it again to see that nothing is lost
-    return save_and_report(
-        ready,
-        args,
-        trainer,
-        rates=rates,
-        scores=scores,
-        headers=HEADERS,
-        columns=columns,
-        draw=partial(draw, class_names=data.class_names),
-        fresh=make_model(args, data),
-        pixels=items[0]["pixel_values"][None],
+def scoring(args: Arguments, data: Data) -> ObjectScoring:
+    """Return the average precision of boxes, and their pictures."""
+    return ObjectScoring(
+        headers={"box AP": "bbox_map", "AP50": "bbox_map_50", "AP75": "bbox_map_75"},
+        class_names=data.class_names,
+        collate=collate_detection,
+        predict=predict,
+        num_workers=args.dataloader_num_workers,
     )
+
+
+TASK = Task(Arguments, load_data, make_model, rates, scoring)
+
+
+def main(argv: list[str] | None = None) -> Result:
+    return run_task(TASK, argv, __doc__)
 
 
 if __name__ == "__main__":

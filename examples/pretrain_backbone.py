@@ -48,8 +48,8 @@ from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from sfa_peft.dense.pictures.sheets import curve_plot
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import curve_plot
 
 
 def rate_at(progress: float, warmup: float) -> float:

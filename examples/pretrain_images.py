@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn import functional
 from tqdm import tqdm
 
-from sfa_peft.dense.data.transforms import IMAGENET_MEAN, IMAGENET_STD, as_image
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import IMAGENET_MEAN, IMAGENET_STD, as_image
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SPLITS = {"train": ("train",), "val": ("val", "validation", "valid", "test")}

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import distributed
 
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 
 class Processes:

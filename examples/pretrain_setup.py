@@ -13,7 +13,7 @@ import torch
 from pretrain_processes import Processes
 from transformers import HfArgumentParser, Swinv2Config, Swinv2ForImageClassification
 
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 HERE = Path(__file__).parent
 # What may differ between a run and its continuation.

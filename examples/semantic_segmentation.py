@@ -25,51 +25,44 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import numpy as np
-from common.arguments import as_size, parse
+from common.arguments import as_size
 from common.augmented import Maps, try_maps
 from common.backbones import load_backbone
 from common.data import Data, load_pairs
-from common.finish import save_and_report
-from common.items import picture
-from common.maps import MapArguments, plain_maps
-from common.mask2former import Mask2FormerForSemanticSegmentation, mask2former_config
-from common.methods import prepare_method
-from common.reporting import Result, shown_indices
-from common.training import make_trainer, pick_rates, run_script
+from common.maps import MapArguments, MapScoring
+from common.mask2former import (
+    Mask2FormerForSemanticSegmentation,
+    Mask2FormerOptions,
+    build_mask2former,
+    check_width,
+)
+from common.reporting import Result
+from common.task import Task, run_task
+from common.training import Rates, pick_rates, run_script
 from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
 
-from sfa_peft.dense.data.splits import TransformedSplit
-from sfa_peft.dense.data.transforms import EvalTransform, TrainTransform
-from sfa_peft.dense.inference import predict_maps
-from sfa_peft.dense.inference_augmented import multi_scale_probabilities
-from sfa_peft.dense.metrics.segmentation import SegmentationMetrics, argmax_logits
-from sfa_peft.dense.pictures.sheets import contact_sheet
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import (
+    EvalTransform,
+    NormedFeatures,
+    SegmentationMetrics,
+    TrainTransform,
+    TransformedSplit,
+    argmax_logits,
+    contact_sheet,
+    multi_scale_probabilities,
+)
 
-# Found on the validation scenes; a run on other data wants its own (see --learning_rate).
-LEARNING_RATES = {
-    "frozen": 0.0,
-    "sfa": 6e-3,
-    "internal": 6e-3,
-    "external": 6e-3,
-    "lora": 6e-3,
-    "adaptformer": 6e-3,
-    "full": 2e-3,
-}
-HEAD_LEARNING_RATES = {"upernet": 6e-3, "mask2former": 1e-3}
 SIZE_DIVISORS = {"upernet": 1, "mask2former": 32}  # of test images, as in mmseg and Mask2Former
-HEADERS = {"mIoU": "mean_iou", "pixel acc.": "pixel_accuracy"}
 
 
 @dataclass
-class Arguments(MapArguments):
+class Arguments(Mask2FormerOptions, MapArguments):
     """Options of semantic segmentation."""
 
     output_dir: str = field(
@@ -78,19 +71,6 @@ class Arguments(MapArguments):
     )
     head: Literal["upernet", "mask2former"] = field(
         default="upernet", metadata={"help": "Task head on the backbone."}
-    )
-    hidden_size: int = field(
-        default=64, metadata={"help": "Channels of the head; Mask2Former's are 256 in its paper."}
-    )
-    encoder_layers: int = field(
-        default=2, metadata={"help": "Blocks of Mask2Former's pixel decoder; 6 in its paper."}
-    )
-    decoder_layers: int = field(
-        default=4,
-        metadata={"help": "Mask2Former's predictions, the first from bare queries; paper 10."},
-    )
-    num_queries: int = field(
-        default=20, metadata={"help": "Masks that Mask2Former predicts; 100 in its paper."}
     )
     train_scale: list[float] = field(
         default_factory=lambda: [1.0, 2.0],
@@ -122,10 +102,8 @@ class Arguments(MapArguments):
             raise SFAError(
                 "--per_device_train_batch_size: UperNet's batch norm needs 2 or more images"
             )
-        if self.head == "mask2former" and self.hidden_size % 32:
-            raise SFAError(f"--hidden_size: Mask2Former takes multiples of 32: {self.hidden_size}")
-        if len(self.train_scale) != 2:
-            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        if self.head == "mask2former":
+            check_width(self)
         if self.test_scales is not None and not all(0 < s < math.inf for s in self.test_scales):
             raise SFAError(f"--test_scales: expected numbers above 0, got {self.test_scales}")
         if self.test_stride is not None and self.test_crop_size is None:
@@ -167,18 +145,7 @@ def build_model(args: Arguments, num_labels: int) -> PreTrainedModel:
     backbone = load_backbone(args)
     set_seed(args.seed)
     if args.head == "mask2former":
-        config = mask2former_config(
-            backbone.config,
-            image_size=args.image_size,
-            hidden_size=args.hidden_size,
-            encoder_layers=args.encoder_layers,
-            decoder_layers=args.decoder_layers,
-            num_queries=args.num_queries,
-            num_labels=num_labels,
-        )
-        model = Mask2FormerForSemanticSegmentation(config)
-        model.model.pixel_level_module.encoder = backbone
-        return model
+        return build_mask2former(Mask2FormerForSemanticSegmentation, args, backbone, num_labels)
     config = UperNetConfig(
         backbone_config=backbone.config,
         hidden_size=args.hidden_size,
@@ -187,18 +154,9 @@ def build_model(args: Arguments, num_labels: int) -> PreTrainedModel:
     )
     model = UperNetForSemanticSegmentation(config)
     model.backbone = backbone
+    if args.norm_outputs:
+        model.decode_head = NormedFeatures(model.decode_head, backbone.channels)
     return model
-
-
-def predict(model, items, *, size_divisor: int = 1) -> list[np.ndarray]:
-    """Return the predicted class map of each item, at the size of its labels."""
-    model.eval()
-    maps = []
-    for item in items:
-        pixels = item["pixel_values"][None].to(model.device)
-        scores = predict_maps(model, pixels, size_divisor=size_divisor)
-        maps.append(argmax_logits(scores.values, item["labels"][None])[0].cpu().numpy())
-    return maps
 
 
 def augmented_maps(args: Arguments) -> Maps | None:
@@ -218,65 +176,32 @@ def augmented_maps(args: Arguments) -> Maps | None:
     )
 
 
-def draw(columns, path: Path, class_names: list[str]) -> None:
-    """Write columns of images and class maps as a contact sheet."""
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    contact_sheet(rows, list(columns), path, class_names=class_names)
+def rates(args: Arguments) -> Rates:
+    """Return those found on the validation scenes; other data wants its own (see the options)."""
+    head = {"upernet": 6e-3, "mask2former": 1e-3}[args.head]
+    return pick_rates(args, adapters=6e-3, full=2e-3, head=head)
+
+
+def scoring(args: Arguments, data: Data) -> MapScoring:
+    """Return the mean IoU of class maps, and their pictures."""
+    maps, names = augmented_maps(args), data.class_names
+    try_maps(maps, data.evaluation, output="logits")
+    return MapScoring(
+        headers={"mIoU": "mean_iou", "pixel acc.": "pixel_accuracy"},
+        sheet=partial(contact_sheet, class_names=names),
+        metric=SegmentationMetrics(len(names), class_names=names),
+        at_labels=argmax_logits,
+        one_size=args.one_size,
+        size_divisor=SIZE_DIVISORS[args.head],
+        maps=maps,
+    )
+
+
+TASK = Task(Arguments, load_data, make_model, rates, scoring)
 
 
 def main(argv: list[str] | None = None) -> Result:
-    args = parse(Arguments, argv, __doc__.splitlines()[0])
-
-    # 1. Data
-    data = load_data(args)
-
-    # 2. Model
-    model = make_model(args, data)
-    maps = augmented_maps(args)
-    try_maps(maps, data.evaluation, output="logits")
-
-    # 3. Adapter
-    ready = prepare_method(model, args)
-
-    # 4. Train
-    rates = pick_rates(args, LEARNING_RATES, HEAD_LEARNING_RATES[args.head])
-    trainer = make_trainer(
-        ready,
-        args,
-        rates=rates,
-        train_data=data.train,
-        eval_data=data.evaluation,
-        compute_metrics=SegmentationMetrics(len(data.class_names), class_names=data.class_names),
-        preprocess=argmax_logits,
-        maps=plain_maps(args, size_divisor=SIZE_DIVISORS[args.head]),
-    )
-    trainer.train(resume_from_checkpoint=ready.checkpoint)
-
-    # 5. Evaluate
-    scores, headers = trainer.evaluate(), HEADERS
-    if maps is not None:
-        scores |= trainer.evaluate_augmented(maps)
-        headers = HEADERS | {"mIoU augm.": "augmented_mean_iou"}
-    items = [data.evaluation[i] for i in shown_indices(len(data.evaluation))]
-    columns = {
-        "input": [picture(item["pixel_values"]) for item in items],
-        "truth": [item["labels"].numpy() for item in items],
-        "prediction": predict(ready.model, items, size_divisor=SIZE_DIVISORS[args.head]),
-    }
-
-    # 6. Save, and load it again to see that nothing is lost
-    return save_and_report(
-        ready,
-        args,
-        trainer,
-        rates=rates,
-        scores=scores,
-        headers=headers,
-        columns=columns,
-        draw=partial(draw, class_names=data.class_names),
-        fresh=make_model(args, data),
-        pixels=items[0]["pixel_values"][None],
-    )
+    return run_task(TASK, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,8 @@ from semantic_segmentation import Arguments, build_model
 from torch.nn.functional import cross_entropy
 
 import sfa_peft
-from sfa_peft.dense import as_image
-from sfa_peft.dense.pictures.sheets import class_palette
-from sfa_peft.dense.scenes.render import SceneDataset
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import SceneDataset, as_image, class_palette
 
 SCENES, STEPS, BATCH = 256, 100, 8
 MAX_PIXELS = 25_000_000  # to decode; of a JPEG, which can be decoded smaller, twice as many

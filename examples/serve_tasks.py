@@ -49,8 +49,8 @@ from serve_setup import (
 from serve_web import LIMITS, make_guarded_app, read_upload
 from starlette.requests import ClientDisconnect
 
-from sfa_peft.dense.scenes.render import CLASS_NAMES, render_scene
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import CLASS_NAMES, render_scene
 from sfa_peft.tasks import TaskBank
 
 WAIT = 30.0  # seconds that a request may wait for others before it is told to come back

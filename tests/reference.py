@@ -69,8 +69,13 @@ class DenseReference:
         return sum(int(m.sum()) for m in self.mask.values())
 
     @torch.no_grad()
-    def step(self, rate: float, decay: float, betas: tuple[float, float], eps: float) -> None:
-        """Do what one optimizer step and one selector step do, from the weights' `.grad`."""
+    def step(
+        self, rate: float | dict[str, float], decay: float, betas: tuple[float, float], eps: float
+    ) -> None:
+        """Do what one optimizer step and one selector step do, from the weights' `.grad`.
+
+        `rate` is one for all weights, or that of each by its name.
+        """
         self.taken += 1
         beta1, beta2 = betas
         dense = self.score == "weight_difference" and self.taken <= max(self.targets)
@@ -90,7 +95,8 @@ class DenseReference:
             )
             mean = self.mean[name] / (1 - beta1**age)
             square = self.square[name] / (1 - beta2**age)
-            update = rate * mean / (square.sqrt() + eps) + rate * decay * self.delta[name]
+            own = rate[name] if isinstance(rate, dict) else rate
+            update = own * mean / (square.sqrt() + eps) + own * decay * self.delta[name]
             self.delta[name] = torch.where(trains, self.delta[name] - update, self.delta[name])
             weight.grad = None
         if self.taken in self.targets:
@@ -141,6 +147,20 @@ class DenseReference:
         chosen[torch.topk(flat, count).indices] = True
         for name, part in zip(names, chosen.split([scores[n].numel() for n in names]), strict=True):
             self.mask[name] |= part.view_as(self.mask[name])
+
+
+def step_where(optimizer, weights: dict, masks: dict, pretrained: dict) -> None:
+    """Let an optimizer of dense weights move what a mask selects, and nothing else."""
+    for name, weight in weights.items():
+        weight.grad *= masks[name]
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(torch.where(masks[name], weight, pretrained[name]))
+            for state in optimizer.state[weight].values():  # decay got into the moments
+                if torch.is_tensor(state) and state.shape == weight.shape:
+                    state.mul_(masks[name])
 
 
 def assert_same(pool, reference: DenseReference, atol: float = 1e-6) -> None:

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sfa_peft.backbones import Backbone, RoleModule, role_modules
+from sfa_peft import Backbone, RoleModule, role_modules
 
 SCALE = 0.1
 
@@ -57,6 +57,12 @@ def mlp_widths(backbone: Backbone) -> dict[str, int]:
     """Return the output features of each MLP of a backbone by the path of its last linear."""
     paths = [_inside(backbone, e) for e in role_modules(backbone) if e.role == "mlp_out"]
     return {path: backbone.module.get_submodule(path).out_features for path in paths}
+
+
+def parameters(features: int, width: int) -> int:
+    """Return the parameters of a branch beside an MLP of `features`, biases included."""
+    width = min(width, features)
+    return 2 * features * width + width + features
 
 
 def add_adapters(backbone: Backbone, width: int) -> None:

@@ -12,9 +12,10 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from common.recipes import read_recipes
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
+UNDECAYED = ("norms", "biases", "embeddings")
 DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
 
 
@@ -44,11 +45,18 @@ class SharedArguments:
     budget: float = field(
         default=0.05, metadata={"help": "Share of the backbone that may be trained, (0, 1]."}
     )
-    rho: float = field(
-        default=0.5,
+    rho: float | None = field(
+        default=None,
         metadata={
-            "help": "Of SFA: share of the budget for external adapters; selected weights get the "
-            "rest."
+            "help": "Of SFA: share of the budget for external adapters, 0.5 if not given; selected "
+            "weights get the rest."
+        },
+    )
+    adapter_dim: int | None = field(
+        default=None,
+        metadata={
+            "help": "Width of SFA's external adapters, instead of --rho, or of AdaptFormer's "
+            "bottlenecks, instead of what the budget allows."
         },
     )
     score: str = field(
@@ -56,6 +64,17 @@ class SharedArguments:
     )
     selection_steps: int | None = field(
         default=None, metadata={"help": "Of SFA: update steps in a round; as SFAConfig if not set."}
+    )
+    schedule: str = field(
+        default="linear",
+        metadata={"help": "Of SFA: how the selection grows: linear, cubic, one_shot or literal."},
+    )
+    select_until: float | None = field(
+        default=None,
+        metadata={"help": "Of SFA: share of the run after which nothing is selected any more."},
+    )
+    internal_lr_ratio: float = field(
+        default=1.0, metadata={"help": "Of SFA: rate of selected weights over --learning_rate."}
     )
     selection_from: str | None = field(
         default=None,
@@ -73,6 +92,13 @@ class SharedArguments:
     )
     drop_path_rate: float | None = field(
         default=None, metadata={"help": "Stochastic depth; the checkpoint's own if not given."}
+    )
+    norm_outputs: bool = field(
+        default=False,
+        metadata={
+            "help": "Put a LayerNorm on each feature map that the head takes, as the Swin code of "
+            "other libraries does; it belongs to the head."
+        },
     )
     # --- data
     dataset_name: str | None = field(
@@ -130,6 +156,10 @@ class SharedArguments:
             "as they are if it is not given."
         },
     )
+    train_scale: list[float] = field(
+        default_factory=lambda: [1.0, 1.0],
+        metadata={"help": "Range of the random scale of your images; 1 just fits the crop."},
+    )
     max_eval_samples: int | None = field(
         default=None,
         metadata={"help": "Items to report on at most; of rendered scenes 200 if not given."},
@@ -150,11 +180,29 @@ class SharedArguments:
             "suits the rendered scenes."
         },
     )
+    external_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Rate of new layers in the backbone: SFA's external adapters, LoRA, "
+            "AdaptFormer; as for pretrained weights if not given."
+        },
+    )
     head_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Rate of the head; if not given, one that suits the rendered scenes."},
     )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor of the rates from each layer of the backbone to the one below; one "
+            "rate for all if not given."
+        },
+    )
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
+    no_decay: list[str] = field(
+        default_factory=list,
+        metadata={"help": "What has no weight decay, of: norms, biases, embeddings."},
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to it."})
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Course of the rates: cosine, linear, polynomial, ..."}
@@ -201,6 +249,13 @@ class SharedArguments:
         square = all(height == width for height, width in (self.image_size, self.eval_size))
         if self.dataset_name is None and not square:
             raise SFAError("--image_size, --eval_size: rendered scenes are square")
+        if len(self.train_scale) != 2:
+            raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
+        if self.max_eval_samples is not None and self.max_eval_samples < 1:
+            raise SFAError("--max_eval_samples: expected 1 or more")
+        self._check_training()
+
+    def _check_training(self) -> None:
         if not 0 < self.budget <= 1:
             raise SFAError(
                 f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
@@ -211,10 +266,14 @@ class SharedArguments:
             raise SFAError(
                 "--per_device_train_batch_size, --gradient_accumulation_steps: expected 1 or more"
             )
-        if self.max_eval_samples is not None and self.max_eval_samples < 1:
-            raise SFAError("--max_eval_samples: expected 1 or more")
         if self.selection_from is not None and self.method != "sfa":
             raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
+        if self.adapter_dim is not None and self.method not in ("sfa", "adaptformer"):
+            raise SFAError(f"--adapter_dim: needs --method sfa or adaptformer, got {self.method}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise SFAError(f"--layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
+        if not set(self.no_decay) <= set(UNDECAYED):
+            raise SFAError(f"--no_decay: expected some of {list(UNDECAYED)}, got {self.no_decay}")
         if self.lr_scheduler_kwargs is not None:
             _as_json(self.lr_scheduler_kwargs)
 

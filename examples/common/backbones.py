@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from transformers import AutoConfig, Swinv2Backbone, Swinv2Config
 
 from common.arguments import SharedArguments
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 STAGES = ("stage1", "stage2", "stage3", "stage4")
 

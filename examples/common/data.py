@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 from common.arguments import SharedArguments
-from sfa_peft.dense.data.load import load_dense
-from sfa_peft.dense.data.splits import Split, SubSplit
-from sfa_peft.dense.scenes.render import CLASS_NAMES
-from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
+from sfa_peft.dense import CLASS_NAMES, THING_NAMES, SceneSplit, Split, SubSplit, load_dense
 
 EVAL_SCENES = 200
 HOLDOUT = 0.2  # of the training pairs, where the data has no validation split

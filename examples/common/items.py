@@ -4,7 +4,7 @@
 import numpy as np
 from torch import Tensor
 
-from sfa_peft.dense.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from sfa_peft.dense import IMAGENET_MEAN, IMAGENET_STD
 
 
 def picture(pixel_values: Tensor) -> np.ndarray:

@@ -1,11 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At what size class maps and depth are scored: that of the data, unless another is asked for."""
+"""Scores and pictures of models that put out one map an image: class maps and depth.
 
+They are scored at the data's own size, unless another is asked for.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+from torch.utils.data import Dataset
+
 from common.arguments import SharedArguments, as_size
-from common.augmented import Maps
+from common.augmented import AugmentedTrainer, Maps
+from common.data import Data
+from common.items import picture
 from sfa_peft.dense import predict_maps
 
 
@@ -37,18 +47,65 @@ class MapArguments(SharedArguments):
         return {"scored_at": self.score_size or "the data's own size"}
 
 
-def plain_maps(args: MapArguments, *, size_divisor: int = 1) -> Maps | None:
-    """Return the plain evaluation where labels may have another size than the images.
+@dataclass
+class MapScoring:
+    """Scores that Trainer counts, with several runs an image where asked for, and pictures.
 
-    Args:
-        args: The run's arguments.
+    Attributes:
+        headers: Columns of the table: header to key of the scores.
+        sheet: Writes rows of images and maps below their titles.
+        metric: Counts batches, as Trainer's `batch_eval_metrics` wants it.
+        at_labels: Makes maps of a model's output, comparable with the labels that it is given too.
+        one_size: Images and labels all have one size, so that Trainer's own evaluation will do.
         size_divisor: Images are padded to multiples of it.
-
-    Returns:
-        What `AugmentedTrainer.maps` takes; None for rendered scenes, which Trainer's own way does.
+        maps: The augmented evaluation, if any.
+        loss: For models without a loss of their own.
     """
-    if args.one_size:
-        return None
-    return lambda model, pixel_values, size: (
-        predict_maps(model, pixel_values, size_divisor=size_divisor).values
-    )
+
+    headers: dict[str, str]
+    sheet: Callable[[list[list[Any]], list[str], Path], Any]
+    metric: Callable[..., dict[str, float]]
+    at_labels: Callable[[Any, Tensor], Tensor]
+    one_size: bool
+    size_divisor: int = 1
+    maps: Maps | None = None
+    loss: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if self.maps is not None:
+            header, key = next(iter(self.headers.items()))
+            self.headers = {**self.headers, f"{header.split()[0]} augm.": f"augmented_{key}"}
+
+    def trainer_options(self, data: Data) -> dict[str, Any]:
+        """Return what `make_trainer` is told of the task."""
+        return {
+            "eval_data": data.evaluation,
+            "compute_metrics": self.metric,
+            "preprocess": self.at_labels,
+            "compute_loss": self.loss,
+            "maps": None if self.one_size else self.plain,
+        }
+
+    def plain(self, model: Any, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return the maps of one run over images of any size, as `AugmentedTrainer.maps` does."""
+        return predict_maps(model, pixel_values, size_divisor=self.size_divisor).values
+
+    def evaluate(
+        self, trainer: AugmentedTrainer, data: Dataset[dict[str, Any]]
+    ) -> dict[str, float]:
+        """Return the scores of a trained model; those of the augmented evaluation come last."""
+        scores = trainer.evaluate(data)
+        return scores if self.maps is None else scores | trainer.evaluate_augmented(self.maps)
+
+    def columns(self, model: Any, items: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+        """Return images, true and predicted maps of some items, these at the size of the labels."""
+        return {
+            "input": [picture(item["pixel_values"]) for item in items],
+            "truth": [item["labels"].numpy() for item in items],
+            "prediction": [self._predict(model.eval(), item) for item in items],
+        }
+
+    def _predict(self, model: Any, item: dict[str, Any]) -> Any:
+        pixels, labels = item["pixel_values"][None].to(model.device), item["labels"][None]
+        maps = self.plain(model, pixels, tuple(labels.shape[-2:]))
+        return self.at_labels(maps, labels)[0].cpu().numpy()

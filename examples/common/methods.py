@@ -19,11 +19,16 @@ from torch import nn
 from transformers import TrainerCallback
 
 import sfa_peft
-from common.adaptformer import add_adapters, mlp_widths
+from common.adaptformer import add_adapters, mlp_widths, parameters
 from common.arguments import SharedArguments, find_checkpoint
-from sfa_peft.backbones import Backbone, find_backbone, role_modules
-from sfa_peft.budget import external_parameters
-from sfa_peft.errors import BudgetError, SFAError, TargetError
+from sfa_peft import (
+    Backbone,
+    BudgetError,
+    SFAError,
+    TargetError,
+    find_backbone,
+    role_modules,
+)
 
 TRAINED_NAME, METHOD_NAME = "trained.safetensors", "method.json"
 SFA_RHO = {"internal": 0.0, "external": 1.0}  # of `sfa` the user says it
@@ -69,8 +74,12 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
         config = sfa_peft.SFAConfig(  # SFA: one budget, the head in modules_to_save
             budget=args.budget,
             rho=SFA_RHO.get(args.method, args.rho),
+            adapter_dim=args.adapter_dim,
             score=args.score,
+            schedule=args.schedule,
+            select_until=args.select_until,
             selection_steps=args.selection_steps,
+            internal_lr_ratio=args.internal_lr_ratio,
             selection_from=args.selection_from,
             modules_to_save=head,
         )
@@ -79,7 +88,7 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
     elif args.method == "lora":
         model = get_peft_model(base, lora_config(backbone, args.budget, head))
     elif args.method == "adaptformer":
-        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
     else:
         backbone.module.requires_grad_(args.method == "full")
     return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
@@ -100,22 +109,31 @@ def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfi
     )
 
 
-def adaptformer_width(backbone: Backbone, budget: float) -> int:
-    """Return the largest width of AdaptFormer's bottlenecks within the budget."""
+def adaptformer_width(backbone: Backbone, budget: float, asked: int | None = None) -> int:
+    """Return the width of AdaptFormer's bottlenecks: the largest within the budget, or that asked.
+
+    Raises:
+        BudgetError: If the width is asked for and too large, or not even 1 is small enough.
+    """
     outputs = mlp_widths(backbone)
-    return _largest(
-        lambda width: external_parameters(outputs, width, bias=True),
+    largest = _largest(
+        lambda width: sum(parameters(features, width) for features in outputs.values()),
         backbone,
         budget,
         "AdaptFormer of width 1",
         most=max(outputs.values()),
     )
+    if asked is not None and not 1 <= asked <= largest:
+        raise BudgetError(
+            f"--adapter_dim {asked}: --budget {budget} allows AdaptFormer 1 to {largest}"
+        )
+    return largest if asked is None else asked
 
 
 def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> None:
     """Save what a task needs beside the backbone (of full fine-tuning, all)."""
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(ready.model, PeftModel) or args.method == "full":
+    if isinstance(ready.model, PeftModel) or _is_of_transformers(args):
         ready.model.save_pretrained(folder)
     else:
         trained = {id(p) for p in (*ready.head, *ready.adapted)}
@@ -147,15 +165,15 @@ def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Modu
         args: Those of the training.
         folder: What `save_method` wrote.
     """
-    if args.method == "full":
+    if _is_of_transformers(args):
         # Copied, since tensors mapped from a file lie otherwise in memory and round otherwise.
         base.load_state_dict(type(base).from_pretrained(folder).state_dict())
         return base.eval()
-    if args.method not in ("frozen", "adaptformer"):
+    if args.method not in ("frozen", "adaptformer", "full"):
         return PeftModel.from_pretrained(base, folder).eval()
     if args.method == "adaptformer":
         backbone = _backbone(base)
-        add_adapters(backbone, adaptformer_width(backbone, args.budget))
+        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
     result = base.load_state_dict(load_file(folder / TRAINED_NAME), strict=False)
     if result.unexpected_keys:
         raise SFAError(f"{folder}: not of this model: {result.unexpected_keys[:3]}")
@@ -188,6 +206,11 @@ def check_loaded_again(
     if not all(close(a, b) for a, b in zip(*pairs, strict=True)):
         raise SFAError(f"{folder}: loaded again, the model puts out something else")
     print(f"loaded again from {folder}: same outputs")
+
+
+def _is_of_transformers(args: SharedArguments) -> bool:
+    """Tell whether all is trained, and of a model whose class alone can read it again."""
+    return args.method == "full" and not args.norm_outputs
 
 
 def _tensors(outputs: Any) -> list[torch.Tensor]:

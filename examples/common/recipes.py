@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 
 def read_recipes(paths: Iterable[str | Path], known: set[str]) -> list[str]:

@@ -18,7 +18,7 @@ import sfa_peft
 from common.arguments import SharedArguments
 from common.methods import Prepared
 from common.training import Rates
-from sfa_peft.dense.pictures.sheets import curve_plot
+from sfa_peft.dense import curve_plot
 
 RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
 CURVE_NAME, SCORES_NAME = "training.png", "scores.png"
@@ -112,7 +112,9 @@ def make_result(
         **args.facts(),
         "bytes": size,
         "learning_rate": rates.backbone,
+        "external_learning_rate": rates.added,
         "head_learning_rate": rates.head,
+        "layer_decay": args.layer_decay,
         "train_seconds": round(_seconds(trainer), 1),
     }
     curve = ([e["step"] for e in log], [e["loss"] for e in log])

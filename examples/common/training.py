@@ -11,26 +11,43 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
+import sfa_peft
 from common.arguments import SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
 from common.wording import as_typed
-from sfa_peft.errors import SFAError
+from sfa_peft import SFAError
 
 
 class Rates(NamedTuple):
-    """Learning rates of what is trained in the backbone, and of the head."""
+    """Learning rates.
+
+    Attributes:
+        backbone: Of the backbone's pretrained weights.
+        head: Of the head.
+        added: Of new layers in the backbone.
+    """
 
     backbone: float
     head: float
+    added: float
 
 
-def pick_rates(args: SharedArguments, by_method: dict[str, float], head: float) -> Rates:
-    """Return the rates that the user gave, else those of the script."""
-    given = args.learning_rate, args.head_learning_rate
+def pick_rates(args: SharedArguments, *, adapters: float, full: float, head: float) -> Rates:
+    """Return the rates that the user gave, else those that suit a script's rendered scenes.
+
+    Args:
+        args: The run's arguments.
+        adapters: Rate of every adapter.
+        full: Rate of full fine-tuning.
+        head: Rate of the head.
+    """
+    backbone = {"frozen": 0.0, "full": full}.get(args.method, adapters)
+    backbone = backbone if args.learning_rate is None else args.learning_rate
     return Rates(
-        by_method[args.method] if given[0] is None else given[0],
-        head if given[1] is None else given[1],
+        backbone,
+        head if args.head_learning_rate is None else args.head_learning_rate,
+        backbone if args.external_learning_rate is None else args.external_learning_rate,
     )
 
 
@@ -110,15 +127,19 @@ def make_trainer(
 
 
 def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torch.optim.AdamW:
-    """Return AdamW with one rate for the head and one for what is trained in the backbone."""
-    groups = [
-        {"params": ready.head, "lr": rates.head},
-        {"params": ready.adapted, "lr": rates.backbone},
-    ]
-    # `lr_end` of the polynomial course is where AdamW's own rate ends; others keep their ratio.
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]], lr=max(rates), weight_decay=args.weight_decay
+    """Return AdamW with rates for the head, new layers and pretrained weights, decayed or not."""
+    groups = sfa_peft.parameter_groups(
+        ready.model,
+        rates.backbone,
+        head_lr=rates.head,
+        external_lr=rates.added,
+        new_layers=() if args.method == "full" else ready.adapted,
+        layer_decay=args.layer_decay,
+        weight_decay=args.weight_decay,
+        no_decay=args.no_decay,
     )
+    # `lr_end` of the polynomial course is where AdamW's own rate ends; others keep their ratio.
+    return torch.optim.AdamW(groups, lr=groups[0]["lr"])
 
 
 def run_script(main: Callable[[], Any]) -> None:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Selective Feature Adapter (SFA) for PEFT; importing the package registers the method."""
 
+from .backbones import Backbone as Backbone
+from .backbones import RoleModule as RoleModule
+from .backbones import find_backbone as find_backbone
 from .backbones import head_modules as head_modules
+from .backbones import role_modules as role_modules
 from .config import SFAConfig as SFAConfig
 from .errors import AdapterFileError as AdapterFileError
 from .errors import BudgetError as BudgetError
@@ -15,6 +19,7 @@ from .errors import LossScaleWarning as LossScaleWarning
 from .errors import MergeWarning as MergeWarning
 from .errors import OptimizerWarning as OptimizerWarning
 from .errors import OtherBaseWarning as OtherBaseWarning
+from .errors import ParameterGroupWarning as ParameterGroupWarning
 from .errors import ResumedRunWarning as ResumedRunWarning
 from .errors import SelectionError as SelectionError
 from .errors import SFAError as SFAError
@@ -27,6 +32,7 @@ from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
+from .tuner.rates import parameter_groups as parameter_groups
 from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
 from .tuner.report import plot_selection as plot_selection
@@ -36,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "Backbone",
     "BudgetError",
     "BudgetReport",
     "BudgetWarning",
@@ -48,7 +55,9 @@ __all__ = [
     "MergeWarning",
     "OptimizerWarning",
     "OtherBaseWarning",
+    "ParameterGroupWarning",
     "ResumedRunWarning",
+    "RoleModule",
     "SFACallback",
     "SFAConfig",
     "SFAError",
@@ -60,9 +69,12 @@ __all__ = [
     "TargetError",
     "UnfinishedSelectionWarning",
     "budget_report",
+    "find_backbone",
     "head_modules",
+    "parameter_groups",
     "plot_selection",
     "register_score",
+    "role_modules",
     "selection_summary",
     "set_card_metrics",
 ]

@@ -141,17 +141,42 @@ def role_modules(backbone: Backbone) -> list[RoleModule]:
     """
     blocks: dict[str, int] = {}
     found = []
-    for path, module in _walk(backbone.module):
-        # A block that PEFT trains as a copy is not reported but still counts, so that the ordinals
-        # of the others do not depend on it.
-        plain = path.replace(".original_module", "")
-        match = _ROLE_PATH.fullmatch(plain)
-        if match is None or not _is_linear(_innermost(module)):
-            continue
+    for path, match in _matches(backbone.module):
         block = blocks.setdefault(match["block"], len(blocks))
-        if plain == path:
+        if match.string == path:
             name = _join(backbone.name, path)
             found.append(RoleModule(name, str(match.lastgroup), block, _stage(match["block"])))
+    return found
+
+
+def layer_positions(model: nn.Module) -> dict[str, int]:
+    """Return for the path of each module how far up the backbone it stands, in model order.
+
+    A block is one layer, and so is what merges patches between two stages. What precedes the first
+    block is at 0; what follows the last one, and whatever lies outside the backbone, at the top.
+    A backbone that is not known counts as the whole model, by the names of its blocks.
+
+    Args:
+        model: A task model, or a tuner around it.
+    """
+    backbone = find_backbone(model) or Backbone("", model, "")
+    positions, stage, top = {}, None, 0
+    for _, match in _matches(backbone.module):
+        path = _join(backbone.name, match["block"])
+        if path not in positions:
+            between = stage is not None and stage != _stage(match["block"])
+            stage, top = _stage(match["block"]), top + 1 + between
+            positions[path] = top
+    waiting, found, block = [*positions], {}, ""
+    for path, _ in model.named_modules():
+        if waiting and path == waiting[0]:
+            block = waiting.pop(0)
+        if not (path == backbone.name or _is_inside(path, backbone.name)):
+            found[path] = top + 1
+        elif block and (path == block or _is_inside(path, block)):
+            found[path] = positions[block]
+        else:  # one before the next block
+            found[path] = positions[waiting[0]] - 1 if waiting else top + 1
     return found
 
 
@@ -251,6 +276,18 @@ def describe_model(model: nn.Module) -> str:
     if not lines:
         lines = [f"the model: {type(model).__name__} (no Transformers model), {_layers(model)}"]
     return "; ".join(lines)
+
+
+def _matches(module: nn.Module) -> Iterator[tuple[str, re.Match[str]]]:
+    """Yield the path of each role linear, and how the names in it match.
+
+    A block that PEFT trains as a copy is among them, so that the ordinals of others do not depend
+    on it; it matches without the name of the copy.
+    """
+    for path, child in _walk(module):
+        match = _ROLE_PATH.fullmatch(path.replace(".original_module", ""))
+        if match is not None and _is_linear(_innermost(child)):
+            yield path, match
 
 
 def _candidates(model: nn.Module, kind: type[nn.Module]) -> list[Backbone]:

@@ -12,7 +12,7 @@ class SFAError(ValueError):
 
 
 class ConfigError(SFAError):
-    """A value in `SFAConfig` is out of range or contradicts another one."""
+    """A value in `SFAConfig` or another option is out of range or contradicts another one."""
 
 
 class BudgetError(SFAError):
@@ -65,6 +65,10 @@ class LossScaleWarning(SFAWarning):
 
 class OptimizerWarning(SFAWarning):
     """The optimizer gives late entries no bias correction of their own age."""
+
+
+class ParameterGroupWarning(SFAWarning):
+    """Groups of an optimizer that go by names or shapes mistake the selected weights."""
 
 
 class OtherBaseWarning(SFAWarning):

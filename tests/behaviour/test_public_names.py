@@ -16,10 +16,11 @@ NAMES = {
     "sfa_peft": """
         AdapterFileError Backbone BudgetError BudgetReport BudgetWarning ConfigError DataWarning
         EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
-        OptimizerWarning OtherBaseWarning ResumedRunWarning RoleModule SFACallback SFAConfig
-        SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError TargetError
-        UnfinishedSelectionWarning budget_report find_backbone head_modules plot_selection
-        register_score role_modules selection_summary set_card_metrics
+        OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
+        SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
+        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
+        parameter_groups plot_selection register_score role_modules selection_summary
+        set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport ExtractReport LostTensor PairOverlap TaskBank TaskMemory combine extract

@@ -7,7 +7,7 @@ from peft import get_peft_model
 
 from sfa_peft import ConfigError, SFAConfig, SFASelector
 from sfa_peft.tuner.layer import find_pool
-from tests.reference import masks_of
+from tests.reference import masks_of, step_where
 from tests.tiny import MLP
 
 NAMES = ["first", "second"]
@@ -83,16 +83,7 @@ def train_dense(make, masks_by_step):
     optimizer = make(list(weights.values()))
     for step, masks in enumerate(masks_by_step):
         loss_of(dense, step).backward()
-        for name, weight in weights.items():
-            weight.grad *= masks[name]
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(torch.where(masks[name], weight, pretrained[name]))
-                for state in optimizer.state[weight].values():  # decay got into the moments
-                    if torch.is_tensor(state) and state.shape == weight.shape:
-                        state.mul_(masks[name])
+        step_where(optimizer, weights, masks, pretrained)
     return weights, pretrained
 
 

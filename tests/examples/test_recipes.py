@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Swinv2ForImageClassification, get_scheduler
+from transformers import (
+    Swinv2Backbone,
+    Swinv2Config,
+    Swinv2ForImageClassification,
+    get_scheduler,
+)
 
-from tests.tiny import swinv2_config
+from sfa_peft import find_backbone, role_modules
+from sfa_peft.budget import solve_budget
+from tests.tiny import swinv2_config, upernet
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -43,9 +50,10 @@ def rates(args: Any) -> Any:
     """Return the head's rate as a function of the update step, as Trainer makes it."""
     training = importlib.import_module("common.training")
     methods = importlib.import_module("common.methods")
-    head, adapted = [torch.nn.Parameter(torch.zeros(1))], [torch.nn.Parameter(torch.zeros(1))]
-    ready = methods.Prepared(torch.nn.Module(), torch.nn.Module(), head, adapted, 0.1, 1, [])
-    given = training.pick_rates(args, {}, 0.0)
+    model = upernet()
+    model.backbone.requires_grad_(False)
+    ready = methods.Prepared(model, model, [*model.decode_head.parameters()], [], 0.0, 1, [])
+    given = training.pick_rates(args, adapters=0.0, full=0.0, head=0.0)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         training.make_optimizer(ready, given, args),
@@ -137,7 +145,7 @@ def test_a_recipe_is_read_and_its_head_built(path: Path, tmp_path: Path) -> None
     ],
     ids=lambda value: "+".join(value) if isinstance(value, list) else "",
 )
-def test_a_variant_changes_backbone_and_budget_alone(
+def test_a_variant_of_size_changes_backbone_and_budget_alone(
     path: Path, variants: list[str], size: str, budget: float
 ) -> None:
     plain = vars(read(path)[1])
@@ -152,8 +160,142 @@ def test_a_variant_changes_backbone_and_budget_alone(
 def test_every_variant_is_tried() -> None:
     names = {path.stem for path in VARIANTS.glob("*.yaml")}
     assert names == {
-        *("swinv2_base_sfa_s", "swinv2_large_sfa_b", "swinv2_large_sfa_s", "swinv2_base_1k")
+        *("swinv2_base_sfa_s", "swinv2_large_sfa_b", "swinv2_large_sfa_s", "swinv2_base_1k"),
+        *("swinv2_base_adaptformer", "swinv2_large_adaptformer", "swinv2_large_instances"),
+        *("adapter_dim_64", "adapter_dim_128"),
     }
+
+
+def swinv2_22k(size: str) -> torch.nn.Module:
+    """Return the backbone of the recipes as it stands in a task model, without memory."""
+    dim, heads = {"base": (128, 4), "large": (192, 6)}[size]
+    config = Swinv2Config(
+        image_size=192,
+        window_size=12,
+        embed_dim=dim,
+        depths=[2, 2, 18, 2],
+        num_heads=[heads * 2**stage for stage in range(4)],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    with torch.device("meta"):
+        task = torch.nn.Module()
+        task.backbone = Swinv2Backbone(config)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("size", "total", "percent", "paper"),
+    [("base", 86_891_768, 13.5, 88e6), ("large", 195_199_860, 9.2, 197e6)],
+)
+def test_adaptformer_has_the_width_of_the_papers_row(
+    size: str, total: int, percent: float, paper: float
+) -> None:
+    methods = importlib.import_module("common.methods")
+    path = VARIANTS / f"swinv2_{size}_adaptformer.yaml"
+    args = read(EXAMPLES / "recipes" / "ade20k_mask2former.yaml", str(path))[1]
+    task = swinv2_22k(size)
+    assert sum(p.numel() for p in task.backbone.parameters()) == total
+    assert args.backbone == BACKBONE.format(size)
+
+    ready = methods.prepare_method(task, args)
+
+    weights = sum(p.numel() for p in ready.adapted if p.ndim > 1)
+    assert weights == {"base": 11_862_016, "large": 18_038_784}[size]
+    assert round(100 * weights / paper, 1) == percent
+    assert ready.share <= args.budget < ready.share + 1e-3
+
+
+@pytest.mark.parametrize(("width", "budget", "rho"), [(64, 0.048, 0.745), (128, 0.195, 0.365)])
+def test_the_widths_of_the_paper_leave_their_share_to_selected_weights(
+    width: int, budget: float, rho: float
+) -> None:
+    variants = ["swinv2_base_sfa_s"] if budget == 0.048 else []
+    variants = [str(VARIANTS / f"{name}.yaml") for name in (*variants, f"adapter_dim_{width}")]
+    args = read(EXAMPLES / "recipes" / "ade20k_mask2former.yaml", *variants)[1]
+    assert (args.adapter_dim, args.budget, args.rho) == (width, budget, None)
+    roles = [m for m in role_modules(find_backbone(swinv2_22k("base"))) if "_out" in m.role]
+    layers = dict(swinv2_22k("base").named_modules())
+    outputs = {m.name: layers[m.name].out_features for m in roles}
+
+    plan = solve_budget(
+        budget=budget,
+        rho=None,
+        adapter_dim=width,
+        bias=True,
+        total=86_891_768,
+        outputs=outputs,
+        eligible=83_755_008,
+    )
+
+    assert plan.external / plan.allowed == pytest.approx(rho, abs=5e-4)
+    assert plan.external + plan.internal == plan.allowed
+
+
+def test_large_instances_take_twice_the_steps_and_queries() -> None:
+    names = ("swinv2_large_sfa_s", "swinv2_large_instances")
+    variants = [str(VARIANTS / f"{name}.yaml") for name in names]
+    args = read(EXAMPLES / "recipes" / "coco_instances.yaml", *variants)[1]
+    rate = rates(args)
+
+    assert (args.max_steps, args.num_queries) == (737_500, 200)
+    assert args.backbone == BACKBONE.format("large")
+    assert [rate(655_555), rate(737_500)] == pytest.approx([1e-4, 1e-6])
+    assert 1e-6 < rate(710_184) < rate(655_700) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore:.*num_stable_steps will be used")
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_nothing_is_selected_when_less_than_a_quarter_of_the_rates_is_left(path: Path) -> None:
+    args = read(path)[1]
+    if args.selection_from is not None:
+        assert args.select_until is None
+        return
+    rate = rates(args)
+    seen = np.array([rate(step) for step in range(0, args.max_steps, 50)])
+
+    left = 1 - seen.cumsum() / seen.sum()
+
+    assert left[int(args.select_until * len(seen))] == pytest.approx(0.25, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"),
+    [
+        ("ade20k_mask2former", 0.1),
+        ("cityscapes_from_ade20k", 0.1),
+        ("coco_instances", 0.1),
+        ("coco_detection", 0.1),
+        ("nyuv2_depth", 1.0),
+        ("kitti_depth", 1.0),
+    ],
+)
+def test_pretrained_weights_get_the_sources_rate_and_new_layers_the_heads(
+    name: str, ratio: float
+) -> None:
+    args = recipe(name)
+    training = importlib.import_module("common.training")
+
+    for args.method in ("sfa", "full", "lora"):
+        found = training.pick_rates(args, adapters=0.0, full=0.0, head=0.0)
+        assert found.added == found.head
+        assert found.backbone == pytest.approx(ratio * found.head)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_rates_fall_from_layer_to_layer_where_they_do_in_the_source(path: Path) -> None:
+    assert read(path)[1].layer_decay == (0.9 if path.stem.endswith("_depth") else None)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_norms_and_weight_decay_are_those_of_the_source(path: Path) -> None:
+    args = read(path)[1]
+    wanted = {
+        "coco_detection": (False, ["norms", "biases"]),
+        "nyuv2_depth": (True, ["norms", "biases"]),
+        "kitti_depth": (True, ["norms", "biases"]),
+    }
+    found = (args.norm_outputs, args.no_decay)
+    assert found == wanted.get(path.stem, (True, ["norms", "embeddings"]))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ class KilledTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
 
 
-def make_trainer(out, callbacks, options=None, model=None, data=None, **changes) -> Trainer:
+def make_trainer(
+    out, callbacks, options=None, model=None, data=None, optimizers=(None, None), **changes
+) -> Trainer:
     """Return the same small run each time; `options` are the adapter's, `changes` the Trainer's."""
     config = {"budget": 0.2, "selection_steps": ROUND, "modules_to_save": ["decode_head"]}
     config["select_until"] = 1
@@ -87,6 +89,7 @@ def make_trainer(out, callbacks, options=None, model=None, data=None, **changes)
         train_dataset=data,
         eval_dataset=data,
         callbacks=callbacks,
+        optimizers=optimizers,
     )
 
 

@@ -14,6 +14,7 @@ from sfa_peft.backbones import find_backbone
 from sfa_peft.files.record import Resolved, read_resolved
 from sfa_peft.tasks import combine
 from sfa_peft.tuner.base_config import check_base_config, config_fields, recorded_fields
+from sfa_peft.tuner.layer import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 from tests.whole_life import evaluate
@@ -50,11 +51,22 @@ def test_another_function_of_the_layers_is_refused_by_the_name_of_the_field(fold
         with pytest.raises(AdapterFileError, match=f"trained on a .* {field}=.* has {field}=") as e:
             PeftModel.from_pretrained(other_size(**changes), folder)
         assert repr(value) in str(e.value)
-    for use in ("selection_from", "continue_from"):
+    trained = {"selection_from": folder, "selection_values": "trained"}
+    for use in (trained, {"continue_from": folder}):
         with pytest.raises(AdapterFileError, match="image_size=32; here it has image_size=64"):
-            get_peft_model(other_size(image_size=64), SFAConfig(**{use: folder}, **CONFIG))
+            get_peft_model(other_size(image_size=64), SFAConfig(**use, **CONFIG))
     with pytest.raises(AdapterFileError, match="image_size=32; here it has image_size=64"):
         combine(other_size(image_size=64), [folder, tmp_path])
+
+
+def test_a_selection_that_starts_from_zero_is_trained_with_another_function(folder):
+    config = SFAConfig(selection_from=folder, **CONFIG)
+    model = get_peft_model(other_size(image_size=64), config)
+    pool = find_pool(model, "default")
+    saved = find_pool(PeftModel.from_pretrained(upernet(), folder), "default")
+    assert pool.num_assigned == saved.num_assigned > 0
+    assert not pool.values.any()
+    assert torch.equal(pool.slots, saved.slots)
 
 
 def test_who_insists_gets_a_warning(folder, monkeypatch):

@@ -25,18 +25,23 @@ from sfa_peft.dense.data.object_transforms import (
     objects_to_tensors,
 )
 from sfa_peft.dense.data.objects import Objects
-from sfa_peft.dense.data.splits import SegmentationSplit, Split, TransformedSplit
+from sfa_peft.dense.data.splits import SegmentationSplit, Split, SubSplit, TransformedSplit
 from sfa_peft.dense.data.transforms import (
     IGNORE_INDEX,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     EvalTransform,
     TrainTransform,
     as_image,
     colour_jitter,
     to_tensors,
 )
-from sfa_peft.dense.inference import DenseMaps, predict_maps, sliding_window_maps
+from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
+from sfa_peft.dense.heads.feature_norms import MapNorm, NormedFeatures
+from sfa_peft.dense.inference import DenseMaps, dense_maps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
 from sfa_peft.dense.inference_instances import instances_from_queries
+from sfa_peft.dense.losses import SILogLoss, resize_depth, silog_loss
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
 from sfa_peft.dense.metrics.detr import detr_outputs, detr_results
@@ -48,25 +53,36 @@ from sfa_peft.dense.metrics.segmentation import (
     segmentation_scores,
 )
 from sfa_peft.dense.metrics.truth import true_objects
+from sfa_peft.dense.pictures.depth import depth_sheet
+from sfa_peft.dense.pictures.objects import ObjectPicture, object_sheet
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
-from sfa_peft.dense.scenes.render import CLASS_NAMES, Scene, SceneDataset, render_scene
+from sfa_peft.dense.scenes.render import CLASS_NAMES, MAX_DEPTH, Scene, SceneDataset, render_scene
 from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
 
 __all__ = [
     "CLASS_NAMES",
     "IGNORE_INDEX",
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "MAX_DEPTH",
     "THING_NAMES",
     "CocoMetrics",
+    "DeconvDepthConfig",
+    "DeconvForDepthEstimation",
     "DenseData",
     "DenseMaps",
     "DepthEvalTransform",
     "DepthMetrics",
     "DepthTrainTransform",
     "EvalTransform",
+    "MapNorm",
+    "NormedFeatures",
+    "ObjectPicture",
     "ObjectResize",
     "ObjectScaleCrop",
     "ObjectShortestEdge",
     "Objects",
+    "SILogLoss",
     "Scene",
     "SceneDataset",
     "SceneSplit",
@@ -74,6 +90,7 @@ __all__ = [
     "SegmentationMetrics",
     "SegmentationSplit",
     "Split",
+    "SubSplit",
     "TrainTransform",
     "TransformedSplit",
     "argmax_logits",
@@ -87,7 +104,9 @@ __all__ = [
     "contact_sheet",
     "curve_plot",
     "decode_mask",
+    "dense_maps",
     "depth_at_labels",
+    "depth_sheet",
     "depth_to_tensors",
     "detr_outputs",
     "detr_results",
@@ -101,12 +120,15 @@ __all__ = [
     "mask_query_results",
     "multi_scale_probabilities",
     "nyu_border_crop",
+    "object_sheet",
     "objects_to_tensors",
     "predict_depth",
     "predict_maps",
     "read_classes",
     "render_scene",
+    "resize_depth",
     "segmentation_scores",
+    "silog_loss",
     "sliding_window_maps",
     "to_tensors",
     "true_objects",

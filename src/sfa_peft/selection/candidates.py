@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import SelectionError
-from ..sparse.optimizer import add_decay, is_decoupled
+from ..sparse.optimizer import LR_RATIOS, add_decay, is_decoupled, ratios_by_weight
 from ..sparse.pool import Pool
 from .accumulators import Accumulator
 
@@ -55,11 +55,13 @@ class Candidates:
             )
         if self._optimizer is None:
             self._optimizer = _like(optimizer, self.changes)
-            if self._saved:
-                self._optimizer.load_state_dict(self._saved)
-        settings = {k: v for k, v in group.items() if k != "params"}
-        settings["lr"] = float(group["lr"]) * self.pool.lr_ratio
-        self._optimizer.param_groups[0].update(settings)
+            if self._saved:  # the settings are those of the user's optimizer, at each step
+                own = self._optimizer.state_dict()
+                self._optimizer.load_state_dict(own | {"state": self._saved["state"]})
+        settings = {k: v for k, v in group.items() if k not in ("params", LR_RATIOS)}
+        rates = [float(group["lr"]) * ratio for ratio in ratios_by_weight(self.pool, group)]
+        for own, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            own.update(settings, lr=rate)
         decay = settings.get("weight_decay", 0) if self.pool.decay_weight else 0
         coupled = not is_decoupled(optimizer, settings)
         self.pool.withdraw()  # so that weights are the pretrained ones
@@ -75,7 +77,7 @@ class Candidates:
         with torch.no_grad():
             for ordinal, (change, weight) in enumerate(zip(self.changes, weights, strict=True)):
                 if decay and not coupled:
-                    change.sub_(weight, alpha=settings["lr"] * decay)
+                    change.sub_(weight, alpha=rates[ordinal] * decay)
                 selected = self.pool.indices(ordinal).to(change.device)
                 change.view(-1).index_fill_(0, selected, 0)
 
@@ -103,11 +105,11 @@ class Candidates:
 
 
 def _like(optimizer: Any, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return a fresh optimizer of the same kind and settings."""
+    """Return a fresh optimizer of the same kind and settings, with a group for each parameter."""
     accepted = inspect.signature(type(optimizer)).parameters
     options = {k: v for k, v in optimizer.defaults.items() if k in accepted}
     try:
-        return type(optimizer)(parameters, **options)
+        return type(optimizer)([{"params": [p]} for p in parameters], **options)
     except (TypeError, ValueError) as error:
         raise SelectionError(
             f'score="weight_difference": cannot make a second {type(optimizer).__name__} for the '

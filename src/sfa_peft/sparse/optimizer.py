@@ -2,7 +2,7 @@
 r"""What happens around an optimizer's step, in any loop, by torch's own optimizer hooks.
 
 Before it: the values are kept where the step is changed afterwards. After it: the step is scaled by
-the values' own learning rate, decay that is meant for the weights is applied, and weights whose
+the values' own learning rates, decay that is meant for the weights is applied, and weights whose
 values changed go back to the pretrained entries until the next forward. Hooks see every step:
 fused optimizers write values without telling autograd.
 
@@ -29,7 +29,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from ..errors import ConfigError, OptimizerWarning, warn
+from ..errors import ConfigError, OptimizerWarning, ParameterGroupWarning, SFAError, warn
 from .pool import Pool, every_pool
 
 #: Below this the two corrections agree to fp32 precision.
@@ -37,8 +37,14 @@ _NEGLIGIBLE = 1e-9
 #: How far another optimizer's step may be from Adam's to be taken for one, relative to its size.
 _TOLERANCE = 1e-3
 
-Ranges = Sequence[tuple[int, int, int]]
+#: Key in the group of a pool's values: each weight's learning rate over that of the group.
+LR_RATIOS = "sfa_lr_ratios"
+#: An optimizer with more rates than there are kinds of parameters (head, backbone, external
+#: adapters, selected weights) has them by layer.
+_KINDS = 4
 
+Ranges = Sequence[tuple[int, int, int]]
+Ratio = float | Tensor
 
 _installed: list[Any] = []  # one pair of hooks for the process, like torch's own
 
@@ -62,7 +68,7 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
                 add_decay(pool.values, pool.originals(), group, 1.0 if scale is None else scale)
         if pool.optimizer_steps == 0 and _called_by_grad_scaler():
             pool.stepped_by_grad_scaler = True
-        if pool.lr_ratio != 1 or pool.keep_before:
+        if pool.keep_before or not _is_one(ratio_by_slot(pool, group)):
             pool.before = pool.values.detach().clone()
 
 
@@ -73,17 +79,81 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         group = pool.group_of(optimizer)
         if group is None:
             continue
+        ratio = ratio_by_slot(pool, group)
         with torch.no_grad():
-            if pool.lr_ratio != 1 and pool.before is not None:
-                values = pool.values
-                values.copy_(torch.lerp(pool.before, values.detach(), pool.lr_ratio))
+            if pool.before is not None and not _is_one(ratio):
+                _scale_step(pool.values, pool.before, ratio)
             if not pool.keep_before:
                 pool.before = None
             if pool.decay_weight and group.get("weight_decay") and is_decoupled(optimizer, group):
-                rate = float(group["lr"]) * pool.lr_ratio * group["weight_decay"]
-                pool.values.sub_(pool.originals(), alpha=rate)
+                rate = float(group["lr"]) * group["weight_decay"]
+                pool.values.sub_(pool.originals().mul_(ratio), alpha=rate)
+        if pool.optimizer_steps == 0:
+            _warn_of_group(pool, group, optimizer.param_groups)
         pool.optimizer_steps += 1
         pool.withdraw()
+
+
+def ratios_by_weight(pool: Pool, group: dict[str, Any]) -> list[float]:
+    """Return each weight's learning rate over that of the optimizer's group with the values.
+
+    Raises:
+        SFAError: If the group was made for another pool.
+    """
+    given = group.get(LR_RATIOS)
+    if given is None:
+        return [pool.lr_ratio] * len(pool.weights)
+    if len(given) != len(pool.weights):
+        raise SFAError(
+            f"The optimizer has learning rates for {len(given)} weights, but adapter "
+            f"`{pool.adapter_name}` selects from {len(pool.weights)}. Make its groups anew: "
+            "sfa_peft.parameter_groups(model, lr=...)."
+        )
+    return [pool.lr_ratio * ratio for ratio in given]
+
+
+def ratio_by_slot(pool: Pool, group: dict[str, Any]) -> Ratio:
+    """Return the same for each value: one number, or (size,) where weights have their own."""
+    ratios = ratios_by_weight(pool, group)
+    return ratios[0] if len(set(ratios)) == 1 else pool.spread(ratios)
+
+
+def _is_one(ratio: Ratio) -> bool:
+    return not isinstance(ratio, Tensor) and ratio == 1
+
+
+def _scale_step(values: Tensor, before: Tensor, ratio: Ratio) -> None:
+    """Scale the step that values took; exact where the ratio is 1."""
+    after = values.detach()
+    if isinstance(ratio, Tensor):
+        before, after = before.to(ratio), after.to(ratio)
+    values.copy_(torch.lerp(before, after, ratio))
+
+
+def _warn_of_group(pool: Pool, group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Say when a rule that goes by names or shapes seems to have mistaken the values."""
+    if LR_RATIOS in group:
+        return
+    decay = max(float(g.get("weight_decay") or 0) for g in groups)
+    if decay and not group.get("weight_decay"):
+        warn(
+            f"Adapter `{pool.adapter_name}`: its selected weights do not decay, other parameters "
+            f"of the optimizer do (weight_decay={decay}). A rule by names or shapes takes them "
+            "for a norm or a bias. Make the optimizer's groups with "
+            "sfa_peft.parameter_groups(model, lr=..., weight_decay=...); if it is meant, ignore "
+            "this ParameterGroupWarning.",
+            ParameterGroupWarning,
+        )
+    rates = {float(g["lr"]) * g.get("lr_scale", 1) for g in groups if "lr" in g}
+    if len(pool.weights) > 1 and len(rates) > _KINDS:
+        warn(
+            f"Adapter `{pool.adapter_name}`: the optimizer has {len(rates)} learning rates, and "
+            "all selected weights train at one of them: for a rule by layers' names they are one "
+            "parameter, of the first layer. Make the groups with sfa_peft.parameter_groups(model, "
+            "lr=..., layer_decay=...), which reaches each weight; if it is meant, ignore this "
+            "ParameterGroupWarning.",
+            ParameterGroupWarning,
+        )
 
 
 def _was_skipped(optimizer: Any) -> bool:
@@ -192,25 +262,31 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _update(group: Any, state: Any, first: int, last: int, count: float, ratio: float) -> Tensor:
+def _update(group: Any, state: Any, first: int, last: int, count: float) -> Tensor:
     """Return what Adam subtracts from slots first to last - 1 if its step count is `count`."""
     beta1, beta2 = group["betas"]
     squares = _second_moment(group, state)[first:last]
     divisor = (squares.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-    rate = float(group["lr"]) * ratio / (1 - beta1**count)
+    rate = float(group["lr"]) / (1 - beta1**count)
     return state["exp_avg"][first:last].div(divisor).mul_(rate)
 
 
 def _exchange(pool: Pool, group: Any, state: Any, first: int, last: int, age: int) -> None:
     """Put what Adam would have subtracted at this age in the place of what it did subtract."""
     shared, (beta1, beta2) = float(state["step"]), group["betas"]
-    rate = float(group["lr"]) * pool.lr_ratio
+    rate = float(group["lr"])
     with torch.no_grad():
-        part, mean = pool.values[first:last], state["exp_avg"][first:last]
+        part = pool.values[first:last]
+        mean = state["exp_avg"][first:last] * _ratio_of(pool, group, first, last)
         root = _second_moment(group, state)[first:last].sqrt()
         for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
             divisor = (root / math.sqrt(1 - beta2**count)).add_(group["eps"])
             part.addcdiv_(mean, divisor, value=sign * rate / (1 - beta1**count))
+
+
+def _ratio_of(pool: Pool, group: Any, first: int, last: int) -> Ratio:
+    ratio = ratio_by_slot(pool, group)
+    return ratio[first:last] if isinstance(ratio, Tensor) else ratio
 
 
 def _second_moment(group: Any, state: Any) -> Tensor:
@@ -232,12 +308,13 @@ def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool |
         return None
     first, last = late[0][0], late[-1][1]
     start, after = before[first:last], pool.values.detach()[first:last]
-    update = _update(group, state, first, last, float(state["step"]), pool.lr_ratio)
+    ratio = _ratio_of(pool, group, first, last)
+    update = _update(group, state, first, last, float(state["step"])) * ratio
     if not bool(update.any()):
         return None
     slack = _TOLERANCE * update.abs().max() + torch.finfo(start.dtype).eps * start.abs().max()
     for decay in {0.0, float(group.get("weight_decay") or 0.0)}:
-        rate = float(group["lr"]) * pool.lr_ratio * decay
+        rate = float(group["lr"]) * decay * ratio
         pull = start + pool.originals()[first:last] if pool.decay_weight else start
         if bool((start - rate * pull - update - after).abs().max() <= slack):
             return True

@@ -65,6 +65,7 @@ class Pool:
         self.starts: list[int] = [0]
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._spread: tuple[tuple[Any, ...], Tensor] | None = None
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
@@ -75,8 +76,8 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        dropped = {"_layout": None, "_cut": None, "before": None, "driver": None, "_buffers": {}}
-        return self.__dict__ | dropped
+        dropped = dict.fromkeys(("_layout", "_cut", "_spread", "before", "driver"))
+        return self.__dict__ | dropped | {"_buffers": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -135,7 +136,7 @@ class Pool:
         stamp = version(slots)
         if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
             self._layout = (slots, stamp, find_spans(slots, self.starts))
-            self._buffers = {}
+            self._buffers, self._spread = {}, None
         return self._layout[2]
 
     def indices(self, ordinal: int) -> Tensor:
@@ -148,6 +149,22 @@ class Pool:
     def count(self, ordinal: int) -> int:
         """Return how many entries of a weight are selected."""
         return span_length(self.layout()[ordinal])
+
+    def spread(self, numbers: Sequence[float]) -> Tensor:
+        """Return one number per slot, float32 or wider (size,), from one per weight.
+
+        It is 1 where a slot is not assigned. Kept until slots or numbers are others.
+        """
+        spans, values = self.layout(), self.values
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        key = (tuple(numbers), dtype, values.device)
+        if self._spread is None or self._spread[0] != key:
+            found = torch.ones(values.shape, dtype=dtype, device=values.device)
+            for number, own in zip(numbers, spans, strict=True):
+                for a, b in own:
+                    found[a:b] = number
+            self._spread = (key, found)
+        return self._spread[1]
 
     def deltas(self) -> dict[str, Delta]:
         """Return the change of each weight that has one; float32, on the CPU."""

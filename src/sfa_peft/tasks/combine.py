@@ -20,7 +20,7 @@ from ..files.record import Resolved
 from ..sparse.delta import METHODS, Deltas, count, unite
 from ..tuner.adapter import check_name
 from ..tuner.layer import find_adapter, find_pool
-from ..tuner.reading import SavedAdapter, read_saved
+from ..tuner.reading import SavedAdapter, check_function, read_saved
 from ..tuner.upstream.files import fill_adapter
 from ..tuner.upstream.rollback import unchanged_on_error
 from ..tuner.weighted import union_config
@@ -224,7 +224,9 @@ def _read(model: nn.Module, source: str) -> Part:
     """Return one of the adapters; the model stays as it is."""
     if isinstance(model, PeftModel) and source in model.peft_config:
         return _loaded(model, source)
-    return _saved(read_saved(_plain(model), source))
+    saved = read_saved(_plain(model), source)
+    check_function(source, saved.plan, strict=True)
+    return _saved(saved)
 
 
 def _plain(model: nn.Module) -> nn.Module:

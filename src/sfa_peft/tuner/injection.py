@@ -16,7 +16,7 @@ from .adapter import Adapter, check_name
 from .chain import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
 from .plan import make_plan
-from .reading import check_base, read_chain, read_saved, reuse
+from .reading import check_base, check_function, read_chain, read_saved, reuse
 from .targets import is_excluded
 from .upstream.heads import check_heads, unmatched_heads
 
@@ -47,6 +47,10 @@ class Injection:
         self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
         check_heads(model, config, self.plan.targets)
         check_base(model, name, self.plan, strict=strict)
+        taken = (self.reused,) if self.reused and config.selection_values == "trained" else ()
+        for saved in (*taken, *self.chain):
+            check_function(saved.source, saved.plan, strict=strict)
+        check_function(name, self.plan, strict=strict)
         self.adapter = Adapter(name, config, self.plan.record)
         self.adapter.new_paths = dict(self.plan.renamed)
 

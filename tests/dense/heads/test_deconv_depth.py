@@ -141,6 +141,25 @@ def test_a_saved_model_loads_exactly_through_the_auto_classes(tmp_path: Path) ->
     assert torch.equal(net(pixels).predicted_depth, loaded(pixels).predicted_depth)
 
 
+def test_features_are_normalised_where_wanted_and_the_norm_loads_exactly(tmp_path: Path) -> None:
+    plain, net = model().eval(), model(norm_features=True).eval()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    pixels = torch.randn(2, 3, 64, 64)
+    torch.nn.init.normal_(net.head.norm.weight)
+    torch.nn.init.normal_(net.head.norm.bias)
+
+    features = net.backbone(pixels).feature_maps[-1].permute(0, 2, 3, 1)
+    weights = (net.head.norm.weight, net.head.norm.bias)
+    normed = functional.layer_norm(features, (128,), *weights).permute(0, 3, 1, 2)
+    predicted = net(pixels).predicted_depth
+    assert torch.equal(predicted, plain.head(normed))
+    assert not torch.equal(predicted, plain(pixels).predicted_depth)
+
+    net.save_pretrained(tmp_path)
+    loaded = AutoModelForDepthEstimation.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(pixels).predicted_depth, predicted)
+
+
 def test_a_pretrained_backbone_takes_its_place(tmp_path: Path) -> None:
     torch.manual_seed(3)
     classifier = Swinv2ForImageClassification(swinv2_config())

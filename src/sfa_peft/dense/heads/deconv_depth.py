@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import DepthEstimatorOutput
 from transformers.utils.generic import can_return_tuple
 
+from sfa_peft.dense.heads.feature_norms import MapNorm
 from sfa_peft.dense.losses import resize_depth, silog_loss
 from sfa_peft.errors import SFAError
 
@@ -36,6 +37,8 @@ class DeconvDepthConfig(PretrainedConfig):
         hidden_size: Channels of the convolutions after them. By default an eighth of the channels
             of the backbone's last map, which is the ``embed_dim`` of a Swin transformer.
         max_depth: Largest depth that can be predicted, in metres: 10 for NYU, 80 for KITTI.
+        norm_features: Whether the head begins with a LayerNorm over the channels, as MIM-Depth's
+            backbone ends with; transformers' ``Swinv2Backbone`` has none there.
         silog_lambda: Lambda of the loss, see :func:`~sfa_peft.dense.losses.silog_loss`.
         initializer_range: Standard deviation of the head's initial weights.
 
@@ -53,6 +56,7 @@ class DeconvDepthConfig(PretrainedConfig):
         num_filters: tuple[int, ...] | list[int] = (32, 32, 32),
         hidden_size: int | None = None,
         max_depth: float = 10.0,
+        norm_features: bool = False,
         silog_lambda: float = 0.5,
         initializer_range: float = 0.001,
         **kwargs: Any,
@@ -61,6 +65,7 @@ class DeconvDepthConfig(PretrainedConfig):
         self.num_filters = list(num_filters)
         self.hidden_size = hidden_size
         self.max_depth = max_depth
+        self.norm_features = norm_features
         self.silog_lambda = silog_lambda
         self.initializer_range = initializer_range
         self._check()
@@ -93,6 +98,7 @@ class DeconvDepthHead(nn.Module):
         self.max_depth = config.max_depth
         hidden = config.hidden_size or max(1, in_channels // 8)
         widths = [in_channels, *config.num_filters]
+        self.norm = MapNorm(in_channels) if config.norm_features else nn.Identity()
         deconvolutions = []
         for inside, outside in pairwise(widths):
             deconvolutions += [
@@ -124,7 +130,7 @@ class DeconvDepthHead(nn.Module):
             Depth in metres, ``(B, scale * h, scale * w)`` with a scale of 32 for three transposed
             convolutions.
         """
-        hidden = self.conv_layers(self.deconv_layers(features))
+        hidden = self.conv_layers(self.deconv_layers(self.norm(features)))
         hidden = self.upsample(self.upsample(hidden))
         return torch.sigmoid(self.last_layer_depth(hidden)[:, 0]) * self.max_depth
 
@@ -163,7 +169,7 @@ class DeconvForDepthEstimation(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.BatchNorm2d):
+        elif isinstance(module, (nn.BatchNorm2d, nn.LayerNorm)):
             module.reset_parameters()
 
     @can_return_tuple
