@@ -191,7 +191,7 @@ def test_windows_of_pretraining_are_kept_or_worked_out(example: ModuleType, tmp_
         (["--split", "dev"], "--split: invalid choice: 'dev'"),
         (["--dataset_name", "no/such"], "--dataset_name no/such: no such folder"),
         (["--dataset_name", "no/such", "--classes", "names.json"], "Couldn't reach 'no/such'"),
-        (["--dataset_name", ".", "--classes", "nothing.json"], "cannot read class names"),
+        (["--dataset_name", "data", "--classes", "nothing.json"], "cannot read class names"),
         (["--dataset_name", ".", "--classes", "names.json"], "no known layout"),
         (["--backbone", "no/such"], "--backbone no/such: "),
         (["--backbone", "vit"], "--backbone vit: a vit checkpoint"),
@@ -216,6 +216,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("names.json").write_text(json.dumps(NAMES))
+    Path("data/trainannot").mkdir(parents=True)
     Path("vit").mkdir()
     Path("vit/config.json").write_text('{"model_type": "vit"}')
     command(monkeypatch, "--output_dir", "out", *SHORT, *options)

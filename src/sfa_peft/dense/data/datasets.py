@@ -164,9 +164,7 @@ def _classes(
     for name in CLASS_FILES:
         if (folder / name).is_file():
             return read_classes(folder / name)
-    raise SFAError(
-        f"`{folder}`: no class names; pass classes= (--classes) or add one of {CLASS_FILES}"
-    )
+    raise SFAError(f"`{folder}`: no class names; pass classes= or add one of {CLASS_FILES}")
 
 
 def _pair_splits(folder: Path) -> dict[str, SegmentationSplit]:

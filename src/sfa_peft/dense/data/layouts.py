@@ -45,10 +45,7 @@ def check_imagefolder(folder: Path, task: str, formats: Sequence[str]) -> None:
         if any(any(folder.glob(sign)) for sign in signs):
             if name not in formats:
                 raise SFAError(f"`{folder}` looks like {name}'s folder, which is not for {task}")
-            raise SFAError(
-                f"`{folder}` looks like {name}'s folder; pass dataset_format={name!r} "
-                f"(--dataset_format {name})"
-            )
+            raise SFAError(f"`{folder}` looks like {name}'s folder; pass dataset_format={name!r}")
     if any(folder.rglob("*.parquet")) or any(folder.rglob("metadata.*")):
         return
     there = sorted(path.name for path in folder.iterdir())

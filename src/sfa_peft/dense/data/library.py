@@ -80,7 +80,7 @@ def pick_column(there: Sequence[str], wanted: str | None, usual: Sequence[str], 
         if name in there:
             return name
     looked_for = usual if wanted is None else wanted
-    raise SFAError(f"no column {looked_for} among {sorted(there)}; pass {what}= (--{what}_name)")
+    raise SFAError(f"no column {looked_for} among {sorted(there)}; pass {what}=")
 
 
 def split_of(name: str) -> str | None:

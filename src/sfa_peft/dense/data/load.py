@@ -135,7 +135,7 @@ def load_dense(
     if found.missing and on_error == "raise":
         raise SFAError(
             f"`{folder}`: {len(found.missing)} files cannot be used, first {found.missing[0]}; "
-            "on_error='skip' (--on_error skip) leaves them out"
+            "on_error='skip' leaves them out"
         )
     return _assemble(task, found, options, on_error, name_or_dir)
 
