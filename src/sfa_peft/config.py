@@ -317,7 +317,8 @@ class SFAConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         check_complete(folder)
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.remember(folder=str(folder))
+        if isinstance(config, SFAConfig):  # not where the file is of another method
+            config.remember(folder=str(folder))
         return config
 
 

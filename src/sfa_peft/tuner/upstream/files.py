@@ -180,6 +180,7 @@ def _read_config(
     if not _is_ours(Path(path)):
         return original(cls, path, *args, **kwargs)
     fields = read_config(path)
+    fields.pop("runtime_config", None)  # PEFT drops it, too: it is of the run that wrote it
     known = {f.name for f in dataclasses.fields(SFAConfig)}
     lists = [value for value in fields.values() if isinstance(value, list)]
     try:
