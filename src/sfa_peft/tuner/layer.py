@@ -107,8 +107,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _make_store(self, adapter: Adapter) -> None:
         """Hold an adapter's values and positions (of all its layers: this is the first)."""
         size, packed_size = adapter.record.internal, adapter.record.packed
-        # PEFT casts the values to fp32 later.
-        options = {"device": self.base_weight.device, "dtype": self.base_weight.dtype}
+        # PEFT casts the values to fp32 later, but leaves float64, of which a file would lose bits.
+        narrow = self.base_weight.dtype.itemsize <= torch.float32.itemsize
+        dtype = self.base_weight.dtype if narrow else torch.float32
+        options = {"device": self.base_weight.device, "dtype": dtype}
         self.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
         few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
         options["dtype"] = torch.int32 if few else torch.int64

@@ -75,7 +75,10 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
     backbone = find_backbone(model)
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
-        return _loaded_plan(config, modules, backbone, roles)
+        plan = _loaded_plan(config, modules, backbone, roles)
+        names = [tensor.name for tensor in plan.record.tensors]
+        refuse_shared(model, {n: _parameter(modules, n) for n in names}, views=True)
+        return plan
     matches = match_layers(modules, config, backbone, roles)
     outputs, whole = matches.outputs, matches.whole
     parameters: Mapping[str, Sequence[str]] = matches.parameters
@@ -91,7 +94,8 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
         if n in parameters or n in outputs
     }
     eligible = {f"{n}.{p}": getattr(layers[n], p) for n, own in parameters.items() for p in own}
-    refuse_shared(model, eligible | _own_weights(layers, outputs))
+    refuse_shared(model, eligible, views=True)
+    refuse_shared(model, _own_weights(layers, outputs), views=False)
     budget = solve_budget(
         budget=config.budget,
         rho=config.rho,
@@ -247,6 +251,11 @@ def _loaded_plan(
     )
     moved = {a: b for a, b in renamed.items() if a != b}
     return Plan(backbone, record, targets, loaded=True, renamed=moved)
+
+
+def _parameter(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    layer, _, parameter = name.rpartition(".")
+    return getattr(modules[layer], parameter)
 
 
 def _here(tensor: str, renamed: Mapping[str, str]) -> str:
