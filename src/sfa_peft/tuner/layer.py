@@ -22,6 +22,7 @@ from ..sparse.weight import Weight, eager
 from ..sparse.writing import is_stand_in, now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .offload import refuse_offloaded
 from .quantised import stored
 
 
@@ -265,8 +266,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- the changes on its weights ------------------------------------------------------------
 
     def refresh(self, names: Sequence[str], *, keep: bool = False) -> None:
-        """Make the base layer's parameters hold the changes of the named adapters."""
+        """Make the base layer's parameters hold the changes of the named adapters.
+
+        Raises:
+            TargetError: If they are offloaded.
+        """
         for weight in self.weights.values():
+            if weight.tensor.is_meta:
+                base = self.get_base_layer()
+                refuse_offloaded(base, {self.name: base})
             weight.refresh(names, keep=keep)
 
     def withdraw(self) -> None:
@@ -478,3 +486,9 @@ def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
     adapter = find_adapter(model, adapter_name)
     return None if adapter is None else adapter.pool
+
+
+def refuse_offloaded_weights(model: nn.Module) -> None:
+    """Refuse a model with offloaded weights that an adapter changes (TargetError)."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer) and m.weights)
+    refuse_offloaded(model, {layer.name: layer.get_base_layer() for layer in layers})
