@@ -6,6 +6,7 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from peft import PeftModel, get_peft_model
+from transformers import UperNetForSemanticSegmentation
 
 from sfa_peft import SFAConfig, TargetError
 from tests.tiny import images, upernet
@@ -63,6 +64,20 @@ def test_an_offloaded_base_gets_no_adapter_and_stays_as_it_was(saved, place, tmp
     with pytest.raises(TargetError, match=REFUSED):
         get_peft_model(base, config())
     assert torch.equal(output(base), expected)
+
+
+def test_a_base_that_transformers_loaded_in_part_onto_the_disk_is_refused(saved, tmp_path):
+    upernet().save_pretrained(tmp_path / "base")
+    device_map = parts_on_cpu(upernet()) | {"backbone.encoder": "disk"}
+    places = {"device_map": device_map, "offload_folder": str(tmp_path / "weights")}
+    for add in (
+        lambda base: PeftModel.from_pretrained(base, saved[0], offload_folder=str(tmp_path / "b")),
+        lambda base: base.load_adapter(str(saved[0])),
+        lambda base: get_peft_model(base, config()),
+    ):
+        base = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "base", **places)
+        with pytest.raises(TargetError, match=REFUSED):
+            add(base)
 
 
 def test_a_base_that_is_offloaded_again_after_loading_is_refused(saved, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def refuse_offloaded(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Refuse layers whose weights are offloaded.
 
     Args:
-        root: A module in which the hooks that do it are looked for, itself included.
+        root: The model, or a module in which the hooks that do it are looked for.
         layers: The layers by path.
 
     Raises:
@@ -31,8 +31,11 @@ def refuse_offloaded(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         for part in (hook, *getattr(hook, "hooks", ())):
             if isinstance(part, AlignDevicesHook) and part.offload:
                 away.update(module.modules() if part.place_submodules else [module])
+    # PEFT takes the hooks away before it loads, and not all weights come back then.
+    mapped = {"cpu", "disk"} & {str(place) for place in getattr(root, "hf_device_map", {}).values()}
     for path, layer in layers.items():
-        if layer in away:
+        gone = mapped and any(tensor.is_meta for tensor in layer.parameters(recurse=False))
+        if layer in away or gone:
             raise TargetError(
                 f"`{path}`: accelerate offloads its weights (cpu_offload, disk_offload, or a "
                 "device_map with a part on the CPU or disk): between forwards they are not in the "
