@@ -109,3 +109,18 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         SFAConfig(budget=0.2).save_pretrained(str(tmp_path))
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_the_file_of_another_method_is_read_as_that(tmp_path):
+    LoraConfig(r=4, target_modules=["first"]).save_pretrained(tmp_path)
+    found = SFAConfig.from_pretrained(tmp_path)  # as PEFT's own classes do
+    assert isinstance(found, LoraConfig)
+    assert found.r == 4
+
+
+def test_what_belongs_to_a_run_is_dropped_from_a_file_as_peft_does(tmp_path):
+    SFAConfig(budget=0.1).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"runtime_config": {"ephemeral_gpu_offload": True}}))
+    assert SFAConfig.from_json_file(path) == fields

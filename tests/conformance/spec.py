@@ -29,6 +29,8 @@ class Method:
     feature: list[tuple] | None = None
     expected_failures: tuple[Expected, ...] = ()
     not_applicable: tuple[NotApplicable, ...] = field(default=())
+    #: Tests that load an adapter onto other random weights than it was saved with.
+    onto_other_weights: tuple[str, ...] = ()
 
 
 INTERNAL: Kwargs = {"budget": 0.5, "rho": 0, "score": "random"}
@@ -103,6 +105,10 @@ SFA = Method(
             "counts tensors, and SFA has one for all layers; PEFT skips it for VeRA, VBLoRA and "
             "UniLora for that reason",
         ),
+    ),
+    onto_other_weights=(
+        "test_loading_model_requires_grad_set_correctly",
+        "test_loading_model_with_modules_to_save_requires_grad_set_correctly",
     ),
 )
 SHIRA = Method(

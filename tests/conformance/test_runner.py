@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import re
 import tarfile
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from tests.conformance.outcomes import (
     side_by_side,
     table,
 )
-from tests.conformance.run import names, show
+from tests.conformance.run import environment, names, show
+from tests.conformance.spec import SFA
 from tests.versions import pins, verdict
 
 REPORT = """<testsuites><testsuite>
@@ -93,6 +95,14 @@ def test_a_reason_names_the_model_and_not_its_folder():
 def test_columns_line_up():
     lines = table(["name", "n"], [["long name", 1], ["x", 1000]]).splitlines()
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_check_of_the_base_is_on_but_for_tests_that_the_page_names(monkeypatch):
+    monkeypatch.setenv("SFA_CHECK_BASE", "0")
+    assert "SFA_CHECK_BASE" not in environment("sfa", Path("anywhere"))
+    page = Path(__file__).parents[2] / "docs" / "conformance.md"
+    section = page.read_text("utf-8").partition("SFA_CHECK_BASE=0")[2].partition("\n## ")[0]
+    assert re.findall(r"`(test_\w+)`", section) == list(SFA.onto_other_weights)
 
 
 def test_an_unknown_suite_is_refused():

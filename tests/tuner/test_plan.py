@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import Swinv2ForImageClassification
 
@@ -121,6 +121,51 @@ def test_a_shared_weight_is_refused_and_a_computed_one_too():
     nn.utils.parametrizations.weight_norm(computed.first)
     with pytest.raises(TargetError, match="`first` computes its weight"):
         get_peft_model(computed, SFAConfig(rho=0, target_modules=["first"]))
+
+
+def lying(layer, memory: torch.Tensor, first: int) -> None:
+    """Make a layer's weight a view of memory."""
+    count = layer.weight.numel()
+    layer.weight = nn.Parameter(memory[first : first + count].view_as(layer.weight))
+
+
+@pytest.mark.parametrize("first", [-255, -16, 0, 16, 255])
+def test_weights_that_are_views_of_one_memory_are_refused(first, tmp_path):
+    options = {"rho": 0, "score": "random", "target_modules": ["second"]}
+    get_peft_model(MLP(), SFAConfig(**options)).save_pretrained(tmp_path)
+    model, memory = MLP(), torch.randn(1000)
+    model.third = nn.Linear(16, 16)
+    lying(model.second, memory, 300)
+    lying(model.third, memory, 300 + first)
+    pair = " and ".join(sorted(("`second.weight`", "`third.weight`"), reverse=first < 0))
+    message = f"`second`: its weight is shared by {pair}"
+    with pytest.raises(TargetError, match=message):
+        get_peft_model(model, SFAConfig(**options))
+    with pytest.raises(TargetError, match=message):
+        PeftModel.from_pretrained(model, tmp_path, config=insisting(tmp_path))
+    buffered = MLP()
+    buffered.register_buffer("shown", buffered.second.weight.detach()[3, 4:6])
+    with pytest.raises(TargetError, match=r"`second\.weight` and `shown`"):
+        get_peft_model(buffered, SFAConfig(**options))
+
+
+def insisting(folder) -> SFAConfig:
+    config = SFAConfig.from_pretrained(folder)
+    config.check_base = False
+    return config
+
+
+def test_neighbours_in_one_memory_are_not_shared():
+    model, memory = MLP(), torch.randn(1000)
+    lying(model.first, memory, 100)
+    lying(model.second, memory, 100 + model.first.weight.numel())
+    options = {"target_modules": ["first", "second"], "external_modules": ["second"]}
+    get_peft_model(model, SFAConfig(score="random", **options))
+    both = MLP()
+    both.third = nn.Linear(16, 16)
+    for layer in (both.second, both.third):
+        lying(layer, memory, 0)  # external adapters only: nothing is written
+    get_peft_model(both, SFAConfig(rho=1, **{name: ["second"] for name in options}))
 
 
 def test_one_config_serves_models_of_different_sizes():

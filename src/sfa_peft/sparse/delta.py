@@ -44,14 +44,21 @@ class Delta(NamedTuple):
 Deltas = Mapping[str, Delta]
 
 
+def adding_type(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which changes are added to weights of a type: float32, or a wider one."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def adapt(base: Tensor, change: Tensor) -> Tensor:
-    """Return base + change, added in float32 and rounded to the base's type."""
-    return (base.float() + change.float()).to(base.dtype)
+    """Return base + change, added in float32 (or the base's wider type), of the base's type."""
+    wide = adding_type(base.dtype)
+    return (base.to(wide) + change.to(wide)).to(base.dtype)
 
 
 def change_to(base: Tensor, adapted: Tensor) -> Tensor:
     """Return a change, float32, that leads from base to adapted (but for rare roundings)."""
-    change = adapted.float() - base.float()
+    wide = adding_type(base.dtype)
+    change = (adapted.to(wide) - base.to(wide)).float()
     missed = adapt(base, change) != adapted
     if bool(missed.any()):
         beyond = torch.where(adapted > adapt(base, change), torch.inf, -torch.inf)

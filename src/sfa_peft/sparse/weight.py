@@ -321,7 +321,7 @@ class Weight:
                 self._written.append(self._entries[name])
 
     def _write(self, name: str, weight: Tensor, entries: _Entries, *, onto_others: bool) -> None:
-        """Write original plus change, added in fp32; on shared entries onto what is there."""
+        """Write original plus change; on shared entries onto what is there."""
         if entries.indices.numel():
             start = entries.undo
             if onto_others:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..sparse.pool import every_pool
 from ..sparse.weight import eager
-from .layer import CompiledPass, SFALayer
+from .layer import CompiledPass, SFALayer, refuse_offloaded_weights
 
 #: Name under which the hooked model keeps its pass.
 _ATTRIBUTE = "_sfa_compiled_pass"
@@ -39,6 +40,8 @@ def remove(model: nn.Module) -> None:
 def _before_forward(model: nn.Module, _args: Any) -> None:
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
         _prepare(model)
+    elif any(pool.store.is_there and pool.values.is_meta for pool in every_pool()):
+        refuse_offloaded_weights(model)
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:

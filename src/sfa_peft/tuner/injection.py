@@ -15,9 +15,10 @@ from ..selection.pick import select_without_data
 from .adapter import Adapter, check_name
 from .chain import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
+from .offload import refuse_offloaded
 from .plan import make_plan
 from .reading import check_base, check_function, read_chain, read_saved, reuse
-from .targets import is_excluded
+from .targets import is_excluded, own_modules
 from .upstream.heads import check_heads, unmatched_heads
 
 
@@ -45,6 +46,8 @@ class Injection:
         self.chain = read_chain(model, config, config.notes.folder, strict=strict)
         check_same_chain(self.reused, self.chain, config)
         self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
+        own = own_modules(model)
+        refuse_offloaded(model, {path: own[path] for path in self.plan.targets})
         check_heads(model, config, self.plan.targets)
         check_base(model, name, self.plan, strict=strict)
         taken = (self.reused,) if self.reused and config.selection_values == "trained" else ()

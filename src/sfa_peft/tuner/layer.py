@@ -22,6 +22,7 @@ from ..sparse.weight import Weight, eager
 from ..sparse.writing import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .offload import refuse_offloaded
 from .quantised import stored
 
 
@@ -107,8 +108,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _make_store(self, adapter: Adapter) -> None:
         """Hold an adapter's values and positions (of all its layers: this is the first)."""
         size, packed_size = adapter.record.internal, adapter.record.packed
-        # PEFT casts the values to fp32 later.
-        options = {"device": self.base_weight.device, "dtype": self.base_weight.dtype}
+        # PEFT casts the values to fp32 later, but leaves float64, of which a file would lose bits.
+        narrow = self.base_weight.dtype.itemsize <= torch.float32.itemsize
+        dtype = self.base_weight.dtype if narrow else torch.float32
+        options = {"device": self.base_weight.device, "dtype": dtype}
         self.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
         few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
         options["dtype"] = torch.int32 if few else torch.int64
@@ -261,8 +264,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- the changes on its weights ------------------------------------------------------------
 
     def refresh(self, names: Sequence[str], *, keep: bool = False) -> None:
-        """Make the base layer's parameters hold the changes of the named adapters."""
+        """Make the base layer's parameters hold the changes of the named adapters.
+
+        Raises:
+            TargetError: If they are offloaded.
+        """
         for weight in self.weights.values():
+            if weight.tensor.is_meta:
+                base = self.get_base_layer()
+                refuse_offloaded(base, {self.name: base})
             weight.refresh(names, keep=keep)
 
     def withdraw(self) -> None:
@@ -474,3 +484,9 @@ def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
     adapter = find_adapter(model, adapter_name)
     return None if adapter is None else adapter.pool
+
+
+def refuse_offloaded_weights(model: nn.Module) -> None:
+    """Refuse a model with offloaded weights that an adapter changes (TargetError)."""
+    layers = (m for m in model.modules() if isinstance(m, SFALayer) and m.weights)
+    refuse_offloaded(model, {layer.name: layer.get_base_layer() for layer in layers})

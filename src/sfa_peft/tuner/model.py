@@ -14,7 +14,7 @@ from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.writing import together
 from . import compiled
 from .injection import Injection
-from .layer import SFALayer, find_adapter
+from .layer import SFALayer, find_adapter, refuse_offloaded_weights
 from .reading import in_pool_type, unpack_state
 from .report import card_facts
 from .saving import pack_state
@@ -166,6 +166,7 @@ class SFAModel(BaseTuner):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Leave the change of adapters in the weights until `unmerge_adapter`."""
+        refuse_offloaded_weights(self.model)
         with together():
             super().merge_adapter(*args, **kwargs)
 
@@ -176,12 +177,15 @@ class SFAModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         merge = kwargs.get("merge", args[0] if args else True)
+        if merge:
+            refuse_offloaded_weights(self.model)
         names = kwargs.get("adapter_names") or self.active_adapters
         layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
         if merge and any(name in m.sfa_down for m in layers for name in names):
             warn(
                 "External adapters cannot be folded into weights: they stay in the merged model as "
-                "plain modules behind their layers, so saving it needs more than its old class.",
+                "plain modules behind their layers. Its save_pretrained is refused, since its old "
+                "class has no place for them: save the adapter before, and merge after loading.",
                 MergeWarning,
             )
         compiled.remove(self.model)

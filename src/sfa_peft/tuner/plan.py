@@ -75,7 +75,7 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
     backbone = find_backbone(model)
     roles = {r.name: r for r in role_modules(backbone)} if backbone else {}
     if config.resolved is not None:
-        return _loaded_plan(config, modules, backbone, roles)
+        return _loaded_plan(model, config, modules, backbone, roles)
     matches = match_layers(modules, config, backbone, roles)
     outputs, whole = matches.outputs, matches.whole
     parameters: Mapping[str, Sequence[str]] = matches.parameters
@@ -91,7 +91,8 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
         if n in parameters or n in outputs
     }
     eligible = {f"{n}.{p}": getattr(layers[n], p) for n, own in parameters.items() for p in own}
-    refuse_shared(model, eligible | _own_weights(layers, outputs))
+    refuse_shared(model, eligible, views=True)
+    refuse_shared(model, _own_weights(layers, outputs), views=False)
     budget = solve_budget(
         budget=config.budget,
         rho=config.rho,
@@ -104,12 +105,7 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
     if reused is not None:
         budget = with_selection(budget, reused.internal, config.budget)
     elif not outputs and config.rho is None:
-        warn(
-            "None of the targeted layers ends an attention or MLP sub-layer, so the whole budget "
-            "goes to selected weights. Say rho=0 if that is meant, or name layers in "
-            "external_modules.",
-            BudgetWarning,
-        )
+        _warn_of_no_outputs()
     _warn_of_unspent_budget(budget, config)
     targets = {}
     for name, layer in layers.items():
@@ -164,6 +160,14 @@ def _indices(roles: Mapping[str, RoleModule]) -> dict[str, int]:
     return indices
 
 
+def _warn_of_no_outputs() -> None:
+    warn(
+        "None of the targeted layers ends an attention or MLP sub-layer, so the whole budget goes "
+        "to selected weights. Say rho=0 if that is meant, or name layers in external_modules.",
+        BudgetWarning,
+    )
+
+
 def _warn_of_unspent_budget(budget: BudgetPlan, config: SFAConfig) -> None:
     trained = budget.external + budget.internal
     if config.rho == 1 or budget.internal < budget.eligible or trained >= 0.99 * budget.allowed:
@@ -202,6 +206,7 @@ def _own_weights(layers: Mapping[str, nn.Module], outputs: Collection[str]) -> d
 
 
 def _loaded_plan(
+    model: nn.Module,
     config: SFAConfig,
     modules: Mapping[str, nn.Module],
     backbone: Backbone | None,
@@ -217,6 +222,7 @@ def _loaded_plan(
         if tensor is not None
     }
     check_tensors([(n, t.shape) for n, t in zip(names, saved.tensors, strict=True)], shapes)
+    refuse_shared(model, {n: _parameter(modules, n) for n in names}, views=True)
     widths = {renamed[n]: width for n, width in saved.widths.items()}
     check_tensors([(f"{n}.weight", ()) for n in widths if n not in modules], shapes)
     for name, width in widths.items():
@@ -247,6 +253,11 @@ def _loaded_plan(
     )
     moved = {a: b for a, b in renamed.items() if a != b}
     return Plan(backbone, record, targets, loaded=True, renamed=moved)
+
+
+def _parameter(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    layer, _, parameter = name.rpartition(".")
+    return getattr(modules[layer], parameter)
 
 
 def _here(tensor: str, renamed: Mapping[str, str]) -> str:

@@ -161,11 +161,12 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
         if type_name(weight.dtype) != saved.dtype:
             others.add((saved.dtype, type_name(weight.dtype), same))
     for before, now, same in sorted(others, key=str):
+        wide = delta.adding_type(getattr(torch, now))
         verified = "its values are the rounded ones" if same else "its values cannot be verified"
         warn(
             f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
-            f"one ({verified}). Changes are added in float32 and rounded to {now}, so outputs "
-            "differ from those in training by that rounding.",
+            f"one ({verified}). Changes are added in {type_name(wide)} and rounded to {now}, so "
+            "outputs differ from those in training by that rounding.",
             OtherBaseWarning,
         )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from ..errors import AdapterFileError
+from ..errors import AdapterFileError, OtherBaseWarning, warn
 from ..files.packing import Entries, pack, with_manifest
 from ..files.record import Resolved, SavedTensor, digests, type_name
-from ..sparse.delta import by_weight
+from ..sparse.delta import adapt, by_weight
 from ..sparse.pool import Pool
 from .adapter import Adapter
 
@@ -41,7 +42,10 @@ def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) ->
         SavedTensor(t.name, t.shape, type_name(base.dtype), digests(base))
         for t, base in zip(record.tensors, bases, strict=True)
     )
-    packed = pack(_entries(pool, slots, values), saved_values)
+    entries = _entries(pool, slots, values)
+    if saved_values == "exact":
+        _warn_of_lost_bits(adapter.name, entries)
+    packed = pack(entries, saved_values)
     state[key.replace("sfa_slots", "sfa_packed")] = packed = with_manifest(packed, tensors)
     return replace(record, tensors=tensors, packed=packed.numel())
 
@@ -55,3 +59,19 @@ def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
         at = base.reshape(-1)[delta.indices.to(base.device)].cpu()
         entries.append(Entries(base.numel(), delta.indices, delta.change, at))
     return entries
+
+
+def _warn_of_lost_bits(adapter_name: str, tensors: list[Entries]) -> None:
+    """Say where float64 changes, which a file holds in float32, lead to other weights then."""
+    lost = sum(
+        int((adapt(t.base, t.change) != adapt(t.base, t.change.float())).sum())
+        for t in tensors
+        if t.change.dtype == torch.float64
+    )
+    if lost:
+        warn(
+            f"Adapter `{adapter_name}` was trained with float64 values and is saved with float32 "
+            f"ones, so {lost} adapted weights lose their last bits. Make the model float64 before "
+            "it gets the adapter, not after: the values are float32 then, and files are exact.",
+            OtherBaseWarning,
+        )

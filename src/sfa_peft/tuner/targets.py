@@ -315,18 +315,51 @@ def _packed(name: str, layer: nn.Module, parameter: str) -> TargetError:
     )
 
 
-def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that are known by a second name: another module uses them too."""
+def refuse_shared(model: nn.Module, parameters: Mapping[str, Tensor], *, views: bool) -> None:
+    """Refuse parameters that the model uses a second time, under another name.
+
+    Args:
+        model: The model.
+        parameters: Those that must be used once, by name.
+        views: Whether other tensors in the same memory count, too.
+
+    Raises:
+        TargetError: With both names.
+    """
     wanted = {id(parameter): name for name, parameter in parameters.items()}
-    seen: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) not in wanted:
-            continue
-        if id(parameter) in seen:
-            where, _, own = wanted[id(parameter)].rpartition(".")
-            raise TargetError(
-                f"`{where}`: its {own} is shared by `{seen[id(parameter)]}` and "
-                f"`{name}`. A change would reach both, so it cannot be adapted. Untie the weights, "
-                "or leave the layer out."
-            )
-        seen[id(parameter)] = name
+    tensors = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    places = [(*(_memory(t) if views else _of_its_own(t)), id(t), name) for name, t in tensors]
+    before = ("", 0, 0, 0, "")  # of those in the same space the one that reaches furthest
+    for place in sorted(places, key=lambda place: place[:2]):
+        space, start, end, tensor, name = place
+        if space == before[0] and start < before[2]:
+            parameter = wanted.get(tensor) or wanted.get(before[3])
+            if parameter is not None:
+                where, _, own = parameter.rpartition(".")
+                raise TargetError(
+                    f"`{where}`: its {own} is shared by `{before[4]}` and `{name}`. A change would "
+                    "reach both, so it cannot be adapted. Untie the weights, or leave the layer "
+                    "out."
+                )
+        if space != before[0] or end > before[2]:
+            before = place
+
+
+def _memory(tensor: Tensor) -> tuple[str, int, int]:
+    """Return where a tensor lies: a space, and in it the first byte and the one after the last."""
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # it stands for another one
+        start = 0
+    if not start:  # as on the meta device
+        return _of_its_own(tensor)
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return str(tensor.device), start, start + (last + 1) * tensor.itemsize
+
+
+def _of_its_own(tensor: Tensor) -> tuple[str, int, int]:
+    return f"tensor {id(tensor)}", 0, 1

@@ -11,6 +11,13 @@ from tests.conformance.suites.rows import METHOD, is_case_of_method
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def base_check(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFA's check of the base's values: on, but for the tests that cannot have it."""
+    if request.function.__name__ in METHOD.onto_other_weights:
+        monkeypatch.setenv("SFA_CHECK_BASE", "0")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     others = [item for item in items if not is_case_of_method(item)]

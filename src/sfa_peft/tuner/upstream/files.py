@@ -28,12 +28,15 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.modelcard import TrainingSummary
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import PushToHubMixin
 
 from ...config import SFAConfig
-from ...errors import AdapterFileError
+from ...errors import AdapterFileError, SFAError
 from ...files.folder import CHECKSUM, already_read, read_adapter, reading_once, write_tensors
 from ...files.record import read_config
+from ..external import AdaptedLayer
+from ..layer import refuse_offloaded_weights
 from .cards import summary_with_section, upload_with_section
 from .fits import Load, asked
 from .heads import heads_as_here
@@ -63,6 +66,7 @@ def install() -> None:
         (PeftConfigMixin, "from_json_file", _read_config),
         (PeftModel, "load_adapter", _load_adapter),
         (PeftModel, "from_pretrained", _from_pretrained),
+        (PreTrainedModel, "save_pretrained", _save_model),
         (TrainingSummary, "from_trainer", summary_with_section),
         (PushToHubMixin, "_upload_modified_files", upload_with_section),
     ):
@@ -148,7 +152,9 @@ def _load_adapter(
     _check_there(model_id, kwargs.get("subfolder"))
     with unchanged_on_error(model, adapter_name), reading_once():
         try:
-            return original(model, model_id, adapter_name, *args, **kwargs)
+            found = original(model, model_id, adapter_name, *args, **kwargs)
+            refuse_offloaded_weights(model)  # PEFT offloads at the end what was so before
+            return found
         except (*_READING, RuntimeError) as error:
             ours = isinstance(model.peft_config.get(adapter_name), SFAConfig)
             if not ours or (type(error) is RuntimeError and _TORCH not in str(error)):
@@ -173,6 +179,20 @@ def _from_pretrained(
         return original(cls, model, model_id, adapter_name, *args, **kwargs)
 
 
+def _save_model(original: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Refuse what no class could load: tensors of other names would be initialised at random."""
+    found = next((n for n, m in model.named_modules() if isinstance(m, AdaptedLayer)), None)
+    if found is not None:
+        raise SFAError(
+            f"`{found}` has an external adapter behind it that was merged, for which "
+            f"{type(model).__name__} has no place: from_pretrained would leave the layer at random "
+            "values. Save the adapter instead, with save_pretrained of the PeftModel before "
+            "merge_and_unload(), and merge after loading: PeftModel.from_pretrained(base, "
+            "folder).merge_and_unload(). Or save the model as it is with torch.save(model, path)."
+        )
+    return original(model, *args, **kwargs)
+
+
 def _read_config(
     original: Callable[..., Any], cls: Any, path: Any, *args: Any, **kwargs: Any
 ) -> Any:
@@ -180,6 +200,7 @@ def _read_config(
     if not _is_ours(Path(path)):
         return original(cls, path, *args, **kwargs)
     fields = read_config(path)
+    fields.pop("runtime_config", None)  # PEFT drops it, too: it is of the run that wrote it
     known = {f.name for f in dataclasses.fields(SFAConfig)}
     lists = [value for value in fields.values() if isinstance(value, list)]
     try:
