@@ -6,7 +6,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 WHEEL   := out/wheel
 # What needs the package's metadata, its data files, or most of its modules.
-WHEEL_TESTS := tests/behaviour/test_wheel.py tests/behaviour/test_public_names.py tests/tuner/test_saving.py \
+WHEEL_TESTS := tests/behaviour/test_wheel.py tests/behaviour/test_public_names.py tests/tuner/test_adapter.py \
 	tests/tasks/test_bank.py tests/dense/metrics/test_evaluate_modules.py
 
 # Idle OpenMP threads that spin slow a shared machine down many times over.

@@ -15,9 +15,9 @@ from ..selection.pick import select_without_data
 from .adapter import Adapter, check_name
 from .chain import attach_chain, check_same_chain, put_on_chain
 from .layer import SFALayer
-from .offload import refuse_offloaded
 from .plan import make_plan
 from .reading import check_base, check_function, read_chain, read_saved, reuse
+from .stored import refuse_offloaded
 from .targets import is_excluded, own_modules
 from .upstream.heads import check_heads, unmatched_heads
 

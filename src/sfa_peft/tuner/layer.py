@@ -22,8 +22,7 @@ from ..sparse.weight import Weight, eager
 from ..sparse.writing import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
-from .offload import refuse_offloaded
-from .quantised import stored
+from .stored import refuse_offloaded, stored
 
 
 class CompiledPass:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.writing import together
 from . import compiled
+from .adapter import pack_state
 from .injection import Injection
 from .layer import SFALayer, find_adapter, refuse_offloaded_weights
 from .reading import in_pool_type, unpack_state
 from .report import card_facts
-from .saving import pack_state
 from .upstream.checkpointing import prepare_checkpointing
 from .upstream.fits import check_fits
 from .upstream.heads import settle_heads

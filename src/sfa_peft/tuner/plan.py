@@ -19,7 +19,7 @@ from ..errors import AdapterFileError, BudgetWarning, TargetError, warn
 from ..files.record import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
 from .base_config import recorded_fields
 from .external import output_features
-from .quantised import feature_sizes, own_sizes
+from .stored import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
 
 
