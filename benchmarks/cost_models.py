@@ -79,7 +79,11 @@ def prepare(task: Task, case: dict[str, Any]) -> nn.Module:
         raise NotAvailable(f"SFAConfig has no field {', '.join(sorted(missing))}")
     steps = 1 if case["phase"] == "pick" else SELECTION_STEPS
     config = SFAConfig(
-        budget=budget, modules_to_save=["head"], selection_steps=steps, **case["options"]
+        budget=budget,
+        modules_to_save=["head"],
+        selection_steps=steps,
+        select_until=1,
+        **case["options"],
     )
     return get_peft_model(task, config)
 
@@ -134,26 +138,22 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
     if schedule is None or pool is None:
         return fresh  # external adapters only
     picks = schedule.num_picks if phase == "after" else schedule.num_picks // 2
+    ends = [schedule.selected_after(i * SELECTION_STEPS) for i in range(picks + 1)]
     state = fresh.state_dict()
-    fresh.close()
-    sums = {} if phase == "after" else {n: _zeros(s) for n, s in state["sums"].items()}
+    fresh.discard()
+    sums = {} if phase == "after" else state["sums"]  # zeros yet
+    sums = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in sums.items()}  # on the CPU
     state |= {
         "update_steps": picks * SELECTION_STEPS,
         "sums": sums,
         "num_added": dict.fromkeys(sums, 0),
-        "joined": schedule.joined(picks * SELECTION_STEPS),
+        "joined": [(a, b, i * SELECTION_STEPS) for i, (a, b) in enumerate(pairwise(ends), 1)],
     }
-    ends = [schedule.selected_after(i * SELECTION_STEPS) for i in range(picks + 1)]
     fill(pool.slots, pool.starts[-1], ends)
     state["pool"] = pool.state_dict()
     resumed = SFASelector(model)
     resumed.load_state_dict(state)
     return resumed
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """Return zeros of a tensor's shape that take no memory."""
-    return like.new_zeros(()).expand(like.shape)
 
 
 def fill(slots: Tensor, eligible: int, ends: list[int], seed: int = 0) -> None:

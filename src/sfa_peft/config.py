@@ -96,7 +96,9 @@ class SFAConfig(PeftConfig):
             short runs; "literal" is the paper's loop as printed, which leaves 1/n of the budget
             unused; to reproduce it.
         select_until: Share of the run, (0, 1], after which no pick happens, so that the last
-            weights still train long; None: until the last round.
+            weights still train long; 1: until the last round. None: while a quarter of the learning
+            rates' sum is left ("literal": until the last round), which is half of the run under a
+            linear decay, and where the rates are not known (see `SFASelector`).
         selection_steps: The paper's s: update steps in a round. None: 2000 as in the paper; a run
             too short for 20 such rounds gets a twentieth of its length, and says so.
         total_steps: The paper's T: update steps of the whole run. `SFACallback` takes it from the

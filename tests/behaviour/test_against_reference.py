@@ -18,7 +18,9 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 def test_every_step_of_an_mlp_equals_the_dense_reference(accumulation, decay):
     base = MLP()
     dense = copy.deepcopy(base).requires_grad_(False)
-    config = SFAConfig(budget=0.4, rho=0, target_modules=["first", "second"], selection_steps=4)
+    config = SFAConfig(
+        budget=0.4, rho=0, target_modules=["first", "second"], selection_steps=4, select_until=1
+    )
     model = get_peft_model(base, config)
     pool = find_pool(model, "default")
     weights = {"first.weight": dense.first.weight, "second.weight": dense.second.weight}
@@ -46,7 +48,9 @@ def test_every_step_of_an_mlp_equals_the_dense_reference(accumulation, decay):
 def test_every_step_of_swinv2_with_external_adapters_equals_the_dense_reference():
     base = upernet()
     dense = copy.deepcopy(base).requires_grad_(False).eval()
-    config = SFAConfig(budget=0.2, selection_steps=2, modules_to_save=["decode_head"])
+    config = SFAConfig(
+        budget=0.2, selection_steps=2, select_until=1, modules_to_save=["decode_head"]
+    )
     model = get_peft_model(base, config).eval()
     pool = find_pool(model, "default")
     modules, parameters = dict(dense.named_modules()), dict(dense.named_parameters())
@@ -91,7 +95,8 @@ def test_without_the_correction_late_entries_differ_from_the_reference():
     base = MLP()
     dense = copy.deepcopy(base).requires_grad_(False)
     model = get_peft_model(
-        base, SFAConfig(budget=0.3, rho=0, target_modules=["first"], selection_steps=4)
+        base,
+        SFAConfig(budget=0.3, rho=0, target_modules=["first"], selection_steps=4, select_until=1),
     )
     pool = find_pool(model, "default")
     reference = DenseReference({"first.weight": dense.first.weight}, pool.values.numel(), 8, 4)

@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
 ]
 BASE = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 3}
+BASE["select_until"] = 1
 
 
 class Net(nn.Module):

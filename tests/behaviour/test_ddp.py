@@ -64,6 +64,7 @@ def run(rank: int, world: int, *, resumes: bool = False, **options):
     """Train with two micro-batches a step; return what was selected, learned and sent."""
     torch.manual_seed(0)
     config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 3}
+    config["select_until"] = 1
     model = get_peft_model(MLP(), SFAConfig(**(config | {"modules_to_save": ["head"]} | options)))
     net = DistributedDataParallel(model) if world > 1 else model
     if world > 1:  # positions are not sent around before each forward
@@ -203,7 +204,7 @@ def mesh():
 
 
 def adapted(**options):
-    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
+    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "select_until": 1}
     return get_peft_model(MLP(), SFAConfig(**(config | {"selection_steps": 3} | options)))
 
 

@@ -15,7 +15,7 @@ from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
 from sfa_peft.tuner.layer import find_pool
 from tests.tiny import MLP
 
-OPTIONS = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
+OPTIONS = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "select_until": 1}
 
 
 def make(**changes):

@@ -22,7 +22,7 @@ OPTIMIZERS = {
 
 
 def make(dtype=torch.float32, **options):
-    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
+    config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "select_until": 1}
     config |= {"selection_steps": 3, "modules_to_save": ["head"]} | options
     return get_peft_model(MLP().to(dtype), SFAConfig(**config))
 

@@ -16,6 +16,7 @@ STEPS = 12
 
 def build(**options):
     settings = {"budget": 0.4, "rho": 0, "target_modules": NAMES, "selection_steps": 3} | options
+    settings.setdefault("select_until", 1)
     model = get_peft_model(MLP(), SFAConfig(**settings))
     return model, find_pool(model, "default")
 

@@ -156,7 +156,7 @@ class Loop:
     def __init__(self, kind=torch.optim.AdamW, **options) -> None:
         self.accelerator = Accelerator(cpu=True)
         config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
-        config |= {"modules_to_save": ["head"], "selection_steps": 4} | options
+        config |= {"modules_to_save": ["head"], "selection_steps": 4, "select_until": 1} | options
         model = get_peft_model(MLP(), SFAConfig(**config))
         optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)

@@ -42,7 +42,7 @@ def build(reference_options=None, **options):
         target_modules=["first", "second"],
         target_parameters=["first.bias"],
         selection_steps=ROUND,
-        **options,
+        **({"select_until": 1} | options),
     )
     model = get_peft_model(base, config)
     pool = find_pool(model, "default")

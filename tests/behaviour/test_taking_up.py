@@ -82,7 +82,13 @@ def test_without_a_trainer_the_folder_of_the_checkpoint_must_be_given(tmp_path):
 
 # --- which adapter -------------------------------------------------------------------------------
 
-CONFIG = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 2}
+CONFIG = {
+    "budget": 0.3,
+    "rho": 0,
+    "target_modules": ["first", "second"],
+    "selection_steps": 2,
+    "select_until": 1,
+}
 
 
 def test_an_adapter_that_transformers_added_is_found():

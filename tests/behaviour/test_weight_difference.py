@@ -28,6 +28,7 @@ def build(**options):
         rho=0,
         target_modules=NAMES,
         selection_steps=3,
+        select_until=1,
         score="weight_difference",
         **options,
     )

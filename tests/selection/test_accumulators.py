@@ -218,6 +218,14 @@ def test_a_gradient_that_is_not_finite_never_enters_a_score(
     assert int(accumulator.left_out) == 0
 
 
+def test_a_broken_gradient_of_a_dropped_step_is_not_missed(weight):
+    accumulator = Accumulator(find_score("movement"), lambda: weight, can_drop=True)
+    accumulator(torch.full(SHAPE, float("inf")))
+    accumulator.drop_step()
+    accumulator.end_step()
+    assert int(accumulator.left_out) == 0
+
+
 def test_what_is_missing_from_scores_is_said_once_with_a_number(weight, own_scores):
     own_scores("broken", lambda w, g, s: s.fill_(float("nan")))
     names = {"a": "movement", "b": "movement", "c": "absolute_gradient", "d": "broken"}

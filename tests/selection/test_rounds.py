@@ -17,7 +17,7 @@ SCORES = ["accumulated_gradient", "absolute_gradient", "movement", "weight_diffe
 
 def start(score="accumulated_gradient", optimizer=torch.optim.AdamW, **options):
     config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 2}
-    model = get_peft_model(MLP(), SFAConfig(**config, score=score))
+    model = get_peft_model(MLP(), SFAConfig(**config, select_until=1, score=score))
     trained = [p for p in model.parameters() if p.requires_grad]
     return model, optimizer(trained, lr=1e-2), SFASelector(model, total_steps=STEPS, **options)
 

@@ -60,7 +60,12 @@ class AdamOfMine(torch.optim.AdamW):
 
 def build(**options):
     config = SFAConfig(
-        budget=0.4, rho=0, target_modules=["first", "second"], selection_steps=ROUND, **options
+        budget=0.4,
+        rho=0,
+        target_modules=["first", "second"],
+        selection_steps=ROUND,
+        select_until=1,
+        **options,
     )
     model = get_peft_model(MLP(), config)
     return model, find_pool(model, "default")

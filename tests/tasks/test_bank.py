@@ -74,6 +74,7 @@ def test_any_order_of_use_adding_and_removing_gives_the_bits_of_each_task_alone(
         assert torch.equal(tensor, originals[f"backbone.{key}"]), key
 
 
+@pytest.mark.filterwarnings("ignore::sfa_peft.OtherBaseWarning")
 def test_bfloat16_too(folders):
     def half(name):
         return MODELS[name]().bfloat16()

@@ -30,7 +30,9 @@ class Images(Dataset):
 
 
 def make_trainer(out, callbacks, model=None, **changes) -> Trainer:
-    config = SFAConfig(budget=0.2, selection_steps=3, modules_to_save=["decode_head"])
+    config = SFAConfig(
+        budget=0.2, selection_steps=3, select_until=1, modules_to_save=["decode_head"]
+    )
     model = model or get_peft_model(upernet(), config)
     model.accepts_loss_kwargs = model.get_base_model().accepts_loss_kwargs = False
     options = {
@@ -93,6 +95,7 @@ def test_the_state_of_another_run_is_refused():
     selector = SFASelector(model, total_steps=10)
     state = selector.state_dict() | {"update_steps": 6, "selection_steps": 2}
     state["joined"] = [(0, 7, 2)]
+    state["pool"]["slots"][:7] = torch.arange(7)
     with pytest.raises(SelectionError, match=r"has 0 selected weights, .* step 6 .* should have 7"):
         selector.load_state_dict(state)
 
@@ -138,7 +141,8 @@ def test_a_model_without_an_adapter_is_refused():
 
 
 def test_going_on_from_an_unfinished_run_without_its_state_is_reported():
-    model = get_peft_model(MLP(), SFAConfig(rho=0, target_modules=["first"], selection_steps=2))
+    config = SFAConfig(rho=0, target_modules=["first"], selection_steps=2, select_until=1)
+    model = get_peft_model(MLP(), config)
     selector = SFASelector(model, total_steps=8)
     for _ in range(4):
         model(torch.randn(4, 12)).sum().backward()

@@ -70,6 +70,7 @@ class KilledTrainer(Trainer):
 def make_trainer(out, callbacks, options=None, model=None, data=None, **changes) -> Trainer:
     """Return the same small run each time; `options` are the adapter's, `changes` the Trainer's."""
     config = {"budget": 0.2, "selection_steps": ROUND, "modules_to_save": ["decode_head"]}
+    config["select_until"] = 1
     model = model or get_peft_model(upernet(), SFAConfig(**(config | (options or {}))))
     model.accepts_loss_kwargs = model.get_base_model().accepts_loss_kwargs = False
     arguments = {

@@ -43,7 +43,8 @@ class Accumulator:
 
     Attributes:
         state: What is ranked in the end, in the weight's shape.
-        left_out: Number of gradients of the round that were not finite, on the weight's device.
+        left_out: Number of gradients that were not finite, in the steps of the round that ended;
+            on the weight's device.
         change: For a dense score the trained change of every entry, whose data the state is; it
             gets the gradient of an update step as its own. None for other scores.
     """
@@ -65,6 +66,7 @@ class Accumulator:
         self.num_added = 0  # what rounding depends on; saved, so that a resumed run rounds alike
         self.can_drop = can_drop or loss_scale is not None or not score.additive
         self.left_out = torch.zeros((), dtype=torch.int64, device=like.device)
+        self._left_out_now = torch.zeros_like(self.left_out)  # in the present step
         self._noise = Noise(0, like.device) if dtype == "bfloat16" else None
         self._step: Tensor | None = None  # gradient of the present update step
 
@@ -76,7 +78,7 @@ class Accumulator:
         """
         low, high = gradient.aminmax()
         finite = torch.isfinite(low) & torch.isfinite(high)
-        self.left_out += ~finite
+        self._left_out_now += ~finite
         if not (gradient.is_cpu and finite):  # elsewhere, to look would be to wait for the device
             gradient = torch.where(finite, gradient, 0)
         if not self.can_drop:
@@ -91,6 +93,8 @@ class Accumulator:
 
     def end_step(self) -> None:
         """Add the gradient of the update step that ended; a call for every rank to make."""
+        self.left_out += self._left_out_now
+        self._left_out_now.zero_()
         if self._step is None and not self.score.additive and num_ranks() > 1:
             self._step = torch.zeros_like(self.state, dtype=torch.float32)  # others may have one
         if self._step is None:
@@ -105,13 +109,14 @@ class Accumulator:
 
     def drop_step(self) -> None:
         """Forget the gradient of an update step that was skipped."""
+        self._left_out_now.zero_()
         self._step = None
 
     def reset(self) -> None:
         """Forget the round."""
         self.state.zero_()
         self.left_out.zero_()
-        self._step = None
+        self.drop_step()
 
     def source(self) -> TensorSource:
         """Return what is ranked."""

@@ -113,7 +113,7 @@ def _most_left_open(pool: Pool, rules: SelectionRules) -> int:
         sizes = row_sizes([pool.weights[i].tensor for i in range(len(pool.weights))])
         left = max(sizes) - 1 if rules.ranking == "global" else sum(sizes) - len(sizes)
     if rules.schedule == "literal":  # 1/n, and n is at least 2
-        left += pool.size if rules.select_until is not None else pool.size - pool.size // 2
+        left += pool.size if rules.select_until not in (None, 1) else pool.size - pool.size // 2
     return left
 
 

@@ -41,7 +41,7 @@ class SelectionRules:
 
 def check_resumed(
     state: Mapping[str, Any], rules: SelectionRules, asked: Mapping[str, int | None]
-) -> None:
+) -> SelectionRules:
     """Check that a run can go on from a selector's state, and say where it will differ.
 
     Args:
@@ -49,10 +49,15 @@ def check_resumed(
         rules: Those of the adapter that goes on.
         asked: `total_steps` and `selection_steps` asked for now, None where the run decides.
 
+    Returns:
+        The rules under which it was begun: what was left to the run stays as it was decided.
+
     Raises:
         SelectionError: If its selection was begun under other rules.
     """
     begun = replace(rules, **state.get("settings", {}))
+    if rules.select_until is None:
+        rules = replace(rules, select_until=begun.select_until)
     if begun != rules:
         changed = [
             f"{f.name}={getattr(begun, f.name)!r}, now {getattr(rules, f.name)!r}"
@@ -82,3 +87,4 @@ def check_resumed(
             "round) than on as many processes as before.",
             ResumedRunWarning,
         )
+    return begun

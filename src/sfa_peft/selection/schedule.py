@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -16,6 +17,11 @@ logger = logging.getLogger(__name__)
 DEFAULT_SELECTION_STEPS = 2000
 #: Rounds that a run should have at least when s is not given.
 DEFAULT_NUM_ROUNDS = 20
+
+#: Share of the learning rates' sum that is left to the weights of the last pick.
+LEFT_AFTER_LAST_PICK = 0.25
+#: Share of a run after which no pick happens where rates are not known: right for a linear decay.
+DEFAULT_SELECT_UNTIL = 0.5
 
 #: How the selection grows from pick to pick.
 SCHEDULES = ("linear", "cubic", "one_shot", "literal")
@@ -97,12 +103,35 @@ class Schedule:
         ]
 
 
+def share_by_rates(rates: Sequence[float] | None) -> float:
+    """Return the share of a run after which a quarter of its learning rates' sum is left.
+
+    Args:
+        rates: The rate of each update step; None where they are not known.
+    """
+    if rates is None or sum(rates) <= 0:
+        return DEFAULT_SELECT_UNTIL
+    left = math.fsum(rates)
+    wanted = LEFT_AFTER_LAST_PICK * left * (1 - 1e-9)  # a quarter but for rounding is one, too
+    for step, rate in enumerate(rates):
+        left -= rate
+        if left < wanted:
+            return _share(step, len(rates))
+    return 1.0
+
+
+def _share(step: int, total: int) -> float:
+    """Return a decimal share of a run that includes a step (1/3 as a float would not)."""
+    return math.ceil(10**6 * step / total) / 10**6
+
+
 def make_schedule(
     total_steps: int | None,
     selection_steps: int | None,
     quota: int,
     kind: str = "linear",
     select_until: float | None = None,
+    default_until: float = 1.0,
 ) -> Schedule:
     """Return the schedule of a run, with s chosen where it is not given.
 
@@ -111,7 +140,8 @@ def make_schedule(
         selection_steps: s in update steps; None for 2000, or a twentieth of a shorter run.
         quota: Weights to select in all.
         kind: One of `SCHEDULES`.
-        select_until: Share of the run after which no pick happens, or None.
+        select_until: Share of the run after which no pick happens; None for the default.
+        default_until: The default. It leaves the first pick in any case, and "literal" as it is.
 
     Raises:
         SelectionError: If T is unknown, or no pick fits into it.
@@ -143,6 +173,8 @@ def make_schedule(
             if total_steps >= 2
             else f"A run of {total_steps} update step has no room for a pick; 2 are needed."
         )
+    if select_until is None and kind != "literal":
+        select_until = max(default_until, _share(steps, total_steps))
     schedule = Schedule(total_steps, steps, quota, kind, select_until)
     if schedule.num_picks < 1:
         raise SelectionError(

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ResumedRunWarning, SelectionError, warn
 from ..files.folder import check_complete
 from ..selection.pick import is_unfinished
-from ..tuner.layer import SFALayer, find_pool
+from ..tuner.layer import find_pool
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
 from .trainer import (
@@ -60,8 +60,7 @@ class SFACallback(TrainerCallback):
 
         A run that was killed while it saved leaves half a checkpoint, which the Trainer would take.
         """
-        layers = [m for m in kwargs["model"].modules() if isinstance(m, SFALayer)]
-        selects = any(layer.entries for layer in layers)
+        selects = any(".sfa_pool." in name for name, _ in kwargs["model"].named_parameters())
 
         def check(folder: Path, step: int) -> None:
             check_complete(folder)
@@ -85,12 +84,19 @@ class SFACallback(TrainerCallback):
         _refuse_second_callback(trainer)
         warn_of_summed_loss(args, kwargs["model"], trainer)
         if not self._begins_again(state, kwargs["model"]):
-            self._begin(state, kwargs["model"], kwargs.get("optimizer"))
+            self._begin(state, **kwargs)
         self._is_training = True
         self._logged, self._shown = self.selector.round if self.selector else 0, 0
         self._first.join(trainer)
 
-    def _begin(self, state: TrainerState, model: Any, optimizer: Any) -> None:
+    def _begin(
+        self,
+        state: TrainerState,
+        model: Any,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **_kwargs: Any,
+    ) -> None:
         if self.selector is not None:
             self.selector.discard()  # it may be what the memory ran out of
         self.selector = SFASelector(
@@ -98,6 +104,7 @@ class SFACallback(TrainerCallback):
             total_steps=state.max_steps,
             adapter_name=self.adapter_name,
             scaler=getattr(optimizer, "scaler", None),
+            lr_scheduler=lr_scheduler,
         )
         pool = self.selector.pool
         if pool is None:  # rho=1 selects nothing

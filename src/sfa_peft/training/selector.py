@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -13,12 +14,13 @@ from ..errors import SelectionError, UnfinishedSelectionWarning, warn
 from ..selection.pick import is_unfinished, num_selected
 from ..selection.rounds import Rounds, check_same_weights
 from ..selection.rules import SelectionRules, check_resumed
-from ..selection.schedule import Schedule, make_schedule
+from ..selection.schedule import Schedule, make_schedule, share_by_rates
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer, find_adapter
 from ..tuner.report import stage_shares
+from .rates import planned_rates
 from .state_files import check_state
 
 
@@ -42,6 +44,9 @@ class SFASelector:
             and a step that overflows counts neither as a step nor in a score.
         can_skip: Whether `skip` may be called. For scores that are plain sums, the default among
             them, it costs 4 bytes for each weight that may be selected until the last pick.
+        lr_scheduler: The learning rate's scheduler, one step of which is made after each update
+            step. Without `SFAConfig.select_until` the last pick is where a quarter of the rates'
+            sum is left; not known, a linear decay is assumed, and it is half of the run.
 
     Raises:
         SelectionError: If there is no such adapter, T is unknown, no pick fits into T, the model is
@@ -56,6 +61,7 @@ class SFASelector:
         adapter_name: str | None = None,
         scaler: Any = None,
         can_skip: bool = False,
+        lr_scheduler: Any = None,
     ) -> None:
         _refuse_reentrant_checkpointing(model)
         self._model, self._scaler, self._can_skip = model, scaler, can_skip
@@ -76,20 +82,27 @@ class SFASelector:
         if self.pool.is_empty:
             find_score(self.config.score)
             self._rounds = self._new_rounds(
-                make_schedule(
-                    **self._asked,
-                    quota=self.pool.size,
-                    kind=self.config.schedule,
-                    select_until=self.config.select_until,
-                ),
-                self.pool,
+                self._plan(self.config.rules, self.pool, lr_scheduler), self.pool
             )
             self._rounds.start()
+
+    def _plan(self, rules: SelectionRules, pool: Pool, lr_scheduler: Any) -> Schedule:
+        total, rates = self._asked["total_steps"], None
+        if rules.select_until is None and isinstance(total, int):
+            rates = planned_rates(lr_scheduler, total, pool.values)
+        return make_schedule(
+            **self._asked,
+            quota=pool.size,
+            kind=rules.schedule,
+            select_until=rules.select_until,
+            default_until=share_by_rates(rates),
+        )
 
     def _new_rounds(self, schedule: Schedule, pool: Pool) -> Rounds:
         scaler = self._scaler
         scale = scaler.get_scale if scaler is not None and scaler.is_enabled() else None
-        return Rounds(self.config.rules, pool, schedule, scale, self._can_skip)
+        rules = replace(self.config.rules, select_until=schedule.select_until)
+        return Rounds(rules, pool, schedule, scale, self._can_skip)
 
     @property
     def drives(self) -> bool:
@@ -250,13 +263,13 @@ class SFASelector:
         if "update_steps" not in state:  # of a run that selected nothing
             _NoRounds(self.pool, self.config.rules).load_state_dict(state)
             return
-        check_resumed(state, self.config.rules, self._asked)
+        begun = check_resumed(state, self.config.rules, self._asked)
         schedule = Schedule(
             int(state["total_steps"]),
             int(state["selection_steps"]),
             self.pool.size,
-            self.config.schedule,
-            self.config.select_until,
+            begun.schedule,
+            begun.select_until,
         )
         self._rounds.stop()
         rounds = self._new_rounds(schedule, self.pool)
