@@ -3,6 +3,7 @@ import copy
 import json
 
 import pytest
+from peft import LoraConfig
 
 from sfa_peft import ConfigError, SFAConfig
 
@@ -90,6 +91,11 @@ def test_what_is_known_of_an_adapter_stays_with_its_config_and_is_no_setting(tmp
     again = SFAConfig.from_pretrained(tmp_path)
     assert (again.notes.folder, again.notes.metrics) == (str(tmp_path), None)
     assert config.notes.folder is None
+
+
+def test_a_config_of_another_method_is_read_as_what_it_is(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert SFAConfig.from_pretrained(tmp_path).r == 3
 
 
 def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):

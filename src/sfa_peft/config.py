@@ -319,7 +319,8 @@ class SFAConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         check_complete(folder)
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        config.remember(folder=str(folder))
+        if isinstance(config, cls):  # PEFT returns what the file is of
+            config.remember(folder=str(folder))
         return config
 
 

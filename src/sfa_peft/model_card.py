@@ -85,6 +85,7 @@ def set_card_metrics(
             f"set_card_metrics: expected a dict of numbers (or text) by name, got {metrics!r}."
         )
     configs = getattr(model, "peft_config", {})
+    configs = {name: c for name, c in configs.items() if hasattr(c, "remember")}  # ours
     if adapter_name not in configs:
         raise SFAError(
             f"set_card_metrics: the model has no adapter `{adapter_name}`; it has "

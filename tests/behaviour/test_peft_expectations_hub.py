@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 
 from sfa_peft import SFAConfig, SFAError, budget_report, selection_summary, set_card_metrics
 from tests.behaviour.hub import local_hub
@@ -100,6 +100,9 @@ def test_metrics_that_are_none_are_refused():
             set_card_metrics(model, wrong)
     with pytest.raises(SFAError, match="has no adapter `other`"):
         set_card_metrics(model, {"loss": 1.0}, "other")
+    lora = get_peft_model(MLP(), LoraConfig(target_modules=["first"]))
+    with pytest.raises(SFAError, match="has no adapter `default`; it has none"):
+        set_card_metrics(lora, {"loss": 1.0})
 
 
 def test_a_card_that_is_not_utf8_keeps_its_bytes(tmp_path):

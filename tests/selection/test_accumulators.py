@@ -192,7 +192,11 @@ def test_an_own_score_may_be_replaced_and_an_unknown_one_is_refused(own_scores):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"can_drop": True}, {"loss_scale": lambda: 8.0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"can_drop": True}, {"loss_scale": lambda: 8.0}],
+    ids=["plain", "can drop", "scaled"],
+)
 @pytest.mark.parametrize("name", DENSE)
 def test_a_gradient_that_is_not_finite_never_enters_a_score(
     name, options, dtype, bad, weight, gradients

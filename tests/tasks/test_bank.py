@@ -1,18 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import gc
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from safetensors.torch import load_file
 
 from sfa_peft import SFAError, SFALayer
 from sfa_peft.tasks import TaskBank
-from sfa_peft.tuner.layer import find_pool
 from tests.tasks.models import (
     MODELS,
     NAMES,
@@ -150,56 +146,3 @@ def test_map_of_nothing_and_of_an_unknown_task(bank):
     with pytest.raises(SFAError, match=r"no task `flow`.*`segmentation`, `depth`"):
         bank.map([("depth", {"pixel_values": PIXELS}), ("flow", {})])
     assert bank.switches == 0
-
-
-# --- memory ------------------------------------------------------------------------------------
-
-
-def test_memory_is_what_the_model_holds(bank, folders):
-    memory = bank.memory()
-    for name in NAMES:
-        tensors = load_file(folders[name] / "adapter_model.safetensors")
-        size = {"external": 0, "head": 0}
-        for key, tensor in tensors.items():
-            if ".sfa_packed" not in key:
-                size["external" if ".sfa_" in key else "head"] += tensor.nbytes
-        got = memory[name]
-        pool = find_pool(bank[name].model, name)
-        assert got.values == (0 if pool is None else pool.values.nbytes)
-        assert got.positions == (0 if pool is None else pool.slots.nbytes)
-        assert got.external == size["external"]
-        # Beside the trained head: what the model has outside the backbone and does not save.
-        assert size["head"] <= got.head <= 1.2 * size["head"] + 4096
-        assert got.total == sum([got.values, got.positions, got.external, got.head, got.switching])
-
-
-def test_what_is_kept_for_switching_is_counted(bank):
-    """Against the garbage collector's list of all tensors that there are."""
-    for name in [*NAMES, *NAMES]:
-        output(bank, name)
-    found = sum(task.switching for task in bank.memory().values())
-    gc.collect()
-    before = storages()
-    for module in bank.backbone.modules():
-        if isinstance(module, SFALayer):
-            module._forget()
-    for name in NAMES:
-        find_pool(bank[name].model, name).free_room()
-    gc.collect()
-    freed = {pointer: size for pointer, size in before.items() if pointer not in storages()}
-    assert 0 < found <= sum(freed.values()) <= found + 4096
-
-
-def storages() -> dict[int, int]:
-    tensors = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
-    kinds = [t.untyped_storage() for t in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in kinds if storage.data_ptr()}
-
-
-def test_the_backbone_is_counted_once_and_without_adapters(bank):
-    plain = segmentation_model().backbone
-    size = sum(t.nbytes for t in [*plain.parameters(), *plain.buffers()])
-    assert bank.backbone_bytes == size
-    output(bank, "depth")
-    assert bank.backbone_bytes == size
-    assert bank.memory()["depth"].switching > 0

@@ -146,3 +146,12 @@ def test_errors_leave_the_model_as_it_was(checkpoint, options, error, says):
     with pytest.raises(error, match=says):
         extract(model, checkpoint(), SFAConfig(**(OPTIONS | options)))
     assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
+
+
+def test_a_head_that_is_named_by_its_end_is_not_lost():
+    tuned = tuned_copy(upernet)
+    config = SFAConfig(budget=0.2, modules_to_save=["head"])
+    model, report = extract(upernet(), tuned, config)
+    head = model.get_base_model().decode_head.modules_to_save["default"]
+    assert torch.equal(head.classifier.weight, tuned.decode_head.classifier.weight)
+    assert not any("decode_head" in t.name for t in report.lost)

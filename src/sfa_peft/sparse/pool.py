@@ -23,22 +23,17 @@ from .writing import is_stand_in
 
 
 class Store(Protocol):
-    """Where a pool's two tensors lie."""
+    """Where a pool's two tensors lie, and whether they are still there."""
 
+    # ruff: disable[D102]
     @property
-    def values(self) -> Any:
-        """The change of each assigned weight, (size,)."""
-        ...
+    def values(self) -> Any: ...
+    @property
+    def slots(self) -> Tensor: ...
+    @property
+    def is_there(self) -> bool: ...
 
-    @property
-    def slots(self) -> Tensor:
-        """Position of each value, (size,); -1 where not assigned yet, only at the end."""
-        ...
-
-    @property
-    def is_there(self) -> bool:
-        """Whether the model still has them."""
-        ...
+    # ruff: enable[D102]
 
 
 class Pool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
-from .writing import exclusively
+from .writing import exclusively, is_stand_in
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -47,51 +47,25 @@ class Owner(Protocol):
 
 
 class Slice(Protocol):
-    """One adapter's change of one weight, while it lies in a pool."""
+    """One adapter's change of one weight, while it lies in a pool (see `pool.PoolSlice`)."""
 
+    # ruff: disable[D102]
     @property
-    def spans(self) -> Spans:
-        """The weight's slots; another object whenever they are others."""
-        ...
-
+    def spans(self) -> Spans: ...
     @property
-    def trains(self) -> bool:
-        """Whether the changes get a gradient."""
-        ...
-
-    def stamp(self) -> tuple[Any, ...]:
-        """Return what is another whenever positions or changes are."""
-        ...
-
-    def indices(self) -> Tensor:
-        """Return flat positions, int64 (n,), in slot order."""
-        ...
-
-    def change(self) -> Tensor:
-        """Return changes, (n,), in slot order."""
-        ...
-
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return room for one number per entry."""
-        ...
-
-    def free_room(self) -> None:
-        """Let go of that room."""
-        ...
-
+    def trains(self) -> bool: ...
     @property
-    def is_stand_in(self) -> bool:
-        """Whether the changes are not the real ones (see `writing.is_stand_in`)."""
-        ...
-
+    def is_stand_in(self) -> bool: ...
     @property
-    def keeps_graph(self) -> bool:
-        """Whether it stands for the pool in graphs while nothing is selected."""
-        ...
+    def keeps_graph(self) -> bool: ...
+    def stamp(self) -> tuple[Any, ...]: ...
+    def indices(self) -> Tensor: ...
+    def change(self) -> Tensor: ...
+    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+    def free_room(self) -> None: ...
+    def stand_in(self) -> Tensor: ...
 
-    def stand_in(self) -> Tensor:
-        """Return what is wired to the changes' gradient."""
-        ...
+    # ruff: enable[D102]
 
 
 @dataclass
@@ -148,6 +122,11 @@ class Weight:
     def tensor(self) -> Tensor:
         """The parameter, with the stack on it."""
         return self.owner.parameter(self.parameter)
+
+    @property
+    def is_stand_in(self) -> bool:
+        """Whether the parameter or a change of it is not the real one (see `writing`)."""
+        return is_stand_in(self.tensor) or any(s.is_stand_in for s in self.slices.values())
 
     # --- the stack -----------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
 from ..sparse.delta import change_to
 from ..tuner.layer import find_pool
-from ..tuner.plan import Plan, make_plan
+from ..tuner.plan import make_plan
 from ..tuner.upstream.heads import settle_heads
 from .sharing import refuse_tuned
 
@@ -120,8 +120,12 @@ def extract(
     tuned = _read(checkpoint)
     plan = make_plan(model, config)
     base = {n: t.detach() for n, t in model.state_dict().items()}
-    changes = {n: _change(n, base, tuned) for n in _eligible_names(plan)}
-    _check_heads(model, config, base, tuned)
+    stages = {f"{t.name}.{p}": t.stage for t in plan.targets.values() for p in t.parameters}
+    changes = {n: _change(n, base, tuned) for n in stages}
+    heads = _heads(model, config)
+    for name in base:
+        if name.startswith(heads):
+            _check_shape(name, base, tuned)
     chosen = pick(
         [TensorSource(change) for change in changes.values()],
         plan.record.internal,
@@ -131,7 +135,8 @@ def extract(
         row_sizes=row_sizes(list(changes.values())),
     )
     selected = dict(zip(changes, chosen, strict=True))
-    report = _report(plan, config, changes, selected, base, tuned)
+    lost = _lost([n for n in base if n not in changes and not n.startswith(heads)], base, tuned)
+    report = _report(stages, changes, selected, lost)
     values = {
         n: _exact(n, indices, changes[n], base, tuned).cpu() for n, indices in selected.items()
     }
@@ -185,10 +190,6 @@ def _read(checkpoint: nn.Module | State | str | PathLike[str]) -> State:
         ) from error
 
 
-def _eligible_names(plan: Plan) -> list[str]:
-    return [f"{t.name}.{p}" for t in plan.targets.values() for p in t.parameters]
-
-
 def _change(name: str, base: State, tuned: State) -> Tensor:
     """Return tuned - base, float32, on the base's device."""
     _check_shape(name, base, tuned)
@@ -223,35 +224,30 @@ def _exact(name: str, indices: Tensor, change: Tensor, base: State, tuned: State
 
 
 def _report(
-    plan: Plan,
-    config: SFAConfig,
-    changes: State,
-    selected: State,
-    base: State,
-    tuned: State,
+    stages: Mapping[str, int | None], changes: State, selected: State, lost: Sequence[LostTensor]
 ) -> ExtractReport:
-    stage_of = {f"{t.name}.{p}": t.stage for t in plan.targets.values() for p in t.parameters}
     kept: dict[int | None, float] = defaultdict(float)
     total: dict[int | None, float] = defaultdict(float)
     for name, change in changes.items():
-        total[stage_of[name]] += _square(change)
-        kept[stage_of[name]] += _square(change.reshape(-1)[selected[name]])
+        total[stages[name]] += _square(change)
+        kept[stages[name]] += _square(change.reshape(-1)[selected[name]])
     return ExtractReport(
         selected=sum(indices.numel() for indices in selected.values()),
         differing=sum(int((change != 0).sum()) for change in changes.values()),
         kept=_ratio(sum(kept.values()), sum(total.values())),
         stages={s: _ratio(kept[s], total[s]) for s in sorted(total, key=lambda s: (s is None, s))},
-        lost=tuple(_lost(changes, config, base, tuned)),
+        lost=tuple(lost),
     )
 
 
-def _lost(changes: State, config: SFAConfig, base: State, tuned: State) -> list[LostTensor]:
+def _lost(names: Iterable[str], base: State, tuned: State) -> list[LostTensor]:
+    """Return those of some tensors that differ, the largest change first."""
     found = []
-    for name, own in base.items():
-        if name in changes or _is_saved(name, config) or name not in tuned:
+    for name in names:
+        if name not in tuned:
             continue
         _check_shape(name, base, tuned)
-        other = tuned[name].to(own.device)
+        own, other = base[name], tuned[name].to(base[name].device)
         differing = int((other != own).sum())
         if differing:
             norm = math.sqrt(_square(other.double() - own.double()))
@@ -259,8 +255,10 @@ def _lost(changes: State, config: SFAConfig, base: State, tuned: State) -> list[
     return sorted(found, key=lambda lost: -lost.norm)
 
 
-def _is_saved(name: str, config: SFAConfig) -> bool:
-    return any(f".{module}." in f".{name}" for module in config.modules_to_save or ())
+def _heads(model: nn.Module, config: SFAConfig) -> tuple[str, ...]:
+    """Return the starts of names of tensors that are saved whole; PEFT compares ends of paths."""
+    ends = tuple(config.modules_to_save or ())
+    return tuple(f"{name}." for name, _ in model.named_modules() if name.endswith(ends))
 
 
 def _square(change: Tensor) -> float:
@@ -269,12 +267,6 @@ def _square(change: Tensor) -> float:
 
 def _ratio(kept: float, total: float) -> float:
     return math.sqrt(kept / total) if total else 1.0
-
-
-def _check_heads(model: nn.Module, config: SFAConfig, base: State, tuned: State) -> None:
-    for name in base:
-        if _is_saved(name, config):
-            _check_shape(name, base, tuned)
 
 
 def _copy_heads(model: PeftModel, adapter_name: str, tuned: State) -> None:

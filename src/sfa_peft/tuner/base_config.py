@@ -23,7 +23,7 @@ _SILENT = frozenset(
         *("id2label", "label2id", "num_labels", "problem_type", "transformers_version"),
         *("output_attentions", "output_hidden_states", "return_dict", "initializer_range"),
         *("attention_dropout", "attention_probs_dropout_prob", "drop_path_rate", "dropout"),
-        *("classifier_dropout_prob", "hidden_dropout_prob", "initializer_factor", "mask_ratio"),
+        *("classifier_dropout_prob", "hidden_dropout_prob", "initializer_factor"),
         *("layer_scale_init_value", "layerscale_value", "norm_pix_loss", "use_cache"),
     }
 )
@@ -36,7 +36,7 @@ _FUNCTION = frozenset(
         *("window_size", "pretrained_window_sizes", "window_block_indices", "global_attn_indexes"),
         *("hidden_act", "layer_norm_eps", "rope_theta", "rope_parameters", "strides"),
         *("masked_unit_size", "num_query_pool", "query_stride", "reshape_last_stage"),
-        *("normalize_modulator", "use_post_layernorm"),
+        *("normalize_modulator", "use_post_layernorm", "mask_ratio"),
     }
 )
 #: By `model_type`, further ones of that kind.

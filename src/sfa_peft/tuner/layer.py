@@ -19,7 +19,7 @@ from ..errors import SFAError
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
-from ..sparse.writing import is_stand_in, now_or_together
+from ..sparse.writing import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .quantised import stored
@@ -187,10 +187,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_transformed(self) -> bool:
-        if torch.compiler.is_compiling() or not self.weights:
-            return False
-        first = next(iter(self.weights.values()))
-        return is_stand_in(first.tensor) or any(p.is_stand_in for p in first.slices.values())
+        compiling = torch.compiler.is_compiling()
+        return not compiling and any(weight.is_stand_in for weight in self.weights.values())
 
     @eager
     def _finish_loading(self) -> None:
