@@ -239,7 +239,9 @@ def configs(folder: Path) -> Target:
 
 def states(folder: Path) -> Target:
     """Return the reader of the selector's state, in the middle of a run."""
-    config = SFAConfig(budget=0.3, rho=0, target_modules=["first"], selection_steps=2)
+    config = SFAConfig(
+        budget=0.3, rho=0, target_modules=["first"], selection_steps=2, select_until=1
+    )
     model = get_peft_model(MLP(), config)
     selector = SFASelector(model, total_steps=8)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -10,8 +10,8 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
 from sfa_peft.tuner.layer import find_pool
+from tests.behaviour.test_precision import assert_same, trained
 from tests.model_zoo import FAMILIES, pixels
-from tests.training.test_precision import assert_same, trained
 from tests.training.trainer_runs import make_trainer
 from tests.whole_life import outputs
 

@@ -56,54 +56,6 @@ def test_a_run_without_a_pick_is_refused(total, steps, message):
         make_schedule(total, steps, 10)
 
 
-# --- where it ends by default -----------------------------------------------------------------
-
-#: Rates of a run of 10,000 steps, and the share after which a quarter of their integral is left.
-SHARES = {
-    "constant": (lambda t: 1.0, 0.75),
-    "linear": (lambda t: 1 - t, 0.5),
-    "power 0.9": (lambda t: (1 - t) ** 0.9, 1 - 0.25 ** (1 / 1.9)),
-    "cosine": (lambda t: 1 + math.cos(math.pi * t), 0.4376),
-    "one step down": (lambda t: 1.0 if t < 0.5 else 0.1, 0.5 - (0.55 / 4 - 0.05)),
-}
-
-
-@pytest.mark.parametrize("name", SHARES)
-def test_a_quarter_of_the_rates_integral_is_left_after_the_share(name):
-    rate, expected = SHARES[name]
-    rates = [1e-4 * rate((i + 0.5) / 10_000) for i in range(10_000)]
-    assert share_by_rates(rates) == pytest.approx(expected, abs=2e-4)
-
-
-@given(st.lists(st.floats(1e-6, 1) | st.just(0.0), min_size=1, max_size=300))
-def test_the_share_ends_at_the_last_step_that_leaves_a_quarter(rates):
-    share = share_by_rates(rates)
-    if not sum(rates):
-        assert share == DEFAULT_SELECT_UNTIL
-        return
-    left = [sum(rates[t:]) / sum(rates) for t in range(len(rates) + 1)]
-    limit = math.floor(share * len(rates) + 1e-9)
-    assert left[limit] >= 0.25 - 1e-6
-    assert left[limit + 1] <= 0.25 + 1e-6
-
-
-def test_rates_that_are_not_known_are_taken_for_a_linear_decay():
-    assert share_by_rates(None) == share_by_rates([1 - t / 1000 for t in range(1000)]) == 0.5
-
-
-@given(st.integers(2, 400), st.floats(1e-3, 1), st.sampled_from(SCHEDULES))
-def test_the_default_leaves_one_pick_and_the_literal_schedule_alone(total, until, kind):
-    for steps in {1, max(1, total // 7), total // 2}:
-        schedule = make_schedule(total, steps, 1000, kind, None, until)
-        whole = make_schedule(total, steps, 1000, kind, 1.0)
-        assert 1 <= schedule.num_picks <= whole.num_picks
-        if kind == "literal":
-            assert schedule.last_pick == whole.last_pick
-        else:
-            assert schedule.last_pick <= max(steps, until * total + 1e-6)
-            assert schedule.selected_after(total) == 1000
-
-
 @given(RUNS, QUOTAS, st.sampled_from(SCHEDULES))
 def test_every_schedule_grows_at_its_picks_only_and_never_beyond_the_quota(run, quota, kind):
     schedule = make_schedule(*run, quota, kind)
@@ -175,3 +127,51 @@ def test_one_step_in_so_many_is_scored_and_the_last_of_a_round_always(steps, eve
             assert scored == []  # nothing is picked any more
         else:
             assert scored == sorted(range(last, number * steps, -every))
+
+
+# --- where it ends by default -----------------------------------------------------------------
+
+#: Rates of a run of 10,000 steps, and the share after which a quarter of their integral is left.
+SHARES = {
+    "constant": (lambda t: 1.0, 0.75),
+    "linear": (lambda t: 1 - t, 0.5),
+    "power 0.9": (lambda t: (1 - t) ** 0.9, 1 - 0.25 ** (1 / 1.9)),
+    "cosine": (lambda t: 1 + math.cos(math.pi * t), 0.4376),
+    "one step down": (lambda t: 1.0 if t < 0.5 else 0.1, 0.5 - (0.55 / 4 - 0.05)),
+}
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_a_quarter_of_the_rates_integral_is_left_after_the_share(name):
+    rate, expected = SHARES[name]
+    rates = [1e-4 * rate((i + 0.5) / 10_000) for i in range(10_000)]
+    assert share_by_rates(rates) == pytest.approx(expected, abs=2e-4)
+
+
+@given(st.lists(st.floats(1e-6, 1) | st.just(0.0), min_size=1, max_size=300))
+def test_the_share_ends_at_the_last_step_that_leaves_a_quarter(rates):
+    share = share_by_rates(rates)
+    if not sum(rates):
+        assert share == DEFAULT_SELECT_UNTIL
+        return
+    left = [sum(rates[t:]) / sum(rates) for t in range(len(rates) + 1)]
+    limit = math.floor(share * len(rates) + 1e-9)
+    assert left[limit] >= 0.25 - 1e-6
+    assert left[limit + 1] <= 0.25 + 1e-6
+
+
+def test_rates_that_are_not_known_are_taken_for_a_linear_decay():
+    assert share_by_rates(None) == share_by_rates([1 - t / 1000 for t in range(1000)]) == 0.5
+
+
+@given(st.integers(2, 400), st.floats(1e-3, 1), st.sampled_from(SCHEDULES))
+def test_the_default_leaves_one_pick_and_the_literal_schedule_alone(total, until, kind):
+    for steps in {1, max(1, total // 7), total // 2}:
+        schedule = make_schedule(total, steps, 1000, kind, None, until)
+        whole = make_schedule(total, steps, 1000, kind, 1.0)
+        assert 1 <= schedule.num_picks <= whole.num_picks
+        if kind == "literal":
+            assert schedule.last_pick == whole.last_pick
+        else:
+            assert schedule.last_pick <= max(steps, until * total + 1e-6)
+            assert schedule.selected_after(total) == 1000

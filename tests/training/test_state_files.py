@@ -27,7 +27,7 @@ SMALL = {"pool": {"slots": torch.tensor([2, 5, -1]), "values": torch.tensor([1.0
 def selector_after(steps, **options):
     """Return the selector of a run of 16 steps with picks after steps 4, 8 and 12."""
     config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"]}
-    model = get_peft_model(MLP(), SFAConfig(**config, selection_steps=4, **options))
+    model = get_peft_model(MLP(), SFAConfig(**config, selection_steps=4, select_until=1, **options))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     selector = SFASelector(model, total_steps=16)
     for step in range(steps):
