@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ResumedRunWarning, SelectionError, warn
 from ..files.folder import check_complete
 from ..selection.pick import is_unfinished
-from ..tuner.layer import SFALayer, find_pool
+from ..tuner.layer import find_pool
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
 from .trainer import (
@@ -60,8 +60,7 @@ class SFACallback(TrainerCallback):
 
         A run that was killed while it saved leaves half a checkpoint, which the Trainer would take.
         """
-        layers = [m for m in kwargs["model"].modules() if isinstance(m, SFALayer)]
-        selects = any(layer.weights for layer in layers)
+        selects = any(".sfa_pool." in name for name, _ in kwargs["model"].named_parameters())
 
         def check(folder: Path, step: int) -> None:
             check_complete(folder)
