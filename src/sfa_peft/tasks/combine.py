@@ -147,25 +147,11 @@ def combine(
     kept = next((p for p in parts if p.source == kept_source), None)
     _check_parts(parts, kept)
     report = count_overlaps({p.source: p.selection for p in parts})
-    if method == "disjoint" and overlaps == "error" and report.num_shared:
-        pair = next(p for p in report.pairs if p.shared)
-        raise SFAError(
-            f"combine: method='disjoint', but {report.num_shared} weights belong to several "
-            f"adapters (`{pair.first}` and `{pair.second}` share {pair.shared}). Use method='sum' "
-            "or 'larger', or overlaps='first'."
-        )
+    if method == "disjoint" and overlaps == "error":
+        _refuse_shared(report)
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
     selection = unite([p.selection for p in parts], factors, method)
-    source = kept or parts[0]
-    config = union_config(
-        _plain(model),
-        [source.resolved, *(p.resolved for p in parts)],
-        selection,
-        source.config,
-        widths=kept.resolved.widths if kept else None,
-        external=kept.external if kept else 0,
-        modules_to_save=source.config.modules_to_save if kept else None,
-    )
+    config = _config(_plain(model), parts, kept, selection)
     with unchanged_on_error(model, name):
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -178,6 +164,32 @@ def combine(
         if kept is not None:
             _take_over(peft_model, name, kept)
     return peft_model, report
+
+
+def _config(
+    model: nn.Module, parts: Sequence[Part], kept: Part | None, selection: Deltas
+) -> SFAConfig:
+    """Return the config of an adapter that is as large as the union."""
+    source = kept or parts[0]
+    return union_config(
+        model,
+        [source.resolved, *(p.resolved for p in parts)],
+        selection,
+        source.config,
+        widths=kept.resolved.widths if kept else None,
+        external=kept.external if kept else 0,
+        modules_to_save=source.config.modules_to_save if kept else None,
+    )
+
+
+def _refuse_shared(report: CombineReport) -> None:
+    if report.num_shared:
+        pair = next(p for p in report.pairs if p.shared)
+        raise SFAError(
+            f"combine: method='disjoint', but {report.num_shared} weights belong to several "
+            f"adapters (`{pair.first}` and `{pair.second}` share {pair.shared}). Use method='sum' "
+            "or 'larger', or overlaps='first'."
+        )
 
 
 def _check(

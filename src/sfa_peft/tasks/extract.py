@@ -21,7 +21,7 @@ from ..config import SFAConfig
 from ..errors import ConfigError, SFAError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
-from ..sparse.delta import change_to
+from ..sparse.delta import Delta, change_to
 from ..tuner.layer import find_pool
 from ..tuner.plan import make_plan
 from ..tuner.upstream.heads import settle_heads
@@ -123,9 +123,8 @@ def extract(
     stages = {f"{t.name}.{p}": t.stage for t in plan.targets.values() for p in t.parameters}
     changes = {n: _change(n, base, tuned) for n in stages}
     heads = _heads(model, config)
-    for name in base:
-        if name.startswith(heads):
-            _check_shape(name, base, tuned)
+    for name in (n for n in base if n.startswith(heads)):
+        _check_shape(name, base, tuned)
     chosen = pick(
         [TensorSource(change) for change in changes.values()],
         plan.record.internal,
@@ -146,9 +145,8 @@ def extract(
         with torch.no_grad():
             pool.slots.fill_(-1)  # a score without data has selected already
             pool.values.zero_()
-            pool.assign([selected[name].cpu() for name in pool.names])
-            joined = torch.cat([values[name] for name in pool.names])
-            pool.values[: joined.numel()] = joined.to(pool.values)
+        deltas = {n: Delta(indices.cpu(), values[n]) for n, indices in selected.items()}
+        pool.fill(deltas, with_values=True)
     _copy_heads(peft_model, adapter_name, tuned)
     return peft_model, report
 

@@ -94,17 +94,8 @@ def parameter_groups(
     _check(given | {"weight_decay": weight_decay}, layer_decay, no_decay)
     rates = {part: lr if rate is None else rate for part, rate in given.items()}
     positions = layer_positions(model)
-    if layer_decay is not None and len(set(positions.values())) == 1:
-        raise ConfigError(
-            "parameter_groups: layer_decay is given, but the order of layers is not known. Leave "
-            f"it out. The model has: {describe_model(model)}"
-        )
     found = list(_trained(model, positions, {id(p) for p in new_layers}))
-    if head_lr is not None and all(f.part != "head_lr" for f in found):
-        raise ConfigError(
-            "parameter_groups: head_lr is given, but nothing outside the backbone is trained. Name "
-            "the head in modules_to_save, or leave head_lr out."
-        )
+    _check_found(model, positions, found, layer_decay, head_lr)
     factor = 1.0 if layer_decay is None else layer_decay
     groups: dict[Any, dict[str, Any]] = {}
     for parameter, part, below, kinds, pool in found:
@@ -117,6 +108,26 @@ def parameter_groups(
             _refuse_two_rates(pool, internal_lr)
             group[LR_RATIOS] = [factor ** (own - min(below)) for own in below]
     return sorted(groups.values(), key=lambda group: (-group["lr"], -group["weight_decay"]))
+
+
+def _check_found(
+    model: nn.Module,
+    positions: dict[str, int],
+    found: list[_Found],
+    layer_decay: float | None,
+    head_lr: float | None,
+) -> None:
+    """Check that what is asked for has something to act on."""
+    if layer_decay is not None and len(set(positions.values())) == 1:
+        raise ConfigError(
+            "parameter_groups: layer_decay is given, but the order of layers is not known. Leave "
+            f"it out. The model has: {describe_model(model)}"
+        )
+    if head_lr is not None and all(f.part != "head_lr" for f in found):
+        raise ConfigError(
+            "parameter_groups: head_lr is given, but nothing outside the backbone is trained. Name "
+            "the head in modules_to_save, or leave head_lr out."
+        )
 
 
 def _trained(model: nn.Module, positions: dict[str, int], new: set[int]) -> Iterator[_Found]:

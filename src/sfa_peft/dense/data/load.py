@@ -117,16 +117,8 @@ def load_dense(
     """
     if on_error not in ("raise", "skip"):
         raise SFAError(f"on_error: expected 'raise' or 'skip', got {on_error!r}")
-    if dataset_format not in FORMATS:
-        raise SFAError(f"dataset_format `{dataset_format}`: expected one of {sorted(FORMATS)}")
-    tasks, read = FORMATS[dataset_format]
-    if task not in tasks:
-        raise SFAError(f"task `{task}`: {dataset_format} has {list(tasks)}")
     folder = Path(name_or_dir)
-    if dataset_format != "imagefolder" and not folder.is_dir():
-        raise SFAError(f"`{folder}`: no such folder; {dataset_format} is read from a folder")
-    if dataset_format == "imagefolder" and folder.is_dir():
-        check_imagefolder(folder, task, [name for name in FORMATS if task in FORMATS[name][0]])
+    read = _reader(task, folder, dataset_format)
     options = _Options(
         classes, image_column, label_column, ignore_index, depth_scale, holdout, config_name,
         cache_dir,
@@ -138,6 +130,20 @@ def load_dense(
             "on_error='skip' leaves them out"
         )
     return _assemble(task, found, options, on_error, name_or_dir)
+
+
+def _reader(task: str, folder: Path, dataset_format: str) -> Callable[..., Found[Any]]:
+    """Return what reads a format, once task, format and folder go together."""
+    if dataset_format not in FORMATS:
+        raise SFAError(f"dataset_format `{dataset_format}`: expected one of {sorted(FORMATS)}")
+    tasks, read = FORMATS[dataset_format]
+    if task not in tasks:
+        raise SFAError(f"task `{task}`: {dataset_format} has {list(tasks)}")
+    if dataset_format != "imagefolder" and not folder.is_dir():
+        raise SFAError(f"`{folder}`: no such folder; {dataset_format} is read from a folder")
+    if dataset_format == "imagefolder" and folder.is_dir():
+        check_imagefolder(folder, task, [name for name in FORMATS if task in FORMATS[name][0]])
+    return read
 
 
 def _assemble(
