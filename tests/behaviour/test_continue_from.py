@@ -202,7 +202,7 @@ def test_a_cycle_is_refused(chain):
     data = json.loads(path.read_text())
     data["resolved"] |= {"format": 4, "chain": [{"source": str(root / "three"), "digest": "0"}]}
     path.write_text(json.dumps(data))
-    refused(root / "three", "comes back to it")
+    refused(root / "three", "is another now")
 
 
 def test_what_does_not_fit_is_refused_before_the_model_is_touched(chain):

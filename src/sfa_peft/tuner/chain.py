@@ -34,7 +34,8 @@ def put_on_chain(plan: Plan, chain: Sequence[SavedAdapter], config: SFAConfig) -
                 f"The earlier adapter `{chain[-1].source}` changes `{name}`, which modules_to_save "
                 "would train and save whole. Leave that out of modules_to_save."
             )
-    links = plan.record.chain or tuple(Link(a.source, a.digest) for a in chain)
+    last = chain[-1]
+    links = plan.record.chain or (*last.plan.record.chain, Link(last.source, last.digest))
     others = {
         n: replace(t, parameters={}, width=0) for n, t in layers.items() if n not in plan.targets
     }
