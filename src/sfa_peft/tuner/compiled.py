@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an adapted model runs under `torch.compile`: one graph break, before the forward.
+"""What a hook on an adapted model does before its forward.
 
-A graph cannot hold what decides whether weights are up to date. So a hook on the model does that
-first, for all layers, and the layers' forwards go on with what it prepared.
+It looks for what others wrote into adapters that train (see `sparse.averages`). And under
+`torch.compile` it makes the one graph break: a graph cannot hold what decides whether weights are
+up to date. So the hook does that first, for all layers, and their forwards go on with what it
+prepared.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ def install(model: nn.Module) -> None:
         setattr(model, _ATTRIBUTE, CompiledPass())
         model.register_forward_pre_hook(_before_forward)
         model.register_forward_hook(_after_forward)
+    layers = [m for m in model.modules() if isinstance(m, SFALayer)]
+    stores = {id(a.store): a for layer in layers for a in layer.adapters.values() if a.store}
+    getattr(model, _ATTRIBUTE).adapters = list(stores.values())
 
 
 def remove(model: nn.Module) -> None:
@@ -37,8 +42,21 @@ def remove(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, _args: Any) -> None:
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore
+        return
+    if torch.compiler.is_compiling():
         _prepare(model)
+    else:
+        _look(model)
+
+
+def _look(model: nn.Module) -> None:
+    """Look for writes of others, but not between one training step and the next."""
+    compiled_pass = getattr(model, _ATTRIBUTE)
+    compiled_pass.adapters = [a for a in compiled_pass.adapters if a.store.is_there]
+    for adapter in compiled_pass.adapters:
+        if adapter.name in adapter.store.layer.active_adapters:
+            adapter.look(steps=model.training and torch.is_grad_enabled())
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
@@ -52,6 +70,7 @@ def _prepare(model: nn.Module) -> None:
     """Let every layer write its weights and look up its taps, outside a compiled graph."""
     compiled_pass = getattr(model, _ATTRIBUTE)
     compiled_pass.is_open = True
+    _look(model)
     for module in model.modules():
         if isinstance(module, SFALayer):
             module.prepare(compiled_pass)

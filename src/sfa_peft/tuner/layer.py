@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
+from ..sparse.averages import take_positions, undo_rounding
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
@@ -29,6 +30,9 @@ class CompiledPass:
     """One compiled forward of a whole model: what layers prepared holds while it is open."""
 
     is_open = False
+
+    def __init__(self) -> None:
+        self.adapters: list[Adapter] = []  # of the model
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -416,6 +420,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         Values and positions that wait to be unpacked are left out, so that a loader (transformers'
         own) does not miss them in a file that has them packed.
         """
+        for adapter in self.adapters.values():
+            if adapter.store is not None and adapter.store.layer is self:
+                adapter.look()
         state = super().state_dict(*args, **kwargs)
         start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name in self.sfa_packed:
@@ -427,9 +434,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 state[key] = weight.original()
         return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         self._forget()  # what is loaded next are original weights
-        super()._load_from_state_dict(*args, **kwargs)
+        for name, weight in self.weights.items():
+            undo_rounding(state, f"{prefix}base_layer.{name}", weight)
+        for name in self.sfa_slots:
+            take_positions(state, f"{prefix}sfa_slots.{name}", cast(Pool, self.adapters[name].pool))
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()

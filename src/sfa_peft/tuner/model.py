@@ -200,6 +200,7 @@ class SFAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         adapter = cast(Any, find_adapter(model, adapter_name))
         pool = adapter.pool
+        adapter.look()
         awaits = pool is not None and pool.driver is not None  # its selection is still to come
         if pool is not None and not awaits and pool.is_empty and not pool.values.is_meta:
             warn(
