@@ -65,8 +65,8 @@ class Kit:
         pool = find_pool(model, name)
         generator = torch.Generator().manual_seed(NAMES.index(name))
         mixed = pool.slots[torch.randperm(len(pool.slots), generator=generator)]
-        with torch.no_grad():
-            pool.slots.copy_(torch.cat([part.sort().values for part in mixed.chunk(4)]))
+        slots = torch.cat([part.sort().values for part in mixed.chunk(4)])
+        pool.load_state_dict({"values": pool.values.detach(), "slots": slots})
 
     def start(self):
         torch.manual_seed(0)

@@ -32,8 +32,11 @@ def notice(pool: Pool) -> None:
     Raises:
         SFAError: If there are values whose positions nobody knows.
     """
-    if pool.values.is_meta or is_stand_in(pool.values):
+    values = pool.values
+    if values.is_meta or is_stand_in(values):
         return
+    if values.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # nothing may be asked of the device
     with torch.no_grad():
         _settle_slots(pool)
         _settle_base(pool)
@@ -70,7 +73,8 @@ def _positions(pool: Pool) -> Tensor:
             return theirs
     slots = pool.slots
     others = (_known(p) for p in every_pool() if p is not pool and p.store.is_there)
-    if any(o.shape == slots.shape and torch.equal(_on(pool, o), slots) for o in others):
+    same = (o for o in others if o.shape == slots.shape and not o.is_meta)
+    if any(torch.equal(_on(pool, o), slots) for o in same):
         return slots.clone()  # another model's buffers were copied into this one
     return known
 

@@ -271,7 +271,7 @@ class Weight:
     def overwrite(self, base: Tensor) -> None:
         """Take other originals; the changes on it are written anew by the next `refresh`."""
         self.withdraw()
-        with torch.no_grad():
+        with exclusively(), torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
             self.tensor.copy_(base)
         self.forget()
         self._tensor_stamp = _stamp(self.tensor)
