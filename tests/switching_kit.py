@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from sfa_peft import SFAConfig, SFALayer
-from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.layers import find_pool
 from tests.tiny import MLP, images, upernet
 
 NAMES = ("one", "two", "three")
@@ -65,8 +65,8 @@ class Kit:
         pool = find_pool(model, name)
         generator = torch.Generator().manual_seed(NAMES.index(name))
         mixed = pool.slots[torch.randperm(len(pool.slots), generator=generator)]
-        with torch.no_grad():
-            pool.slots.copy_(torch.cat([part.sort().values for part in mixed.chunk(4)]))
+        slots = torch.cat([part.sort().values for part in mixed.chunk(4)])
+        pool.load_state_dict({"values": pool.values.detach(), "slots": slots})
 
     def start(self):
         torch.manual_seed(0)

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAError, SFASelector, SFAWarning, TargetError
 from sfa_peft.tasks import TaskBank, combine
-from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.layers import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 
@@ -202,7 +202,7 @@ def test_a_cycle_is_refused(chain):
     data = json.loads(path.read_text())
     data["resolved"] |= {"format": 4, "chain": [{"source": str(root / "three"), "digest": "0"}]}
     path.write_text(json.dumps(data))
-    refused(root / "three", "comes back to it")
+    refused(root / "three", "is another now")
 
 
 def test_what_does_not_fit_is_refused_before_the_model_is_touched(chain):

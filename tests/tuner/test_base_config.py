@@ -14,7 +14,7 @@ from sfa_peft.backbones import find_backbone
 from sfa_peft.files.record import Resolved, read_resolved
 from sfa_peft.tasks import combine
 from sfa_peft.tuner.base_config import check_base_config, config_fields, recorded_fields
-from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.layers import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 from tests.whole_life import evaluate

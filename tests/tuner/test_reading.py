@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 
 from sfa_peft import SFAConfig
 from sfa_peft.files import folder, packing, record
-from sfa_peft.tuner.layer import find_pool
+from sfa_peft.tuner.layers import find_pool
 from sfa_peft.tuner.upstream import files
 from tests.tiny import MLP
 

@@ -36,7 +36,7 @@ _LARGEST_BASE_CONFIG = 1 << 16  # characters
 _DEEPEST = 20  # lists and objects inside one another
 _MOST_DIGITS = 20
 _MOST_DIMENSIONS = 64
-_LONGEST_CHAIN = 256
+LONGEST_CHAIN = 256
 
 #: Hexadecimal digits kept of a SHA-256: 64 bits, against mistakes and not against attackers.
 _DIGITS = 16
@@ -258,7 +258,7 @@ def _read(data: Mapping[str, Any]) -> Resolved:
     tensors = [SavedTensor.from_dict(t) for t in data["tensors"]]
     layers = {_text(a["name"]): _layer(a) for a in data["layers"]}
     packed, backbone, chain = data["packed"], data.get("backbone"), data.get("chain", ())
-    if len(chain) > _LONGEST_CHAIN:
+    if len(chain) > LONGEST_CHAIN:
         raise ValueError(f"{len(chain)} earlier adapters")
     duplicates = len(tensors) - len({t.name for t in tensors})
     if duplicates:

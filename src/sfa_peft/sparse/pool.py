@@ -8,6 +8,7 @@ sees a size change.
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,11 @@ class Pool:
     Attributes:
         weights: Those that may be selected from, in the order that positions count them in;
             `names` are their full names, `starts` the first position of each, and the end.
+        known: The slots as they were last given out or loaded, to notice what others write there;
+            None where that has not been looked at yet.
+        owns: Whether slots were given out here, and not in the pool that this one is a copy of.
+        source: That pool.
+        foreign_writes: How often others were found to have written values (see `averages`).
     """
 
     def __init__(
@@ -72,12 +78,25 @@ class Pool:
         self.stepped_by_grad_scaler = False
         self.keep_before = False  # whether the values before the next step are wanted
         self.before: Tensor | None = None
+        self.known: Tensor | None = None
+        self.owns = False
+        self.source: weakref.ref[Any] | None = None
+        self.foreign_writes = 0
+        self.seen: tuple[Any, ...] | None = None  # by whoever looks for foreign writes
         _POOLS.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        dropped = dict.fromkeys(("_layout", "_cut", "_spread", "before", "driver"))
-        return self.__dict__ | dropped | {"_buffers": {}}
+        none = ("_layout", "_cut", "_spread", "before", "driver", "source", "seen")
+        return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.owns, twin.source = False, weakref.ref(self)
+        if self.store.is_there and self.values.requires_grad and self.known is None:
+            twin.known = self.slots.clone()
+        return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -186,6 +205,7 @@ class Pool:
         joined = torch.cat(positions)
         with torch.no_grad():
             slots[first : first + joined.numel()] = joined
+        self.known, self.owns = slots.clone(), True
 
     def fill(self, deltas: Deltas, *, with_values: bool) -> None:
         """Give the slots of an empty pool to the entries of a change.
@@ -222,6 +242,7 @@ class Pool:
         with torch.no_grad():
             self.slots.copy_(state["slots"])
             self.values.copy_(state["values"])
+        self.known = None
 
     # --- for weights and optimizers ------------------------------------------------------------
 
@@ -262,6 +283,7 @@ class Pool:
             values.data_ptr(),
             version(values),
             self.optimizer_steps,
+            self.foreign_writes,
             id(slots),
             version(slots),
         )

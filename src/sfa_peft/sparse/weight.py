@@ -20,6 +20,9 @@ from .delta import Spans, adapt
 from .gradient import Observer, Tap
 from .writing import exclusively, is_stand_in
 
+#: Entries that stand for all of a weight where others may have written it.
+_SAMPLE = 256
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -107,6 +110,7 @@ class Weight:
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
         self.prepared: tuple[list[Tap], list[Tensor]] | None = None  # for a compiled forward
+        self.touched = True  # others may have written it since `is_untouched`
         self._entries: dict[str, _Entries] = {}  # in slot order, for training
         self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
         self._written: list[_Entries] = []
@@ -187,6 +191,7 @@ class Weight:
             self._stamp, self.prepared = None, None
 
     def _withdraw(self, weight: Tensor) -> None:
+        self.touched = self.touched or self._tensor_stamp != _stamp(weight)
         if self.live:
             self._restore(weight)
             self.live, self._written, self._pretrained = (), [], None
@@ -221,6 +226,34 @@ class Weight:
                 for name, whole in stack
             ]
         )
+
+    def is_as_written(self) -> bool:
+        """Whether a sample of its entries is what an adapter alone on it has them be now."""
+        if len(self._written) != 1 or len(self.live) != 1 or self._pretrained is not None:
+            return True
+        own, weight = self._written[0], self.tensor.detach().view(-1)
+        entries = weight[own.indices[:_SAMPLE].long()]
+        wanted = own.adapted
+        if wanted is None:
+            if own.spans is not self.slices[self.live[0]].spans:
+                return True  # written anew in any case
+            change = self.slices[self.live[0]].change()[:_SAMPLE].detach()
+            wanted = adapt(own.undo[:_SAMPLE], change.to(own.undo.device))
+        return torch.allclose(entries, wanted[:_SAMPLE], rtol=0, atol=0, equal_nan=True)
+
+    def is_untouched(self) -> bool:
+        """Whether nobody else can have written the weight since this was asked."""
+        touched = self.touched or self._tensor_stamp != _stamp(self.tensor)
+        self.touched = False
+        return not touched
+
+    def overwrite(self, base: Tensor) -> None:
+        """Take other originals; the changes on it are written anew by the next `refresh`."""
+        self.withdraw()
+        with exclusively(), torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+            self.tensor.copy_(base)
+        self.forget()
+        self._tensor_stamp = _stamp(self.tensor)
 
     # --- what it holds -------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from ..errors import AdapterFileError, SFAError
 from ..files.record import Resolved
 from ..sparse.delta import METHODS, Deltas, count, unite
 from ..tuner.adapter import check_name
-from ..tuner.layer import find_adapter, find_pool
+from ..tuner.layers import find_adapter, find_pool
 from ..tuner.reading import SavedAdapter, check_function, read_saved
 from ..tuner.upstream.files import fill_adapter
 from ..tuner.upstream.rollback import unchanged_on_error
@@ -151,19 +151,26 @@ def combine(
         _refuse_shared(report)
     factors = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
     selection = unite([p.selection for p in parts], factors, method)
-    config = _config(_plain(model), parts, kept, selection)
     with unchanged_on_error(model, name):
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-            peft_model = model
-        else:
-            peft_model = get_peft_model(model, config, adapter_name=name)
-        pool = find_pool(peft_model, name)
-        if pool is not None:
-            pool.fill(selection, with_values=True)
-        if kept is not None:
-            _take_over(peft_model, name, kept)
-    return peft_model, report
+        return _add(model, name, parts, kept, selection), report
+
+
+def _add(
+    model: nn.Module, name: str, parts: Sequence[Part], kept: Part | None, selection: Deltas
+) -> PeftModel:
+    """Put the new adapter into the model."""
+    config = _config(_plain(model), parts, kept, selection)
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        peft_model = model
+    else:
+        peft_model = get_peft_model(model, config, adapter_name=name)
+    pool = find_pool(peft_model, name)
+    if pool is not None:
+        pool.fill(selection, with_values=True)
+    if kept is not None:
+        _take_over(peft_model, name, kept)
+    return peft_model
 
 
 def _config(

@@ -22,7 +22,7 @@ from ..errors import ConfigError, SFAError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
 from ..sparse.delta import Delta, change_to
-from ..tuner.layer import find_pool
+from ..tuner.layers import find_pool
 from ..tuner.plan import make_plan
 from ..tuner.upstream.heads import settle_heads
 from .sharing import refuse_tuned
@@ -125,15 +125,7 @@ def extract(
     heads = _heads(model, config)
     for name in (n for n in base if n.startswith(heads)):
         _check_shape(name, base, tuned)
-    chosen = pick(
-        [TensorSource(change) for change in changes.values()],
-        plan.record.internal,
-        [torch.empty(0, dtype=torch.int64, device=c.device) for c in changes.values()],
-        ranking=config.ranking,
-        granularity=config.granularity,
-        row_sizes=row_sizes(list(changes.values())),
-    )
-    selected = dict(zip(changes, chosen, strict=True))
+    selected = _largest(changes, plan.record.internal, config)
     lost = _lost([n for n in base if n not in changes and not n.startswith(heads)], base, tuned)
     report = _report(stages, changes, selected, lost)
     values = {
@@ -149,6 +141,19 @@ def extract(
         pool.fill(deltas, with_values=True)
     _copy_heads(peft_model, adapter_name, tuned)
     return peft_model, report
+
+
+def _largest(changes: State, quota: int, config: SFAConfig) -> dict[str, Tensor]:
+    """Return the positions of the largest changes by tensor."""
+    chosen = pick(
+        [TensorSource(change) for change in changes.values()],
+        quota,
+        [torch.empty(0, dtype=torch.int64, device=c.device) for c in changes.values()],
+        ranking=config.ranking,
+        granularity=config.granularity,
+        row_sizes=row_sizes(list(changes.values())),
+    )
+    return dict(zip(changes, chosen, strict=True))
 
 
 def _own_config(config: SFAConfig) -> SFAConfig:

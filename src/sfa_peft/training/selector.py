@@ -18,7 +18,8 @@ from ..selection.schedule import Schedule, make_schedule, share_by_rates
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
 from ..tuner.adapter import Adapter
-from ..tuner.layer import SFALayer, find_adapter
+from ..tuner.layer import SFALayer
+from ..tuner.layers import find_adapter
 from ..tuner.report import stage_shares
 from .rates import planned_rates
 from .state_files import check_state

@@ -24,8 +24,10 @@ from ..errors import (
 from ..files.packing import Entries, PackedSelection, pack, read_packed, with_manifest
 from ..files.record import Resolved, SavedTensor, digests, type_name
 from ..selection.pick import is_unfinished
+from ..sparse.averages import notice
 from ..sparse.delta import adapt, by_weight
 from ..sparse.pool import Pool
+from ..sparse.weight import Weight
 
 #: Training forwards with an unfinished selection after which a missing selector is reported.
 _PATIENCE = 3
@@ -92,6 +94,7 @@ class Adapter:
         self.store: LayerStore | None = None
         self.new_paths: dict[str, str] = {}
         self.needs_selector = config.selects_while_training
+        self._in_steps = False  # whether the latest forward was of a training step
         self._idle_forwards = 0  # with an unfinished selection and no selector
 
     def make_pool(self, store: LayerStore) -> Pool:
@@ -125,12 +128,32 @@ class Adapter:
         kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
         with torch.no_grad():
             self.pool.slots.copy_(slots)
+        self.pool.known = None
         self.store.drop_packed()
 
-    def watch(self) -> None:
-        """Report once that a selection is being trained which nobody makes (asked by forwards)."""
+    def look(self, *, steps: bool = False) -> None:
+        """Look for what others wrote into the pool; not in adapters that were loaded for inference.
+
+        Args:
+            steps: Whether it is for a training step: then not if it was in the one before.
+        """
+        if self.pool is None or self.config.inference_mode:
+            return
+        steps = steps and self.pool.values.requires_grad
+        if not (steps and self._in_steps):
+            notice(self.pool)
+        self._in_steps = steps
+
+    def watch(self, weight: Weight) -> None:
+        """Report once that a selection is being trained which nobody makes.
+
+        Args:
+            weight: That of which a training forward asks; the first one counts the forwards.
+        """
         pool = self.pool
-        if not self.needs_selector or pool is None or not pool.values.requires_grad:
+        if not self.needs_selector or pool is None or pool.weights[0] is not weight:
+            return
+        if not pool.values.requires_grad:
             return
         if self._idle_forwards >= _PATIENCE or not is_unfinished(pool, self.config.rules):
             return

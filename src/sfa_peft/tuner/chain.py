@@ -1,99 +1,162 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse changes of earlier adapters, which belong to the base of a later one and never train."""
+"""Earlier adapters that one builds on, found by their files alone, whatever the model.
+
+A file may say anything: each folder is read and followed once, and its depth is bounded.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from torch import nn
+from peft import PeftConfig
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor
 
 from ..config import SFAConfig
-from ..errors import TargetError
-from ..files.record import Link
-from ..sparse.pool import OwnStore, Pool
-from ..sparse.weight import Weight
-from .layer import SFALayer
-from .plan import Plan
-from .reading import SavedAdapter
+from ..errors import AdapterFileError, SFAError
+from ..files.record import Link, read_resolved
 
 
-def put_on_chain(plan: Plan, chain: Sequence[SavedAdapter], config: SFAConfig) -> Plan:
-    """Return a plan that wraps what earlier adapters change, too.
+@dataclass(frozen=True)
+class SavedFiles:
+    """What an adapter's folder holds.
 
-    Raises:
-        TargetError: If `modules_to_save` takes a layer that they change.
+    Attributes:
+        source: Folder or Hub id.
+        config: Its config.
+        state: All its tensors by key, as in the file.
+        digest: SHA-256 of the stored selection, hexadecimal.
+        links: What it builds on, the oldest first.
     """
-    if not chain:
-        return plan
-    changed = {name.rpartition(".")[0] for saved in chain for name in saved.deltas}
-    layers = {n: t for saved in chain for n, t in saved.plan.targets.items() if n in changed}
-    for name in layers:
-        if any(f".{module}." in f".{name}." for module in config.modules_to_save or ()):
-            raise TargetError(
-                f"The earlier adapter `{chain[-1].source}` changes `{name}`, which modules_to_save "
-                "would train and save whole. Leave that out of modules_to_save."
+
+    source: str
+    config: SFAConfig
+    state: dict[str, Tensor]
+    digest: str
+    links: tuple[Link, ...]
+
+
+class Search:
+    """Finds earlier adapters by their files alone; each folder is read and followed once.
+
+    A candidate must name, and be, exactly what the later one recorded, so chains only get shorter
+    from one to the one before: no folders, whatever they say, lead round in a circle.
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[str, SavedFiles | AdapterFileError] = {}
+        self._followed: dict[str, tuple[SavedFiles, ...] | None] = {}
+        self._errors: dict[str, AdapterFileError] = {}  # by their texts
+
+    def read(self, source: str) -> SavedFiles:
+        """Return what the files of an adapter say (AdapterFileError if they cannot be read)."""
+        key = _key(source)
+        if key not in self._read:
+            try:
+                self._read[key] = _read_files(source)
+            except AdapterFileError as error:
+                self._read[key] = error
+        found = self._read[key]
+        if isinstance(found, AdapterFileError):
+            raise found
+        return found
+
+    def earlier(self, links: Sequence[Link], folder: str | None) -> tuple[SavedFiles, ...]:
+        """Return the adapters that an adapter's links name, the oldest first.
+
+        Raises:
+            AdapterFileError: With the first cause, if one is not found as it was.
+        """
+        self._errors = {}
+        found = self._follow(links, folder)
+        if found is not None:
+            return found
+        cause, *others = self._errors.values()
+        more = f" ({len(others)} more at other places.)" if others else ""
+        raise AdapterFileError(
+            f"{folder or 'The adapter'} continues `{links[-1].source}` and needs it as it was "
+            f"then: {cause}{more} Put the earlier adapter there or beside the new one."
+        ) from cause
+
+    def _follow(self, links: Sequence[Link], folder: str | None) -> tuple[SavedFiles, ...] | None:
+        if not links:
+            return ()
+        wanted = [link.digest for link in links]
+        for place in _places(links[-1].source, folder):
+            try:
+                last = self.read(place)
+            except AdapterFileError as error:
+                self._errors[str(error)] = error
+                continue
+            if [*(link.digest for link in last.links), last.digest] != wanted:
+                text = f"{place}: its selection (or one before) is another now."
+                self._errors[text] = AdapterFileError(text)
+                continue
+            key = _key(place)
+            if key not in self._followed:
+                self._followed[key] = self._follow(last.links, place)
+            before = self._followed[key]
+            if before is not None:
+                return (*before, last)
+        return None
+
+
+def _places(source: str, folder: str | None) -> list[str]:
+    """Return where an earlier adapter may be: as given, or seen from the later one's folder."""
+    found = [source]
+    if folder is not None and _is_there(folder):
+        inside, beside = Path(folder) / source, Path(folder).resolve().parent / Path(source).name
+        found = [str(inside), source, str(beside)]
+    there = [_key(place) for place in found if _is_there(f"{place}/adapter_config.json")]
+    return list(dict.fromkeys(there)) or [source]
+
+
+def _key(source: str) -> str:
+    """Return what is the same for all ways to write a folder."""
+    return str(Path(source).resolve()) if _is_there(source) else source
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):  # no name of a file
+        return False
+
+
+def _read_files(source: str) -> SavedFiles:
+    try:
+        config = PeftConfig.from_pretrained(source)
+        if not isinstance(config, SFAConfig):
+            raise AdapterFileError(f"{source}: its config is not of an SFA adapter.")
+        if config.resolved is None:
+            raise AdapterFileError(
+                f"{source}: its config does not say what it was solved to; it was not written by "
+                "save_pretrained. Save the adapter again."
             )
-    links = plan.record.chain or tuple(Link(a.source, a.digest) for a in chain)
-    others = {
-        n: replace(t, parameters={}, width=0) for n, t in layers.items() if n not in plan.targets
-    }
-    return replace(
-        plan,
-        targets=dict(plan.targets) | others,
-        record=replace(plan.record, chain=links),
-        earlier=frozenset(layers),
-    )
+        SFAConfig.from_pretrained(source)  # checks that the tensors are whole
+        state, links = load_peft_weights(source, device="cpu"), read_resolved(config.resolved).chain
+        key = packed_key(state)
+        digest = _digest(None if key is None else state[key])
+        return SavedFiles(source, config, state, digest, links)
+    except SFAError:
+        raise
+    except Exception as error:  # of the Hub's client, of safetensors, of JSON
+        raise AdapterFileError(
+            f"{source}: no adapter can be read there ({type(error).__name__}: {error}). Give the "
+            "folder that save_pretrained wrote, or a Hub id."
+        ) from error
 
 
-def check_same_chain(
-    reused: SavedAdapter | None, chain: Sequence[SavedAdapter], config: SFAConfig
-) -> None:
-    """Check that trained values of a saved selection are changes of the same base.
-
-    Raises:
-        TargetError: If they are not.
-    """
-    if reused is None or config.selection_values != "trained":
-        return
-    if [a.digest for a in reused.chain] != [a.digest for a in chain]:
-        raise TargetError(
-            f"selection_from={reused.source!r} with selection_values='trained': those values are "
-            f"changes on top of {[a.source for a in reused.chain] or 'the plain backbone'}, here "
-            f"the base is {[a.source for a in chain] or 'the plain backbone'}. Give the same "
-            "continue_from, or selection_values='zero'."
-        )
+def packed_key(state: dict[str, Tensor]) -> str | None:
+    """Return the key of the stored selection, None where there is none."""
+    return next((key for key in state if key.endswith("sfa_packed")), None)
 
 
-def attach_chain(model: nn.Module, adapter_name: str, chain: Sequence[SavedAdapter]) -> None:
-    """Make earlier changes part of an adapter's base; the layers are wrapped already.
-
-    Later adapters that build on the same earlier one share its pool.
-    """
-    for saved in chain:
-        name = f"earlier {saved.digest[:16]}"  # what weights know it by; no adapter's name
-        weights = {tensor: _weight(model, tensor) for tensor in saved.deltas}
-        if not any(name in weight.slices for weight in _all_weights(model)):
-            starts = [0]
-            for weight in weights.values():
-                starts.append(starts[-1] + weight.tensor.numel())
-            first = next(iter(weights.values()))
-            pool = Pool(name, OwnStore(list(saved.deltas.values()), starts, first))
-            for tensor, weight in weights.items():
-                pool.add(weight, tensor)
-        for weight in _all_weights(model):
-            if name in weight.slices:
-                weight.earlier[adapter_name] = (*weight.earlier.get(adapter_name, ()), name)
-
-
-def _all_weights(model: nn.Module) -> list[Weight]:
-    layers = [m for m in model.modules() if isinstance(m, SFALayer)]
-    return [weight for layer in layers for weight in layer.weights.values()]
-
-
-def _weight(model: nn.Module, tensor: str) -> Weight:
-    path, _, parameter = tensor.rpartition(".")
-    layer = model.get_submodule(path)
-    if not isinstance(layer, SFALayer):  # wrapped by `put_on_chain`
-        raise TargetError(f"`{path}` is not adapted, but an earlier adapter changes it.")
-    return layer.carrier(parameter)
+def _digest(packed: Tensor | None) -> str:
+    found = hashlib.sha256()
+    if packed is not None:
+        found.update(packed.contiguous().numpy().data)
+    return found.hexdigest()

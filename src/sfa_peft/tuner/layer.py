@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
+from ..sparse.averages import take_positions, undo_rounding
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
@@ -23,12 +24,6 @@ from ..sparse.writing import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .stored import refuse_offloaded, stored
-
-
-class CompiledPass:
-    """One compiled forward of a whole model: what layers prepared holds while it is open."""
-
-    is_open = False
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -67,7 +62,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.adapters: dict[str, Adapter] = {}  # those that were added here, by name
         self.weights: dict[str, Weight] = {}  # by name of the base layer's parameter
-        self.prepared_for: CompiledPass | None = None  # whose forward may use what was prepared
+        self.prepared_for: Any = None  # the compiled forward that may use what was prepared
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
         self.out_features = getattr(base_layer, f"out_{kind}", None)
@@ -238,19 +233,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     @eager  # a cut is kept between forwards, so no graph may own it
     def _taps(self, weight: Weight) -> tuple[list[Tap], list[Tensor]]:
-        if self.training:
-            for name in weight.live:
-                adapter = self.adapters.get(name)
-                if adapter is not None and adapter.pool and adapter.pool.weights[0] is weight:
-                    adapter.watch()
+        for name in weight.live if self.training else ():
+            if name in self.adapters:
+                self.adapters[name].watch(weight)
         return weight.taps()
 
     def _is_prepared(self) -> bool:
         """Whether this is a compiled forward that may use what `prepare` found."""
-        prepared_for = self.prepared_for
-        return torch.compiler.is_compiling() and prepared_for is not None and prepared_for.is_open
+        compiled_pass = self.prepared_for
+        return torch.compiler.is_compiling() and compiled_pass is not None and compiled_pass.is_open
 
-    def prepare(self, compiled_pass: CompiledPass) -> None:
+    def prepare(self, compiled_pass: Any) -> None:
         """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
         usable = not (self.merged or self.disable_adapters)
         self.prepared_for = compiled_pass if usable else None
@@ -263,11 +256,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- the changes on its weights ------------------------------------------------------------
 
     def refresh(self, names: Sequence[str], *, keep: bool = False) -> None:
-        """Make the base layer's parameters hold the changes of the named adapters.
-
-        Raises:
-            TargetError: If they are offloaded.
-        """
+        """Make the parameters hold the changes of adapters; TargetError if they are offloaded."""
         for weight in self.weights.values():
             if weight.tensor.is_meta:
                 base = self.get_base_layer()
@@ -295,10 +284,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
-        """Go to train or eval mode; in eval mode weights hold what active adapters change.
-
-        So that nothing is left to be written in a forward that torch.export or others record.
-        """
+        """Go to train or eval mode; in eval mode weights hold what active adapters change."""
+        # Now, so that nothing is left to be written in a forward that torch.export records.
         super().train(mode)
         if not mode and not (self.merged or self.disable_adapters):
             for name in list(self.sfa_packed):
@@ -309,11 +296,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
     # --- which adapters act --------------------------------------------------------------------
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate adapters.
-
-        In eval mode what they change is written at once; in train mode by the next forward, since
-        an optimizer may come first.
-        """
+        """Activate adapters; in eval mode what they change is written at once."""
+        # In train mode the next forward writes, since an optimizer may come first.
         before = self.active_adapters
         self.mark_active(adapter_names, inference_mode=inference_mode)
         if self.merged:
@@ -328,11 +312,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def act_at_once(self, adapter_names: list[str]) -> None:
-        """Activate adapters for inference and write what they change, before any forward.
-
-        Unlike `set_adapter` this leaves alone what is trainable, so its cost does not grow with the
-        number of adapters.
-        """
+        """Activate adapters and write what they change; what is trainable is left alone."""
         self._active_adapter = list(adapter_names)
         self._write_active()
 
@@ -423,6 +403,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         Values and positions that wait to be unpacked are left out, so that a loader (transformers'
         own) does not miss them in a file that has them packed.
         """
+        for adapter in self.adapters.values():
+            if adapter.store is not None and adapter.store.layer is self:
+                adapter.look()
         state = super().state_dict(*args, **kwargs)
         start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
         for name in self.sfa_packed:
@@ -434,9 +417,13 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 state[key] = weight.original()
         return state
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         self._forget()  # what is loaded next are original weights
-        super()._load_from_state_dict(*args, **kwargs)
+        for name, weight in self.weights.items():
+            undo_rounding(state, f"{prefix}base_layer.{name}", weight)
+        for name in self.sfa_slots:
+            take_positions(state, f"{prefix}sfa_slots.{name}", cast(Pool, self.adapters[name].pool))
+        super()._load_from_state_dict(state, prefix, *args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()
@@ -462,30 +449,3 @@ class SFALayer(nn.Module, BaseTunerLayer):
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)
-
-
-def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
-    """Return the layers that an adapter changes, in model order."""
-    layers = (m for m in model.modules() if isinstance(m, SFALayer))
-    return [layer for layer in layers if layer.has_adapter(adapter_name)]
-
-
-def find_adapter(model: nn.Module, adapter_name: str) -> Adapter | None:
-    """Return an adapter of a model, unpacked; None where it has none of that name."""
-    layers = (m for m in model.modules() if isinstance(m, SFALayer))
-    adapter = next((m.adapters[adapter_name] for m in layers if adapter_name in m.adapters), None)
-    if adapter is not None:
-        adapter.unpack()
-    return adapter
-
-
-def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
-    """Return the pool of an adapter in a model, None where it has none."""
-    adapter = find_adapter(model, adapter_name)
-    return None if adapter is None else adapter.pool
-
-
-def refuse_offloaded_weights(model: nn.Module) -> None:
-    """Refuse a model with offloaded weights that an adapter changes (TargetError)."""
-    layers = (m for m in model.modules() if isinstance(m, SFALayer) and m.weights)
-    refuse_offloaded(model, {layer.name: layer.get_base_layer() for layer in layers})

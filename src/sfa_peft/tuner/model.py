@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.writing import together
-from . import compiled
+from . import layers
 from .adapter import pack_state
 from .injection import Injection
-from .layer import SFALayer, find_adapter, refuse_offloaded_weights
+from .layer import SFALayer
+from .layers import find_adapter, refuse_offloaded_weights
 from .reading import in_pool_type, unpack_state
 from .report import card_facts
 from .upstream.checkpointing import prepare_checkpointing
@@ -72,7 +73,7 @@ class SFAModel(BaseTuner):
         )
         self._injection.finish()
         del self._injection  # it holds what it read of other adapters
-        compiled.install(model)
+        layers.install(model)
         prepare_checkpointing(model)
 
     def _create_and_replace(
@@ -188,7 +189,7 @@ class SFAModel(BaseTuner):
                 "class has no place for them: save the adapter before, and merge after loading.",
                 MergeWarning,
             )
-        compiled.remove(self.model)
+        layers.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     # --- files ---------------------------------------------------------------------------------
@@ -204,6 +205,7 @@ class SFAModel(BaseTuner):
     ) -> dict[str, Tensor]:
         adapter = cast(Any, find_adapter(model, adapter_name))
         pool = adapter.pool
+        adapter.look()
         awaits = pool is not None and pool.driver is not None  # its selection is still to come
         if pool is not None and not awaits and pool.is_empty and not pool.values.is_meta:
             warn(

@@ -58,11 +58,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return the groups of all trained parameters, for any optimizer of torch.
 
-    ::
-
-        groups = parameter_groups(model, 1e-3, weight_decay=0.05, layer_decay=0.9)
-        optimizer = torch.optim.AdamW(groups)
-
+    As in `torch.optim.AdamW(parameter_groups(model, 1e-3, weight_decay=0.05, layer_decay=0.9))`.
     Each selected weight trains at the rate of its own layer and decays, whatever the name and shape
     of the parameter that they lie in. Works for any other PEFT method and full fine-tuning, too.
 

@@ -7,28 +7,24 @@ a model that it is not loaded into (`read_saved`): to reuse its selection, to bu
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 
 from ..config import SFAConfig
-from ..errors import AdapterFileError, OtherBaseWarning, SFAError, TargetError, warn
+from ..errors import AdapterFileError, OtherBaseWarning, TargetError, warn
 from ..files.folder import check_selection, reading_once, selection_of
 from ..files.packing import PackedSelection
-from ..files.record import Resolved, is_same_base, read_resolved, type_name
-from ..sparse import delta
-from ..sparse.delta import Delta
+from ..files.record import LONGEST_CHAIN, Resolved, is_same_base, read_resolved, type_name
+from ..sparse.delta import Delta, adding_type, count
 from .adapter import Adapter, base_reader, unpack_selection
 from .base_config import check_base_config
+from .chain import SavedFiles, Search, packed_key
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .targets import is_excluded
@@ -161,7 +157,7 @@ def check_base(model: nn.Module, adapter_name: str, plan: Plan, *, strict: bool)
         if type_name(weight.dtype) != saved.dtype:
             others.add((saved.dtype, type_name(weight.dtype), same))
     for before, now, same in sorted(others, key=str):
-        wide = delta.adding_type(getattr(torch, now))
+        wide = adding_type(getattr(torch, now))
         verified = "its values are the rounded ones" if same else "its values cannot be verified"
         warn(
             f"Adapter `{adapter_name}` was trained on a {before} base and is loaded onto a {now} "
@@ -238,9 +234,7 @@ class SavedAdapter:
     chain: tuple[SavedAdapter, ...] = ()
 
 
-def read_saved(
-    model: nn.Module, source: str, *, strict: bool = True, later: tuple[str, ...] = ()
-) -> SavedAdapter:
+def read_saved(model: nn.Module, source: str, *, strict: bool = True) -> SavedAdapter:
     """Read an adapter that was saved, and check that it fits a model; the model stays as it is.
 
     Args:
@@ -248,49 +242,19 @@ def read_saved(
         source: The adapter's folder or Hub id.
         strict: Whether the pretrained weights must be those it was trained on (see
             `SFAConfig.check_base`).
-        later: Sources of adapters that build on this one, to notice cycles.
 
     Raises:
         AdapterFileError: If there is none, it is damaged, or it belongs to another model or base;
             or an adapter that it builds on is missing or was changed.
     """
-    key = str(Path(source).resolve()) if Path(source).is_dir() else source
-    if key in later:
-        raise AdapterFileError(
-            f"{source}: the chain of earlier adapters comes back to it, so none can be the first. "
-            "Were folders moved or overwritten? Restore the earlier adapters."
-        )
     with reading_once():
-        config, state = _read_files(source)
-        chain = read_chain(model, config, source, strict=strict, later=(*later, key))
-        plan = make_plan(model, config)
-        check_base(model, source, plan, strict=strict)
-        names = [tensor.name for tensor in plan.record.tensors]
-        stored = next((k for k in state if k.endswith("sfa_packed")), None)
-        if (stored is not None) != bool(names):
-            raise AdapterFileError(
-                f"{source}: its config lists {len(names)} tensors that it changes, but the file "
-                f"holds {'no' if stored is None else 'a'} selection; damaged. Save the adapter "
-                "again."
-            )
-        deltas: dict[str, Delta] = {}
-        if stored is not None:
-            weights = [_with_changes(pretrained_tensor(model, n), n, chain) for n in names]
-            packed = selection_of(state[stored], f"{source}: {stored}")
-            base_at = base_reader(weights.__getitem__, source)
-            found = packed.unpack([weight.numel() for weight in weights], base_at)
-            deltas = {n: d for n, d in zip(names, found, strict=True) if d.indices.numel()}
-        digest = _digest(None if stored is None else state[stored])
-        return SavedAdapter(source, config, plan, deltas, state, digest, chain)
+        search = Search()
+        files = search.read(source)
+        return _fitted(model, (*search.earlier(files.links, source), files), strict=strict)[-1]
 
 
 def read_chain(
-    model: nn.Module,
-    config: SFAConfig,
-    folder: str | None,
-    *,
-    strict: bool,
-    later: tuple[str, ...] = (),
+    model: nn.Module, config: SFAConfig, folder: str | None, *, strict: bool
 ) -> tuple[SavedAdapter, ...]:
     """Read the earlier adapters that an adapter builds on, the oldest first.
 
@@ -299,34 +263,64 @@ def read_chain(
         config: Of the adapter; a new one's `continue_from`, a saved one's `resolved` counts.
         folder: Where the config was read, None for a new adapter.
         strict: As in `read_saved`.
-        later: As in `read_saved`.
 
     Raises:
-        AdapterFileError: If one is missing, was changed since, or does not fit the model.
+        AdapterFileError: If one is missing, was changed since, or does not fit the model; or there
+            are more than a file may name.
     """
-    if config.resolved is None:
-        if config.continue_from is None:
-            return ()
-        parent = read_saved(model, config.continue_from, strict=strict, later=later)
-        return (*parent.chain, parent)
-    links = read_resolved(config.resolved).chain
-    if not links:
+    if config.resolved is not None:
+        with reading_once():
+            earlier = Search().earlier(read_resolved(config.resolved).chain, folder)
+            return _fitted(model, earlier, strict=strict)
+    if config.continue_from is None:
         return ()
-    errors = []
-    for source in _places(links[-1].source, folder):
-        try:
-            parent = read_saved(model, source, strict=strict, later=later)
-        except AdapterFileError as error:
-            errors.append(error)
-            continue
-        chain = (*parent.chain, parent)
-        if [a.digest for a in chain] == [link.digest for link in links]:
-            return chain
-        errors.append(AdapterFileError(f"{source}: its selection (or one before) is another now."))
-    raise AdapterFileError(
-        f"{folder or 'The adapter'} continues `{links[-1].source}` and needs it as it was then: "
-        f"{'; '.join(map(str, errors))} Put the earlier adapter there or beside the new one."
-    ) from errors[0]
+    parent = read_saved(model, config.continue_from, strict=strict)
+    if len(parent.chain) >= LONGEST_CHAIN:
+        raise AdapterFileError(
+            f"continue_from={config.continue_from!r} builds on {len(parent.chain)} earlier "
+            f"adapters; {LONGEST_CHAIN} are the most. Merge it into the base with "
+            "merge_and_unload(), and start from that."
+        )
+    return (*parent.chain, parent)
+
+
+def _fitted(
+    model: nn.Module, files: Sequence[SavedFiles], *, strict: bool
+) -> tuple[SavedAdapter, ...]:
+    """Check adapters, each built on those before it, against a model.
+
+    Raises:
+        AdapterFileError: If one does not fit it.
+    """
+    chain: tuple[SavedAdapter, ...] = ()
+    weights: dict[str, Tensor] = {}  # with the changes of those before
+    for own in files:
+        for name, delta in chain[-1].deltas.items() if chain else ():
+            weight = weights.get(name, pretrained_tensor(model, name))
+            weights[name] = weight if weight.is_meta else delta.added_to(weight)
+        plan = make_plan(model, own.config)
+        check_base(model, own.source, plan, strict=strict)
+        deltas = _deltas(model, own, plan, weights)
+        chain += (SavedAdapter(own.source, own.config, plan, deltas, own.state, own.digest, chain),)
+    return chain
+
+
+def _deltas(
+    model: nn.Module, files: SavedFiles, plan: Plan, weights: Mapping[str, Tensor]
+) -> dict[str, Delta]:
+    names, key = [tensor.name for tensor in plan.record.tensors], packed_key(files.state)
+    if (key is not None) != bool(names):
+        raise AdapterFileError(
+            f"{files.source}: its config lists {len(names)} tensors that it changes, but the file "
+            f"holds {'no' if key is None else 'a'} selection; damaged. Save the adapter again."
+        )
+    if key is None:
+        return {}
+    bases = [weights.get(name, pretrained_tensor(model, name)) for name in names]
+    packed = selection_of(files.state[key], f"{files.source}: {key}")
+    base_at = base_reader(bases.__getitem__, files.source)
+    found = packed.unpack([base.numel() for base in bases], base_at)
+    return {n: d for n, d in zip(names, found, strict=True) if d.indices.numel()}
 
 
 def reuse(saved: SavedAdapter, config: SFAConfig) -> Resolved:
@@ -348,50 +342,4 @@ def reuse(saved: SavedAdapter, config: SFAConfig) -> Resolved:
                 f"selection_from={saved.source!r} selects weights of `{name}`, which "
                 "exclude_modules or modules_to_save of the new config takes. Change those."
             )
-    return replace(record, internal=delta.count(saved.deltas))
-
-
-def _places(source: str, folder: str | None) -> list[str]:
-    """Return where an earlier adapter may be: as given, or seen from the later one's folder."""
-    found = [source]
-    if folder is not None and Path(folder).is_dir():
-        inside, beside = Path(folder) / source, Path(folder).resolve().parent / Path(source).name
-        found = [str(inside), source, str(beside)]
-    there = [place for place in found if (Path(place) / "adapter_config.json").is_file()]
-    return list(dict.fromkeys(there)) or [source]
-
-
-def _with_changes(weight: Tensor, name: str, chain: Sequence[SavedAdapter]) -> Tensor:
-    """Return a weight with the changes of earlier adapters, added one after the other."""
-    for saved in chain:
-        if name in saved.deltas and not weight.is_meta:
-            weight = saved.deltas[name].added_to(weight)
-    return weight
-
-
-def _read_files(source: str) -> tuple[SFAConfig, State]:
-    try:
-        config = PeftConfig.from_pretrained(source)
-        if not isinstance(config, SFAConfig):
-            raise AdapterFileError(f"{source}: its config is not of an SFA adapter.")
-        if config.resolved is None:
-            raise AdapterFileError(
-                f"{source}: its config does not say what it was solved to; it was not written by "
-                "save_pretrained. Save the adapter again."
-            )
-        SFAConfig.from_pretrained(source)  # checks that the tensors are whole
-        return config, load_peft_weights(source, device="cpu")
-    except SFAError:
-        raise
-    except Exception as error:  # of the Hub's client, of safetensors, of JSON
-        raise AdapterFileError(
-            f"{source}: no adapter can be read there ({type(error).__name__}: {error}). Give the "
-            "folder that save_pretrained wrote, or a Hub id."
-        ) from error
-
-
-def _digest(packed: Tensor | None) -> str:
-    found = hashlib.sha256()
-    if packed is not None:
-        found.update(packed.contiguous().numpy().data)
-    return found.hexdigest()
+    return replace(record, internal=count(saved.deltas))

@@ -17,7 +17,7 @@ from ..errors import SFAError
 from ..files.record import Resolved, SavedLayer
 from ..sparse.delta import Deltas, count, unite
 from .adapter import Adapter
-from .layer import find_adapter, find_pool
+from .layers import find_adapter, find_pool
 from .targets import own_modules
 
 #: The one of PEFT's names for a combination that means something here.

@@ -36,7 +36,7 @@ from ...errors import AdapterFileError, SFAError
 from ...files.folder import CHECKSUM, already_read, read_adapter, reading_once, write_tensors
 from ...files.record import read_config
 from ..external import AdaptedLayer
-from ..layer import refuse_offloaded_weights
+from ..layers import refuse_offloaded_weights
 from .cards import summary_with_section, upload_with_section
 from .fits import Load, asked
 from .heads import heads_as_here
