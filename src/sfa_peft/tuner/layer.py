@@ -338,10 +338,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _effective_adapters(self) -> list[str]:
         """Names whose change and external adapter act now."""
-        if self.merged:
+        if self.merged or self.disable_adapters:
             return list(self.merged_adapters)
-        if self.disable_adapters:
-            return []
         return [name for name in self.active_adapters if self.has_adapter(name)]
 
     # --- merging -------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..sparse.pool import Pool, every_pool
+from ..sparse.pool import Pool
 from ..sparse.weight import eager
 from .adapter import Adapter
 from .layer import SFALayer
@@ -86,8 +86,6 @@ def _before_forward(model: nn.Module, _args: Any) -> None:
     if torch.compiler.is_compiling():
         _prepare(model)
     else:
-        if any(pool.store.is_there and pool.values.is_meta for pool in every_pool()):
-            refuse_offloaded_weights(model)
         _look(model)
 
 
@@ -95,6 +93,8 @@ def _look(model: nn.Module) -> None:
     """Look for writes of others, but not between one training step and the next."""
     compiled_pass = getattr(model, _ATTRIBUTE)
     compiled_pass.adapters = [a for a in compiled_pass.adapters if a.store.is_there]
+    if any(adapter.store.values.is_meta for adapter in compiled_pass.adapters):
+        refuse_offloaded_weights(model)
     for adapter in compiled_pass.adapters:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=model.training and torch.is_grad_enabled())

@@ -181,8 +181,8 @@ class SFAModel(BaseTuner):
         if merge:
             refuse_offloaded_weights(self.model)
         names = kwargs.get("adapter_names") or self.active_adapters
-        layers = [m for m in self.model.modules() if isinstance(m, SFALayer)]
-        if merge and any(name in m.sfa_down for m in layers for name in names):
+        adapted = [m for m in self.model.modules() if isinstance(m, SFALayer)]
+        if merge and any(name in m.sfa_down for m in adapted for name in names):
             warn(
                 "External adapters cannot be folded into weights: they stay in the merged model as "
                 "plain modules behind their layers. Its save_pretrained is refused, since its old "
