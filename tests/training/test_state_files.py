@@ -150,6 +150,9 @@ DAMAGES = {
     "steps below zero": ("selection_steps", lambda n: -n, "is none"),
     "a setting of another name": ("settings", lambda old: old | {"budget": 1}, "other settings"),
     "a setting that is a list": ("settings", lambda old: old | {"score": []}, "a setting is none"),
+    "an end that is no number": ("settings", lambda s: s | {"select_until": True}, "no share"),
+    "an end that is NaN": ("settings", lambda s: s | {"select_until": float("nan")}, "no share"),
+    "an end after the end": ("settings", lambda s: s | {"select_until": 1.5}, "no share"),
     "no number of gradients": ("num_added", lambda numbers: {}, "KeyError"),
 }
 

@@ -185,6 +185,9 @@ def _check_scores(state: Mapping[str, Any], shapes: Mapping[str, torch.Size]) ->
         plain += [*late["verdicts"].values(), late["watching"]]
     if not all(value is None or isinstance(value, (str, int, float)) for value in plain):
         raise TypeError("a setting is none")
+    until = state["settings"].get("select_until")  # taken from here where the config leaves it open
+    if until is not None and not (type(until) in (int, float) and 0 < until <= 1):
+        raise ValueError("select_until is no share of the run")
     for name, sums in state["sums"].items():
         _check_tensor(f"sums of `{name}`", sums, shape=shapes.get(name))
         if type(state["num_added"][name]) is not int:
