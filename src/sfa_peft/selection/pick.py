@@ -89,11 +89,6 @@ def select_without_data(pool: Pool, rules: SelectionRules) -> None:
     )
 
 
-def num_selected(pool: Pool | None) -> int:
-    """Return how many weights are selected (asks no device between two picks)."""
-    return 0 if pool is None else pool.num_selected
-
-
 def is_unfinished(pool: Pool, rules: SelectionRules) -> bool:
     """Whether a run would certainly have selected more.
 
@@ -102,7 +97,7 @@ def is_unfinished(pool: Pool, rules: SelectionRules) -> bool:
     """
     if not rules.selects_while_training:
         return False
-    selected = num_selected(pool)
+    selected = pool.num_selected
     return selected == 0 or pool.size - selected > _most_left_open(pool, rules)
 
 
@@ -110,7 +105,7 @@ def _most_left_open(pool: Pool, rules: SelectionRules) -> int:
     """Return the most slots that a finished selection may leave open."""
     left = 0
     if rules.granularity == "row":  # less than the row that did not fit any more
-        sizes = row_sizes([pool.weights[i].tensor for i in range(len(pool.weights))])
+        sizes = row_sizes([weight.tensor for weight in pool.weights])
         left = max(sizes) - 1 if rules.ranking == "global" else sum(sizes) - len(sizes)
     if rules.schedule == "literal":  # 1/n, and n is at least 2
         left += pool.size if rules.select_until not in (None, 1) else pool.size - pool.size // 2

@@ -20,7 +20,7 @@ from ..sparse.pool import Pool
 from .accumulators import Accumulator, num_ranks, warn_of_gaps
 from .candidates import Candidates
 from .distribution import ScoreDistribution
-from .pick import num_selected, pick, row_sizes
+from .pick import pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
 from .scores import find_score
@@ -83,7 +83,7 @@ class Rounds:
     @property
     def progress(self) -> dict[str, str]:
         """Round and selected share for a progress bar."""
-        share = num_selected(self.pool) / self.pool.size
+        share = self.pool.num_selected / self.pool.size
         return {"round": f"{self.round}/{self.schedule.num_rounds}", "selected": f"{share:.1%}"}
 
     @property
@@ -93,7 +93,7 @@ class Rounds:
 
     def metrics(self) -> dict[str, float]:
         """Return round, selected share and the scores of the last pick (see `SFASelector`)."""
-        found = {"sfa_round": self.round, "sfa_selected": num_selected(self.pool) / self.pool.size}
+        found = {"sfa_round": self.round, "sfa_selected": self.pool.num_selected / self.pool.size}
         return found | {f"sfa_score/{name}": value for name, value in self.scores.items()}
 
     # --- scores --------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class Rounds:
 
     def close(self) -> None:
         """End the run, also before its last pick, and say what it lacks then."""
-        selected = num_selected(self.pool)
+        selected = self.pool.num_selected
         if self.accumulators:
             warn(
                 f"The run ended at update step {self.update_steps}, before its last pick after "
@@ -292,7 +292,7 @@ class Rounds:
                 [self.pool.indices(i).sort().values for i in range(size)],
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
-                row_sizes=row_sizes([self.pool.weights[i].tensor for i in range(size)]),
+                row_sizes=row_sizes([weight.tensor for weight in self.pool.weights]),
                 distribution=distribution,
             )
         )

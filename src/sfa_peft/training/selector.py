@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import SelectionError, UnfinishedSelectionWarning, warn
-from ..selection.pick import is_unfinished, num_selected
+from ..selection.pick import is_unfinished
 from ..selection.rounds import Rounds, check_same_weights
 from ..selection.rules import SelectionRules, check_resumed
 from ..selection.schedule import Schedule, make_schedule, share_by_rates
@@ -123,7 +123,7 @@ class SFASelector:
     @property
     def selected(self) -> int:
         """Number of pretrained weights selected so far (asks no device between two picks)."""
-        return num_selected(self.pool)
+        return 0 if self.pool is None else self.pool.num_selected
 
     @property
     def selected_share(self) -> float:
@@ -306,7 +306,7 @@ class _NoRounds:
         if self.pool is None or self._warned:
             return False
         self._warned = True
-        selected = num_selected(self.pool)
+        selected = self.pool.num_selected
         if selected and is_unfinished(self.pool, self.rules):
             warn(
                 f"Adapter `{self.pool.adapter_name}` comes from an unfinished run: {selected} of "

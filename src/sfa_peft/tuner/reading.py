@@ -296,7 +296,7 @@ def _fitted(
     weights: dict[str, Tensor] = {}  # with the changes of those before
     for own in files:
         for name, delta in chain[-1].deltas.items() if chain else ():
-            weight = weights.get(name, pretrained_tensor(model, name))
+            weight = weights[name] if name in weights else pretrained_tensor(model, name)
             weights[name] = weight if weight.is_meta else delta.added_to(weight)
         plan = make_plan(model, own.config)
         check_base(model, own.source, plan, strict=strict)
@@ -316,7 +316,7 @@ def _deltas(
         )
     if key is None:
         return {}
-    bases = [weights.get(name, pretrained_tensor(model, name)) for name in names]
+    bases = [weights[n] if n in weights else pretrained_tensor(model, n) for n in names]
     packed = selection_of(files.state[key], f"{files.source}: {key}")
     base_at = base_reader(bases.__getitem__, files.source)
     found = packed.unpack([base.numel() for base in bases], base_at)
