@@ -15,18 +15,20 @@ from ..errors import SelectionError
 from ..sparse.pool import Pool
 from .distribution import ScoreDistribution
 from .rules import SelectionRules
-from .topk import RandomSource, Source, TensorSource, streaming_topk
+from .topk import RandomSource, Source, TensorSource, streaming_topk, topk_of_each
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer")
 #: What is selected as one.
 GRANULARITIES = ("weight", "row")
+#: Tensors whose own picks are made together: half a MiB of counts for each.
+_TOGETHER = 16
 
 
 def pick(
     sources: Sequence[Source],
     quota: int,
-    selected: Sequence[Tensor],
+    before: Sequence[int] | None = None,
     *,
     ranking: str = "global",
     granularity: str = "weight",
@@ -36,10 +38,10 @@ def pick(
     """Return the flat positions to admit, for each tensor.
 
     Args:
-        sources: Scores of each tensor.
+        sources: Scores of each tensor; those of entries that were admitted before are `TAKEN`.
         quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
             they fit; the rest of the quota stays open for the next pick.
-        selected: For each tensor the positions admitted before (int64, strictly increasing).
+        before: For each tensor how many were admitted before; None for none.
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
             share of the quota that its size has of all sizes.
         granularity: "weight", or "row": all weights of one output feature (channel) together,
@@ -54,17 +56,21 @@ def pick(
     Raises:
         SelectionError: If too few weights have a finite score.
     """
+    quotas = None
+    if ranking == "layer":
+        quotas = layer_quotas(quota, [s.numel for s in sources], before or [0] * len(sources))
     if granularity == "row":
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
-        return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
-    if ranking == "global":
-        return streaming_topk(sources, quota, selected, distribution)
-    quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
-    return [
-        streaming_topk([source], own, [before], distribution)[0]
-        for source, own, before in zip(sources, quotas, selected, strict=True)
-    ]
+        return _pick_rows(sources, quota, quotas, row_sizes, distribution)
+    if quotas is None:
+        return streaming_topk(sources, quota, distribution)
+    chosen: list[Tensor] = []
+    for first in range(0, len(sources), _TOGETHER):
+        groups = [[source] for source in sources[first : first + _TOGETHER]]
+        found = topk_of_each(groups, quotas[first : first + _TOGETHER], distribution)
+        chosen += [own for (own,) in found]
+    return chosen
 
 
 def select_without_data(pool: Pool, rules: SelectionRules) -> None:
@@ -81,7 +87,6 @@ def select_without_data(pool: Pool, rules: SelectionRules) -> None:
         pick(
             sources,
             pool.values.numel(),
-            [pool.slots[:0].long()] * len(weights),
             ranking=rules.ranking,
             granularity=rules.granularity,
             row_sizes=row_sizes(weights),
@@ -152,19 +157,14 @@ def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> lis
 def _pick_rows(
     sources: Sequence[Source],
     quota: int,
-    selected: Sequence[Tensor],
-    ranking: str,
+    quotas: Sequence[int] | None,
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
 ) -> list[Tensor]:
-    scores = [
-        _row_scores(source, size, before)
-        for source, size, before in zip(sources, row_sizes, selected, strict=True)
-    ]
-    if ranking == "global":
+    scores = _row_scores(sources, row_sizes)
+    if quotas is None:
         rows = _best_rows(scores, row_sizes, quota)
     else:
-        quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
         rows = [
             _best_rows([score], [size], own)[0]
             for score, size, own in zip(scores, row_sizes, quotas, strict=True)
@@ -175,23 +175,25 @@ def _pick_rows(
     return [
         (chosen[:, None] * size + torch.arange(size, device=chosen.device))
         .reshape(-1)
-        .to(source.device)
+        .to(source.device, non_blocking=True)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
     ]
 
 
-def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
-    """Return the mean absolute score of each row, -1 where it is selected or not finite; on CPU."""
-    rows = source.numel // size
-    step = max(1, (1 << 20) // size)
-    parts = [
-        source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
-        for first in range(0, rows, step)
-    ]
-    means = torch.cat(parts).cpu()
-    means[~torch.isfinite(means)] = -1
-    means[(selected[::size] // size).cpu()] = -1
-    return means
+def _row_scores(sources: Sequence[Source], sizes: Sequence[int]) -> list[Tensor]:
+    """Return the mean absolute score of each row, -1 where it is not finite; on the CPU."""
+    means, counts = [], []
+    for source, size in zip(sources, sizes, strict=True):
+        rows = source.numel // size
+        step = max(1, (1 << 20) // size)
+        means += [
+            source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
+            for first in range(0, rows, step)
+        ]
+        counts.append(rows)
+    joined = torch.cat([part.to(means[0].device) for part in means]).cpu()  # one wait for all
+    joined[~torch.isfinite(joined)] = -1
+    return list(joined.split(counts))
 
 
 def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> list[Tensor]:
