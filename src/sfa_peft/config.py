@@ -13,8 +13,18 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
+from .config_fields import (
+    check_fields,
+    choice,
+    names,
+    number,
+    option,
+    patterns,
+    saved,
+    steps,
+    whole,
+)
 from .errors import ConfigError, SFAError
-from .fields import check_fields, choice, names, number, option, patterns, saved, steps, whole
 from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
 from .model_card import CardFacts, make_section, write_section

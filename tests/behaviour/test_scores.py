@@ -11,7 +11,7 @@ from peft import get_peft_model
 from sfa_peft import SelectionError, SFAConfig, SFASelector, register_score
 from sfa_peft.selection import scores
 from sfa_peft.selection.topk import RandomSource
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import DenseReference, assert_same, masks_of
 from tests.tiny import MLP
 

@@ -26,12 +26,12 @@ PUBLIC = ("sfa_peft", "sfa_peft.tasks", "sfa_peft.dense")
 #: What benchmarks have to reach that measure the insides of files and pools.
 INSIDE = {
     "benchmarks/file_size.py": ("sfa_peft.files.container", "sfa_peft.files.values"),
-    "benchmarks/switching_cases.py": ("sfa_peft.tuner.layers",),
+    "benchmarks/switching_cases.py": ("sfa_peft.tuner.adapted_layers",),
     "benchmarks/trained_size.py": (
         "sfa_peft.files.container",
         "sfa_peft.files.packing",
         "sfa_peft.sparse.pool",
-        "sfa_peft.tuner.layers",
+        "sfa_peft.tuner.adapted_layers",
     ),
 }
 #: The scripts that tell one story for four tasks.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..errors import SelectionError
 from ..sparse.pool import Pool
-from .distribution import ScoreDistribution
 from .rules import SelectionRules
+from .score_distribution import ScoreDistribution
 from .topk import RandomSource, Source, TensorSource, streaming_topk
 
 #: Over which weights scores are compared.

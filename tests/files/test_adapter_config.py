@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import AdapterFileError
-from sfa_peft.files.record import (
+from sfa_peft.files.adapter_config import (
     Link,
     Resolved,
     SavedLayer,
