@@ -283,11 +283,6 @@ class SharedArguments:
             raise SFAError(
                 f"--adapter_dim: needs --method {', '.join(WITH_WIDTH)}, got {self.method}"
             )
-        if self.internal_lr_ratio != 1 and self.method not in OF_SFA:
-            raise SFAError(
-                f"--internal_lr_ratio: needs --method {', '.join(OF_SFA)}, got {self.method}. The "
-                "rate of pretrained weights is --learning_rate"
-            )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise SFAError(f"--layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
         if not set(self.no_decay) <= set(UNDECAYED):

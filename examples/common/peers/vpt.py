@@ -48,7 +48,8 @@ class PromptedWindows(nn.Module):
             keys, dim=-1
         ).transpose(-2, -1)
         scores = cosines * own.logit_scale.clamp(max=math.log(100)).exp()
-        scores = scores + nn.functional.pad(self._between_tokens(x, mask), (len(self.prompts), 0))
+        between = nn.functional.pad(self._between_tokens(mask), (len(self.prompts), 0))
+        scores = (scores.unflatten(0, (-1, len(between))) + between).flatten(0, 1)
         attention = own.dropout(scores.softmax(dim=-1))
         return (attention @ values).transpose(1, 2).flatten(2), attention
 
@@ -60,16 +61,13 @@ class PromptedWindows(nn.Module):
         """Return keys or values of the prompts for every window."""
         return self._heads(projection(self.prompts)[None]).expand(len(x), -1, -1, -1)
 
-    def _between_tokens(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return position bias and mask, `(B * windows or 1, heads, N, N)`."""
-        own, count = self.inner, x.shape[1]
+    def _between_tokens(self, mask: Tensor | None) -> Tensor:
+        """Return position bias and mask, `(windows or 1, heads, N, N)`."""
+        own = self.inner
         table = own.continuous_position_bias_mlp(own.relative_coords_table).flatten(0, 2)
-        places = table[own.relative_position_index.flatten()].view(count, count, -1)
-        bias = 16 * places.permute(2, 0, 1).sigmoid()[None]
-        if mask is None:
-            return bias
-        # Twice, as transformers does: -100 or -200, neither is attended to.
-        return (bias + 2 * mask[:, None]).repeat(len(x) // len(mask), 1, 1, 1)
+        bias = 16 * table[own.relative_position_index].permute(2, 0, 1).sigmoid()[None]
+        # The mask twice, as transformers does.
+        return bias if mask is None else bias + 2 * mask[:, None]
 
 
 class PromptedTokens(nn.Module):

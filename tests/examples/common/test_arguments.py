@@ -76,7 +76,6 @@ def test_of_several_recipes_the_last_holds(arguments: ModuleType, tmp_path: Path
             "adapter_dim: 3\nmethod: lora",
             "--adapter_dim: needs --method sfa, adaptformer, adapter_p",
         ),
-        ("internal_lr_ratio: 3\nmethod: lora", "--internal_lr_ratio: needs --method sfa, internal"),
         ("method: linear", "--method: invalid choice: 'linear'"),
         ("layer_decay: 1.5", "--layer_decay: expected a factor in (0, 1], got 1.5"),
         ("no_decay: [norms, heads]", "--no_decay: expected some of ['norms', 'biases', 'embed"),

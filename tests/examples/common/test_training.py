@@ -75,14 +75,16 @@ def groups_of(ready: Any, args: Any) -> dict[str, dict[str, Any]]:
 def test_pretrained_weights_and_new_layers_have_rates_of_their_own(
     method: str, rates: dict[str, float]
 ) -> None:
-    ready, args = prepared(method, learning_rate=1e-5, external_learning_rate=1e-4)
+    ready, args = prepared(
+        method, learning_rate=1e-5, external_learning_rate=1e-4, head_learning_rate=1e-3
+    )
     groups = groups_of(ready, args)
 
     seen = set()
     for name, group in groups.items():
         kinds = [kind for kind in rates if kind in name]
         assert len(kinds) == ("decode_head" not in name), name
-        assert group["lr"] == (rates[kinds[0]] if kinds else 3.0)
+        assert group["lr"] == (rates[kinds[0]] if kinds else 1e-3)
         seen.update(kinds)
     assert seen == set(rates)
 

@@ -25,11 +25,10 @@ def peer(name: str) -> Any:
     return importlib.import_module("common.peers").PEERS[name]
 
 
-@cache
-def swinv2(size: str) -> Backbone:
-    """Return the backbone of the paper's tables, on the meta device."""
+def paper_config(size: str) -> Swinv2Config:
+    """Return the configuration of the SwinV2 of the paper's tables."""
     dim, heads = {"base": (128, 4), "large": (192, 6)}[size]
-    config = Swinv2Config(
+    return Swinv2Config(
         image_size=192,
         window_size=12,
         embed_dim=dim,
@@ -37,8 +36,13 @@ def swinv2(size: str) -> Backbone:
         num_heads=[heads * 2**stage for stage in range(4)],
         out_features=STAGES,
     )
+
+
+@cache
+def swinv2(size: str) -> Backbone:
+    """Return the backbone of the paper's tables, on the meta device."""
     with torch.device("meta"):
-        return found(Swinv2Backbone(config))
+        return found(Swinv2Backbone(paper_config(size)))
 
 
 @cache
