@@ -240,10 +240,10 @@ class SFAConfig(PeftConfig):
                 "`layers_to_transform` cannot be used when `target_modules` is a str, because a "
                 "regular expression can name the layers itself."
             )
-        if self.ranking == "output" and self.granularity == "row":
+        if self.ranking == "output" and self.granularity != "weight":
             yield (
-                'ranking="output" gives every row as many weights, granularity="row" selects whole '
-                "rows. Leave one of them out."
+                'ranking="output" gives every row as many weights, granularity='
+                f"{self.granularity!r} selects several together. Leave one of them out."
             )
         plain = self.score_every == 1 and self.score_dtype == "float32"
         if self.score == "weight_difference" and not plain:

@@ -164,13 +164,13 @@ def test_output_ranking_says_when_too_few_scores_are_finite():
     sources = [TensorSource(torch.tensor([[1.0, NAN], [INF, 2.0]]))]
     with pytest.raises(SelectionError, match="Cannot select 3 weights: only 2 have a finite score"):
         pick(sources, 3, _nothing(sources), ranking="output", row_sizes=[2])
-    with pytest.raises(SelectionError, match="need row_sizes"):
+    with pytest.raises(SelectionError, match="needs row_sizes"):
         pick(sources, 1, _nothing(sources), ranking="output")
 
 
 def test_a_row_of_a_convolution_is_a_channel_and_of_a_vector_one_entry():
     assert row_sizes([torch.zeros(8, 3, 2, 2), torch.zeros(8, 5), torch.zeros(8)]) == [12, 5, 1]
-    with pytest.raises(SelectionError, match="need row_sizes"):
+    with pytest.raises(SelectionError, match="needs row_sizes"):
         pick([TensorSource(torch.zeros(2))], 1, [torch.empty(0)], granularity="row")
 
 

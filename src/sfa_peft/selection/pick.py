@@ -56,13 +56,13 @@ def pick(
     Raises:
         SelectionError: If too few weights have a finite score.
     """
-    if row_sizes is None:
-        if granularity == "row" or ranking == "output":
-            raise SelectionError("pick: granularity='row', ranking='output' need row_sizes.")
-        row_sizes = []
     if granularity == "row":
+        if row_sizes is None:
+            raise SelectionError("pick: granularity='row' needs row_sizes.")
         return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
     if ranking == "output":
+        if row_sizes is None:
+            raise SelectionError("pick: ranking='output' needs row_sizes.")
         return _pick_by_output(sources, quota, selected, row_sizes, distribution)
     if ranking == "global":
         return streaming_topk(sources, quota, selected, distribution)
