@@ -68,10 +68,8 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
         callbacks = [sfa_peft.SFACallback(resume_from_checkpoint=checkpoint)]  # SFA
     elif args.method in OF_PEFT:
         model = get_peft_model(base, OF_PEFT[args.method](backbone, args.budget, head))
-    elif args.method in PEERS:
-        _add_peer(backbone, args)
     else:
-        backbone.module.requires_grad_(args.method == "full")
+        _change_in_place(backbone, args)
     return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
 
 
@@ -142,6 +140,9 @@ def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Modu
         base: The task model as before training; changed in place or replaced.
         args: Those of the training.
         folder: What `save_method` wrote.
+
+    Raises:
+        SFAError: If it was written for another model, method or budget.
     """
     if _is_of_transformers(args):
         # Copied, since tensors mapped from a file lie otherwise in memory and round otherwise.
@@ -149,11 +150,14 @@ def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Modu
         return base.eval()
     if args.method in (*OF_SFA, *OF_PEFT):
         return PeftModel.from_pretrained(base, folder).eval()
-    if args.method in PEERS:
-        _add_peer(_backbone(base), args)
-    result = base.load_state_dict(load_file(folder / TRAINED_NAME), strict=False)
-    if result.unexpected_keys:
-        raise SFAError(f"{folder}: not of this model: {result.unexpected_keys[:3]}")
+    _change_in_place(_backbone(base), args)
+    state = load_file(folder / TRAINED_NAME)
+    shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+    wrong = [name for name, tensor in state.items() if shapes.get(name) != tensor.shape]
+    wrong += [n for n, p in base.named_parameters() if p.requires_grad and n not in state]
+    if wrong:
+        raise SFAError(f"{folder}: not of this model, method and budget: {wrong[:3]}")
+    base.load_state_dict(state, strict=False)
     return base.eval()
 
 
@@ -221,6 +225,10 @@ def _backbone(model: nn.Module) -> Backbone:
     return backbone
 
 
-def _add_peer(backbone: Backbone, args: SharedArguments) -> None:
-    peer = PEERS[args.method]
-    peer.add(backbone, size_of(peer, backbone, args.budget, args.adapter_dim))
+def _change_in_place(backbone: Backbone, args: SharedArguments) -> None:
+    """Freeze a backbone, or not, and put a method of others into it."""
+    peer = PEERS.get(args.method)
+    if peer is None:
+        backbone.module.requires_grad_(args.method == "full")
+    else:
+        peer.add(backbone, size_of(peer, backbone, args.budget, args.adapter_dim))

@@ -83,13 +83,28 @@ def test_a_method_trains_its_share_and_is_the_same_after_loading(
         methods.check_loaded_again(ready, upernet(), args, tmp_path, batch["pixel_values"])
 
 
-def test_a_file_of_another_model_is_refused(methods: ModuleType, tmp_path: Path) -> None:
-    args = arguments("frozen")
-    methods.save_method(methods.prepare_method(upernet(), args), args, tmp_path)
+def test_a_file_of_another_model_method_or_size_is_refused(
+    methods: ModuleType, tmp_path: Path
+) -> None:
+    def written(**options: Any) -> tuple[Any, Path]:
+        args = arguments(**options)
+        folder = tmp_path / "_".join(map(str, options.values()))
+        methods.save_method(methods.prepare_method(upernet(), args), args, folder)
+        return args, folder
+
+    frozen, folder = written(method="frozen")
     other = upernet()
     del other.decode_head.classifier
-    with pytest.raises(methods.SFAError, match="not of this model"):
-        methods.load_method(other, args, tmp_path)
+    narrow, _ = written(method="adapter_plus", adapter_dim=2)
+    _, wide = written(method="adapter_plus", adapter_dim=3)
+    for model, args, path in (
+        (other, frozen, folder),
+        (upernet(), narrow, folder),
+        (upernet(), frozen, wide),
+        (upernet(), narrow, wide),
+    ):
+        with pytest.raises(methods.SFAError, match="not of this model, method and budget"):
+            methods.load_method(model, args, path)
 
 
 def test_every_method_of_the_scripts_is_tried(methods: ModuleType) -> None:
