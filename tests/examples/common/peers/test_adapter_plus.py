@@ -15,6 +15,7 @@ from tests.examples.common.peers.kit import (
     peer,
     pixels,
     scatter_new,
+    swinv2,
     swinv2_maps,
     tiny_swinv2,
     tiny_vit,
@@ -66,7 +67,15 @@ def test_a_vits_blocks_have_them_too() -> None:
 
 def test_counts_are_the_published_ones() -> None:
     # The paper's 0.20 M for width 8, a head of 50 classes (VTAB's mean) among them.
-    assert round((peer("adapter_plus").parameters(vit_base(), 8) + 769 * 50) / 1e6, 2) == 0.20
+    assert peer("adapter_plus").parameters(vit_base(), 8) + 769 * 50 == 204_434
+
+
+def test_one_bottleneck_a_block_cannot_spend_more_than_16_percent() -> None:
+    backbone = swinv2("base")
+    total = sum(p.numel() for p in backbone.module.parameters())
+    for name in ("adapter_plus", "adaptformer"):
+        shares = [peer(name).parameters(backbone, width) / total for width in (1024, 5000)]
+        assert [round(100 * share) for share in shares] == [16, 16]
 
 
 @pytest.mark.parametrize("width", [1, 300])

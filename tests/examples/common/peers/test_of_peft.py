@@ -65,7 +65,8 @@ def test_super_tuning_trains_the_budget_in_equal_shares(budget: float, of_peft: 
 def test_of_a_paper_size_backbone_none_trains_more_than_its_budget(of_peft: ModuleType) -> None:
     backbone = swinv2("base")
     total = sum(p.numel() for p in backbone.module.parameters())
-    for budget in (0.01, 0.05, 0.1):
+    assert len(of_peft.shira(backbone, 0.17, []).target_modules) == 24 * 6 - 2 * 4
+    for budget in (0.01, 0.05, 0.16):
         config = of_peft.shira(backbone, budget, [])
         assert len(config.target_modules) == 24 * 6
         per_rank = 18 * sum(d * n for d, n in ((128, 2), (256, 2), (512, 18), (1024, 2)))

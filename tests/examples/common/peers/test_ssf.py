@@ -48,10 +48,14 @@ def test_scales_and_shifts_can_be_folded_into_the_weights(kind: str) -> None:
 
 
 def test_counts_are_those_of_the_papers_tables() -> None:
-    for size, millions, percent in (("base", 88, 0.3), ("large", 197, 0.2)):
-        assert round(peer("ssf").parameters(swinv2(size), 1) / millions / 1e4, 1) == percent
+    for size, count, millions, percent in (
+        ("base", 268_800, 88, 0.3),
+        ("large", 403_200, 197, 0.2),
+    ):
+        assert peer("ssf").parameters(swinv2(size), 1) == count
+        assert round(count / millions / 1e4, 1) == percent
     with_head = peer("ssf").parameters(vit_base(), 1) + 769 * 100
-    assert round(with_head / 1e6, 2) == 0.28  # SSF's paper, ViT-B on 100 classes
+    assert with_head == 282_724  # 0.28 M in SSF's paper, ViT-B on 100 classes
 
 
 def test_a_copy_of_the_model_has_hooks_of_its_own() -> None:

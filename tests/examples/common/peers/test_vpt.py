@@ -109,8 +109,12 @@ def test_a_vits_prompts_stand_after_the_class_token_of_each_block() -> None:
 
 def test_counts_are_those_of_the_papers_tables() -> None:
     # 50 prompts a block, VPT's usual number.
-    for size, millions, percent in (("base", 88, 0.7), ("large", 197, 0.5)):
-        assert round(peer("vpt").parameters(swinv2(size), 50) / millions / 1e4, 1) == percent
+    for size, count, millions, percent in (
+        ("base", 601_600, 88, 0.7),
+        ("large", 902_400, 197, 0.5),
+    ):
+        assert peer("vpt").parameters(swinv2(size), 50) == count
+        assert round(count / millions / 1e4, 1) == percent
     assert peer("vpt").parameters(vit_base(), 50) == 12 * 50 * 768
 
 
