@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-3  # an eps that keeps rounding of tiny gradients 
 TOTAL, ROUND = 21, 4
 NAMES = ("first.weight", "first.bias", "second.weight")
 SCORES = (*DenseReference.SCORE_STEPS, "weight_difference", "largest")
-KINDS = list(itertools.product(("global", "layer"), ("weight", "row")))
+KINDS = [*itertools.product(("global", "layer"), ("weight", "row")), ("output", "weight")]
 
 
 def largest(weight, gradient, state):
