@@ -4,4 +4,5 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+_ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(_ROOT / "examples"), str(_ROOT / "benchmarks")]

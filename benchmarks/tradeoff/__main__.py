@@ -80,12 +80,13 @@ def run(
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from .runner import Runner  # torch reads the environment when it is imported
-    from .train import run_experiment
+    from .train import run_experiment, warm
 
     runner = Runner(
         store,
         experiments,
         run_experiment,
+        warm=warm,
         only=only,
         jobs=args.jobs,
         budget_minutes=args.budget_minutes,

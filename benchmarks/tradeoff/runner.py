@@ -27,6 +27,7 @@ class Runner:
         store: Where results are read from and written to.
         experiments: By id.
         execute: Makes the result of a run; called in a process of its own.
+        warm: Called before with the same, in this process, of which the others are forked.
         only: Names of task sets; all if empty.
         jobs: Processes at a time.
         budget_minutes: No run begins that is expected to end later; None for no limit.
@@ -38,12 +39,13 @@ class Runner:
         experiments: dict[str, Experiment],
         execute: Callable[[Run, Experiment], dict[str, Any]],
         *,
+        warm: Callable[[Run, Experiment], None] = lambda *_: None,
         only: Sequence[str] = (),
         jobs: int = 1,
         budget_minutes: float | None = None,
     ) -> None:
         self.store, self.experiments, self.execute = store, experiments, execute
-        self.only, self.jobs = only, jobs
+        self.warm, self.only, self.jobs = warm, only, jobs
         self.end = None if budget_minutes is None else time.monotonic() + 60 * budget_minutes
         self.failed: set[Run] = set()  # without a result: a mistake in the code, or killed
         self._running: dict[Run, BaseProcess] = {}
@@ -57,6 +59,7 @@ class Runner:
             while True:
                 plan = Plan(self.experiments, self.store.read())
                 for run in self._startable(plan):
+                    self.warm(run, self.experiments[run.experiment])
                     process = context.Process(target=self._execute, args=(run,))
                     process.start()
                     self._running[run] = process

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import math
 import platform
-import resource
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,20 +26,24 @@ from common.arguments import METHODS
 from common.maps import MapScoring
 from common.methods import Prepared, prepare_method, save_method, saved_size
 from common.training import make_optimizer
+from cost_worker import Memory
 from peft import get_peft_config, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup, set_seed
+from transformers.utils import logging
 
 import sfa_peft
 
 from .experiments import Experiment
-from .probe import Probe
+from .probe import Probe, probe_images
 from .store import Run
 from .tasks import TASKS, TaskSet
 
 #: Shares of a run after which it is validated: where the curve gets flat.
 CURVE = (0.5, 0.75, 1.0)
+#: Rendered scenes by task set, of the last two.
+_SCENES: dict[Any, list[Any]] = {}
 PACKAGES = ("sfa-peft", "peft", "transformers", "torch", "numpy")
 
 
@@ -151,6 +154,25 @@ def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
     return ready
 
 
+def warm(run: Run, experiment: Experiment) -> None:
+    """Make what runs of a task set have in common, before they are forked."""
+    logging.disable_progress_bar()
+    task = TASKS[run.task]
+    args = make_arguments(importlib.import_module(task.script), run, experiment, task)
+    probe_images(min(args.image_size))
+    if task.folder is None:  # nothing else: what reads files may begin threads
+        Trial(run, experiment, task)
+
+
+def kept_scenes(key: Any, split: Any) -> list[Any]:
+    """Return a split's scenes, which are the same for all runs, rendered once."""
+    if key not in _SCENES:
+        while len(_SCENES) > 1:
+            _SCENES.pop(next(iter(_SCENES)))
+        _SCENES[key] = [split[i] for i in range(len(split))]
+    return _SCENES[key]
+
+
 class Trial:
     """The course of one run.
 
@@ -165,7 +187,11 @@ class Trial:
         self.args = make_arguments(self.script, run, experiment, task)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data = self.script.load_data(replace(self.args, split="validation"))
-        self.rendered = task.folder is None
+        self.is_rendered = task.folder is None
+        if self.is_rendered:
+            self.data.train.split = kept_scenes(
+                (task.name, len(self.data.train)), self.data.train.split
+            )
         self.scoring = self.script.scoring(self.args, self.data)
         self.metrics: list[dict[str, Any]] = []
 
@@ -209,6 +235,9 @@ class Trial:
         validation = self._kept(self.data.evaluation)
         stops = {max(1, round(share * args.max_steps)) for share in CURVE}
         wall, cpu, losses = [], [], []
+        memory = Memory(self.device.type)
+        memory.reset()
+        before = memory.now()
         for step, batch in enumerate(islice(self._batches(), args.max_steps), 1):
             started, started_cpu = time.perf_counter(), time.process_time()
             ready.model.train()
@@ -228,7 +257,7 @@ class Trial:
             if step in stops:
                 scores = self._evaluate(validation)
                 self._note(step, "valid", scores, **{"train loss": fmean(losses[-20:])})
-        peak = self._peak()
+        peak = memory.peak() - before
         test = self.script.load_data(replace(args, split="test")).evaluation
         self._note(args.max_steps, "test", self._evaluate(test), **probe.compare())
         return {
@@ -255,7 +284,7 @@ class Trial:
 
     def _kept(self, data: Dataset[dict[str, Any]]) -> Any:
         """Return data that is looked at again and again: of small scenes the items themselves."""
-        return [data[i] for i in range(len(data))] if self.rendered else data
+        return [data[i] for i in range(len(data))] if self.is_rendered else data
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -285,12 +314,6 @@ class Trial:
         self.metrics.append(
             {"step": step} | {k: _json_number(value) for k, value in numbers.items()}
         )
-
-    def _peak(self) -> int:
-        """Return the most bytes that were in use, the process with all it holds on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def _selected(self) -> dict[str, Any]:
         """Return the selected share of each block's weights, where weights are selected."""
