@@ -20,7 +20,6 @@ import pretrain_images
 import torch
 from torch import Tensor, nn
 
-from sfa_peft import find_backbone
 from sfa_peft.dense import CLASS_NAMES, IMAGENET_MEAN, IMAGENET_STD, THING_NAMES, SceneSplit
 
 FOLDER = "TRADEOFF_CLASSES"
@@ -30,33 +29,32 @@ RIDGE = 10.0  # on standardised features
 
 
 class Probe:
-    """A probe of a backbone as it is now.
+    """A probe of the features that a backbone has now, before it is adapted.
 
     Args:
-        model: A task model, not adapted yet.
-        size: Height and width of the images.
+        backbone: Returns feature maps.
+        size: Height and width of the images that it is set up for.
     """
 
-    def __init__(self, model: nn.Module, size: list[int]) -> None:
-        self.backbone = find_backbone(model).module
+    def __init__(self, backbone: nn.Module, size: list[int]) -> None:
         self.source, fit, self.held_out = probe_images(min(size))
-        features = self._features(fit[0])
+        features = _features(backbone, fit[0])
         self.mean, self.scale = features.mean(0), features.std(0) + 1e-6
         x, targets = self._ready(features), nn.functional.one_hot(fit[1]).double()
         self.offset = targets.mean(0)
         gram = x.T @ x + RIDGE * torch.eye(x.shape[1], dtype=x.dtype)
         self.weight = torch.linalg.solve(gram, x.T @ (targets - self.offset))
-        self.before = self.accuracy()
+        self.before = self.accuracy(backbone)
 
-    def accuracy(self) -> float:
-        """Return the share of held-out images whose class is found, by the features of now."""
+    def accuracy(self, backbone: nn.Module) -> float:
+        """Return the share of held-out images whose class is found by a backbone's features."""
         images, labels = self.held_out
-        scores = self._ready(self._features(images)) @ self.weight + self.offset
+        scores = self._ready(_features(backbone, images)) @ self.weight + self.offset
         return (scores.argmax(1) == labels).double().mean().item()
 
-    def compare(self) -> dict[str, Any]:
+    def compare(self, backbone: nn.Module) -> dict[str, Any]:
         """Return accuracy before and now, and forgetting: what has been lost."""
-        now = self.accuracy()
+        now = self.accuracy(backbone)
         return {
             "forgetting": self.before - now,
             "probe accuracy": now,
@@ -67,16 +65,17 @@ class Probe:
     def _ready(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.scale
 
-    @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
-        """Return the last feature map of each image, averaged over it: float64 `(N, D)`."""
-        backbone = self.backbone.eval()
-        device = next(backbone.parameters()).device
-        found = [
-            backbone(batch.to(device)).feature_maps[-1].mean((2, 3)).double().cpu()
-            for batch in images.split(50)
-        ]
-        return torch.cat(found)
+
+@torch.no_grad()
+def _features(backbone: nn.Module, images: Tensor) -> Tensor:
+    """Return the last feature map of each image, averaged over it: float64 `(N, D)`."""
+    backbone.eval()
+    device = next(backbone.parameters()).device
+    found = [
+        backbone(batch.to(device)).feature_maps[-1].mean((2, 3)).double().cpu()
+        for batch in images.split(50)
+    ]
+    return torch.cat(found)
 
 
 @cache

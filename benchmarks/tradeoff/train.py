@@ -36,12 +36,14 @@ from transformers.utils import logging
 import sfa_peft
 
 from .experiments import Experiment
-from .probe import Probe, probe_images
+from .probe import Probe
 from .store import Run
 from .tasks import TASKS, TaskSet
 
 #: Shares of a run after which it is validated: where the curve gets flat.
 CURVE = (0.5, 0.75, 1.0)
+#: Probes by task set.
+_PROBES: dict[str, Probe] = {}
 #: Rendered scenes by task set, of the last two.
 _SCENES: dict[Any, list[Any]] = {}
 PACKAGES = ("sfa-peft", "peft", "transformers", "torch", "numpy")
@@ -131,18 +133,24 @@ def changed(script: ModuleType, args: Any) -> dict[str, Any]:
     return found | {"max_steps": args.max_steps, "external_rate": args.external_learning_rate}
 
 
+def backbone_of(model: nn.Module) -> nn.Module:
+    """Return the backbone of a task model, adapted or not."""
+    found = sfa_peft.find_backbone(model)
+    if found is None:
+        raise sfa_peft.TargetError(f"{type(model).__name__}: no known backbone inside")
+    return found.module
+
+
 def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
     """Make a task model ready for an experiment's config."""
     if "peft_type" not in config:
         ready = prepare_method(base, args)
     else:
-        backbone = sfa_peft.find_backbone(base)
-        if backbone is None:
-            raise sfa_peft.TargetError(f"{type(base).__name__}: no known backbone inside")
-        size = sum(p.numel() for p in backbone.module.parameters())
+        backbone = backbone_of(base)
+        size = sum(p.numel() for p in backbone.parameters())
         head = sfa_peft.head_modules(base)
         model = get_peft_model(base, get_peft_config({**config, "modules_to_save": head}))
-        inside = {id(p) for p in backbone.module.parameters()}
+        inside = {id(p) for p in backbone.parameters()}
         trained = [p for p in base.parameters() if p.requires_grad]
         adapted = [p for p in trained if id(p) in inside]
         rest = [p for p in trained if id(p) not in inside]
@@ -155,13 +163,15 @@ def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
 
 
 def warm(run: Run, experiment: Experiment) -> None:
-    """Make what runs of a task set have in common, before they are forked."""
+    """Make what all runs of a task set have in common, before they are forked."""
+    if run.task in _PROBES:
+        return
     logging.disable_progress_bar()
-    task = TASKS[run.task]
-    args = make_arguments(importlib.import_module(task.script), run, experiment, task)
-    probe_images(min(args.image_size))
-    if task.folder is None:  # nothing else: what reads files may begin threads
-        Trial(run, experiment, task)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a fork has no use for this process's threads, and may wait for them
+    trial = Trial(run, experiment, TASKS[run.task])
+    trial.probe(trial.script.make_model(trial.args, trial.data))
+    torch.set_num_threads(threads)
 
 
 def kept_scenes(key: Any, split: Any) -> list[Any]:
@@ -187,7 +197,7 @@ class Trial:
         self.args = make_arguments(self.script, run, experiment, task)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data = self.script.load_data(replace(self.args, split="validation"))
-        self.is_rendered = task.folder is None
+        self.task, self.is_rendered = task.name, task.folder is None
         if self.is_rendered:
             self.data.train.split = kept_scenes(
                 (task.name, len(self.data.train)), self.data.train.split
@@ -207,7 +217,7 @@ class Trial:
         """
         set_seed(self.args.seed)
         base = self.script.make_model(self.args, self.data).to(self.device)
-        probe = Probe(base, self.args.image_size)
+        probe = self.probe(base)
         self.ready = ready = prepare(base, self.args, self.experiment.config)
         seconds = self._train(probe)
         save_method(ready, self.args, folder)
@@ -222,6 +232,12 @@ class Trial:
             "trained_share": ready.share,
             **self._selected(),
         }
+
+    def probe(self, base: nn.Module) -> Probe:
+        """Return the task set's probe, fitted on a model that is not adapted yet."""
+        if self.task not in _PROBES:
+            _PROBES[self.task] = Probe(backbone_of(base), self.args.image_size)
+        return _PROBES[self.task]
 
     def _train(self, probe: Probe) -> dict[str, float]:
         """Train; return seconds and bytes."""
@@ -259,7 +275,9 @@ class Trial:
                 self._note(step, "valid", scores, **{"train loss": fmean(losses[-20:])})
         peak = memory.peak() - before
         test = self.script.load_data(replace(args, split="test")).evaluation
-        self._note(args.max_steps, "test", self._evaluate(test), **probe.compare())
+        self._note(
+            args.max_steps, "test", self._evaluate(test), **probe.compare(backbone_of(ready.base))
+        )
         return {
             "peak": peak,
             "train_time": round(sum(wall), 2),

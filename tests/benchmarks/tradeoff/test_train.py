@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.tradeoff import probe
+from benchmarks.tradeoff import probe, train
 from benchmarks.tradeoff.experiments import Experiment
 from benchmarks.tradeoff.store import Run, Store, run_of, score
 from benchmarks.tradeoff.tasks import TASKS
@@ -44,6 +44,7 @@ def run(task="segmentation", config=None, **params):
 @pytest.fixture(scope="module", autouse=True)
 def _few_images_for_the_probe():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_PROBES", {})
         patch.setattr(probe, "SCENES", {3: 40, 4: 20})
         patch.delenv(probe.FOLDER, raising=False)
         yield
