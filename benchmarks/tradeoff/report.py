@@ -32,18 +32,30 @@ def write_report(plan: Plan, folder: Path) -> str:
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: make_rows(plan, name, _is_no_ablation) for name in plan.tasks}
     by_task = {name: rows for name, rows in found.items() if rows}
-    parts = [_intro(by_task)]
+    parts = [_intro(by_task), "## How far it is", _progress(plan)]
     if by_task:
         parts += ["## Within 5 %", _summary(by_task, is_first)]
         parts += ["## Within 20 %", _summary(by_task, lambda e: e.percent == 20)]
         parts += ["## Where the goals are met", _verdicts(by_task)]
     for name, rows in by_task.items():
         parts += _section(plan.tasks[name], rows, pictures)
+    parts += _candidates(by_task)
     parts += _selection(by_task, pictures)
     parts += [part for ablation in ABLATIONS.values() for part in ablation.section(plan)]
     page = folder / PAGE
     page.write_text("\n\n".join(part.strip() for part in parts if part) + "\n", "utf-8")
     return f"{page}: {len(by_task)} task sets, {len(plan.results)} runs"
+
+
+def _progress(plan: Plan) -> str:
+    """Return how many runs there are, and of how many experiments the rates are chosen."""
+    lines = [["task set", "data", "runs so far", "experiments with chosen rates", "all"]]
+    for name, task in plan.tasks.items():
+        runs = sum(run.task == name for run in plan.results)
+        own = [e for e in plan.experiments.values() if _is_no_ablation(e)]
+        chosen = sum(bool(plan.chosen(name, e)) for e in own)
+        lines.append([name, task.title, str(runs), str(chosen), str(len(own))])
+    return table(lines)
 
 
 def _is_no_ablation(experiment: Experiment) -> bool:
@@ -123,22 +135,8 @@ def _section(task: TaskSet, rows: list[Row], pictures: Path) -> list[str]:
     figures.draw_curves([r for r in rows if is_first(r.experiment)], pictures / curves)
     head = ["experiment", "trained", f"{task.header}, test", "validation", "forgetting",
             "step ms", "peak MB", "bytes", "rates"]  # fmt: skip
-    lines, best = [head], best_of([row for row in plain if is_first(row.experiment)])
-    for row in rows:
-        validation = sum(row.scores("valid")) / len(row.scores("valid"))
-        lines.append(
-            [
-                row.experiment.id,
-                f"{row.share:.1%}",
-                _bold(shown(row), row.experiment.id in best),
-                f"{validation:.3f}",
-                f"{row.last('forgetting'):.3f}",
-                row.step_ms,
-                row.peak_mb,
-                f"{row.mean('file_size'):,.0f}",
-                f"{row.run.backbone_rate:g}, {row.run.head_rate:g}",
-            ]
-        )
+    best = best_of([row for row in plain if is_first(row.experiment)])
+    lines = [head, *(_cells(row, row.experiment.id in best) for row in rows)]
     return [
         f"## {task.title}",
         f"![{task.header} over the trained share]({PICTURES}/{tradeoff})",
@@ -146,6 +144,50 @@ def _section(task: TaskSet, rows: list[Row], pictures: Path) -> list[str]:
         "Validation scores of seed 0 while it trains, within 5 %:",
         f"![validation {task.header} by update step]({PICTURES}/{curves})",
     ]
+
+
+def _cells(row: Row, is_best: bool) -> list[str]:
+    return [
+        row.experiment.id,
+        f"{row.share:.1%}",
+        _bold(shown(row), is_best),
+        f"{row.validation:.3f}",
+        f"{row.last('forgetting'):.3f}",
+        row.step_ms,
+        row.peak_mb,
+        f"{row.mean('file_size'):,.0f}",
+        f"{row.run.backbone_rate:g}, {row.run.head_rate:g}",
+    ]
+
+
+def _candidates(by_task: dict[str, list[Row]]) -> list[str]:
+    """Return the part on changes of SFA's default, each beside what it would change."""
+    found = {
+        name: {row.experiment.id: row for row in rows if _is_candidate(row.experiment)}
+        for name, rows in by_task.items()
+    }
+    ids = list(dict.fromkeys(experiment for rows in found.values() for experiment in rows))
+    if not any("/try-" in experiment for experiment in ids):
+        return []
+    lines = [["experiment", *found]]
+    for experiment in ids:
+        cells = []
+        for rows in found.values():
+            own, usual = rows.get(experiment), rows.get(f"{experiment.split('/')[0]}/5pct")
+            known = own is not None and usual is not None
+            cells.append(
+                f"{own.validation:.3f} ({own.validation - usual.validation:+.3f})" if known else "-"
+            )
+        lines.append([experiment, *cells])
+    return [
+        "## Candidates for the default",
+        "*Validation* scores at 5 %, with the default's rates, and the difference to the default.",
+        table(lines),
+    ]
+
+
+def _is_candidate(experiment: Experiment) -> bool:
+    return experiment.name.startswith("try-") or experiment.id in ("sfa/5pct", "internal/5pct")
 
 
 def _selection(by_task: dict[str, list[Row]], pictures: Path) -> list[str]:

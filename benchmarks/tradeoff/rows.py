@@ -54,6 +54,11 @@ class Row:
         return fmean(self.scores())
 
     @property
+    def validation(self) -> float:
+        """Mean score on validation data."""
+        return fmean(self.scores("valid"))
+
+    @property
     def spread(self) -> float:
         """Half of the range of the scores."""
         scores = self.scores()

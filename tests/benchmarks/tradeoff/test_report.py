@@ -6,7 +6,7 @@ import pytest
 from benchmarks.tradeoff.plan import Plan
 from benchmarks.tradeoff.report import write_report
 from benchmarks.tradeoff.rows import make_rows
-from tests.benchmarks.tradeoff.made import experiments, work_off
+from tests.benchmarks.tradeoff.made import experiments, result, work_off
 
 #: Test scores by experiment, for seeds 0, 1 and 2.
 SCORES = {
@@ -16,6 +16,7 @@ SCORES = {
     "lora/5pct": (0.55, 0.56, 0.57),
     "sfa/5pct": (0.59, 0.60, 0.61),
     "sfa/20pct": (0.65, 0.66, 0.67),
+    "sfa/try-more": (0.7, 0.7, 0.7),
 }
 
 
@@ -66,7 +67,19 @@ def test_experiments_whose_rates_are_still_searched_are_left_out(plan, tmp_path)
     unfinished = next(run for run in plan.results if run.experiment == "lora/5pct")
     plan.results = {k: v for k, v in plan.results.items() if k != unfinished}
     write_report(plan, tmp_path)
-    assert "lora" not in (tmp_path / "tradeoff.md").read_text()
+    page = (tmp_path / "tradeoff.md").read_text()
+    assert "lora" not in page
+    assert (
+        "| segmentation | Semantic segmentation, rendered scenes | 38 | 6 | 7 |" in page
+    )  # of 39 runs
+
+
+def test_candidates_are_compared_by_validation_scores(plan, tmp_path):
+    tried = {r: v for r, v in plan.results.items() if r.experiment == "sfa/try-more"}
+    plan.results = {**plan.results, **{run: result(run, 0.52, 0.1) for run in tried}}
+    write_report(plan, tmp_path)
+    page = (tmp_path / "tradeoff.md").read_text()
+    assert "| sfa/try-more | 0.520 (+0.020) |" in page
 
 
 def test_pictures_are_drawn_and_named_in_the_page(plan, tmp_path):
