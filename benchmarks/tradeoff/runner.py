@@ -27,7 +27,7 @@ class Runner:
         store: Where results are read from and written to.
         experiments: By id.
         execute: Makes the result of a run; called in a process of its own.
-        warm: Called before with the same, in this process, of which the others are forked.
+        warm: Called before with the run, in this process, of which the others are forked.
         only: Names of task sets; all if empty.
         jobs: Processes at a time.
         budget_minutes: No run begins that is expected to end later; None for no limit.
@@ -39,7 +39,7 @@ class Runner:
         experiments: dict[str, Experiment],
         execute: Callable[[Run, Experiment], dict[str, Any]],
         *,
-        warm: Callable[[Run, Experiment], None] = lambda *_: None,
+        warm: Callable[[Run], None] = lambda _: None,
         only: Sequence[str] = (),
         jobs: int = 1,
         budget_minutes: float | None = None,
@@ -59,10 +59,7 @@ class Runner:
             while True:
                 plan = Plan(self.experiments, self.store.read())
                 for run in self._startable(plan):
-                    self.warm(run, self.experiments[run.experiment])
-                    process = context.Process(target=self._execute, args=(run,))
-                    process.start()
-                    self._running[run] = process
+                    self._start(run, context)
                 if not self._running:
                     return ended
                 self._show(bar, plan, ended)
@@ -77,6 +74,18 @@ class Runner:
             if late or run in self.failed or run in self._running or not self.store.claim(run):
                 continue
             yield run
+
+    def _start(self, run: Run, context: Any) -> None:
+        """Start the process of a run that is claimed."""
+        try:
+            self.warm(run)
+        except Exception:  # such as of data that cannot be read; other task sets go on
+            traceback.print_exc()
+            self.failed.add(run)
+            self.store.give_up(run)
+            return
+        self._running[run] = context.Process(target=self._execute, args=(run,))
+        self._running[run].start()
 
     def _execute(self, run: Run) -> None:
         """Make a result and write it (in the new process)."""

@@ -162,14 +162,14 @@ def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
     return ready
 
 
-def warm(run: Run, experiment: Experiment) -> None:
+def warm(run: Run) -> None:
     """Make what all runs of a task set have in common, before they are forked."""
     if run.task in _PROBES:
         return
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has no use for this process's threads, and may wait for them
-    trial = Trial(run, experiment, TASKS[run.task])
+    trial = Trial(run, Experiment("frozen", "all", {"method": "frozen"}, {}), TASKS[run.task])
     trial.probe(trial.script.make_model(trial.args, trial.data))
     torch.set_num_threads(threads)
 

@@ -115,6 +115,20 @@ def test_parameters_of_an_experiment_override_those_of_the_task_set():
     assert config["external_rate"] == 2e-3
 
 
+def test_a_selection_of_another_task_set_is_trained_as_it_is(monkeypatch):
+    monkeypatch.setitem(TASKS, "segmentation", small("segmentation"))
+    config = {"method": "sfa", "budget": 0.05, "selection_steps": 2}
+    selected = [
+        run(task, config=config, **params)[1]["train_info"]["selected"]
+        for task, params in (
+            ("segmentation", {}),
+            ("depth", {}),
+            ("depth", {"selection_of": "segmentation"}),
+        )
+    ]
+    assert selected[2] == selected[0] != selected[1]
+
+
 def test_a_budget_that_is_too_small_is_a_result(made):
     _, result = run(config={"method": "lora", "budget": 1e-5})
     assert result["train_info"]["status"] == "failed"
