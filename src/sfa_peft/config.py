@@ -114,7 +114,8 @@ class SFAConfig(PeftConfig):
         selection_steps: The paper's s: update steps in a round. None: 2000 as in the paper; a run
             too short for 20 such rounds gets a twentieth of its length, and says so.
         total_steps: The paper's T: update steps of the whole run. `SFACallback` takes it from the
-            Trainer; an own loop gives it here or to `SFASelector`.
+            Trainer; an own loop gives it here or to `SFASelector`. A loop that calls
+            `SFAModel.update_and_allocate` gives it here.
         late_bias_correction: Whether, under Adam, weights that join late get the bias correction of
             their own age. False is stock behaviour, which starts them with steps several times too
             large; for comparison.

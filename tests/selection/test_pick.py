@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfa_peft import SelectionError
-from sfa_peft.selection.distribution import ScoreDistribution
 from sfa_peft.selection.pick import layer_quotas, pick, row_sizes
+from sfa_peft.selection.score_distribution import ScoreDistribution
 from sfa_peft.selection.topk import RandomSource, TensorSource, streaming_topk
 
 NAN, INF = float("nan"), float("inf")

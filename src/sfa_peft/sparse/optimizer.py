@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,7 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if pool.optimizer_steps == 0:
             _warn_of_group(pool, group, optimizer.param_groups)
         pool.optimizer_steps += 1
+        pool.optimizer = weakref.ref(optimizer)
         pool.withdraw()
 
 

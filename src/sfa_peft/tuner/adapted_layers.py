@@ -90,7 +90,7 @@ def _before_forward(model: nn.Module, _args: Any) -> None:
 
 
 def _look(model: nn.Module) -> None:
-    """Look for writes of others, but not between one training step and the next."""
+    """Look for writes of others, but not between one training step and the next; begin rounds."""
     compiled_pass = getattr(model, _ATTRIBUTE)
     compiled_pass.adapters = [a for a in compiled_pass.adapters if a.store.is_there]
     if any(adapter.store.values.is_meta for adapter in compiled_pass.adapters):
@@ -98,6 +98,8 @@ def _look(model: nn.Module) -> None:
     for adapter in compiled_pass.adapters:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=model.training and torch.is_grad_enabled())
+            if torch.is_grad_enabled():
+                adapter.begin()
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:

@@ -137,6 +137,36 @@ class SFAModel(BaseTuner):
         """
         add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 
+    # --- training ------------------------------------------------------------------------------
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Count an update step, and let the selection of active adapters grow at a round's end.
+
+        For loops made for PEFT's methods that act while training (AdaLoRA, AdaMSS), in place of a
+        `SFASelector`. Such a loop selects what that would, if it gets no `lr_scheduler`::
+
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+
+        The run's length is `SFAConfig.total_steps`. The selection begins before the first forward
+        of the whole model that a backward may follow; a call counts if an optimizer of torch
+        stepped since the last one. Where nothing is to be selected while training, it does nothing.
+
+        Args:
+            global_step: Not needed, since steps of the optimizer are counted: loops begin at 0 or
+                at 1, and call this after each micro-batch or after each step.
+
+        Raises:
+            SelectionError: If `total_steps` is not given, `SFASelector` or `SFACallback` makes the
+                selection already, or the loss is scaled by a GradScaler.
+        """
+        for name in self.active_adapters:
+            adapter = find_adapter(self.model, name)
+            if adapter is not None:
+                adapter.count_step()
+
     # --- which adapters act, on all layers together --------------------------------------------
 
     @contextmanager
