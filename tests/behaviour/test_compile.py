@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
 from sfa_peft import SFAConfig, SFASelector, UnfinishedSelectionWarning
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 pytestmark = [

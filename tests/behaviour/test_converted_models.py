@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 

@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfa_peft import SelectionError, SFAConfig, SFALayer, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.pretended.device import Device, Report
 
 ROUND, TOTAL = 3, 15

@@ -19,10 +19,10 @@ from ..sparse.optimizer import LateEntries
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, check_scores, num_ranks
 from .candidates import Candidates
-from .distribution import ScoreDistribution
 from .pick import pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
+from .score_distribution import ScoreDistribution
 from .scores import find_score
 
 logger = logging.getLogger(__name__)
@@ -289,7 +289,7 @@ class Rounds:
             pick(
                 [accumulator.source() for accumulator in accumulators],
                 self.schedule.selected_after(self.update_steps) - first,
-                [pool.count(ordinal) for ordinal in range(len(accumulators))],
+                pool.indices,
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
                 row_sizes=row_sizes([weight.tensor for weight in pool.weights]),

@@ -17,6 +17,7 @@ taken is exchanged for the one with the entry's own age:
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,6 +91,7 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if pool.optimizer_steps == 0:
             _warn_of_group(pool, group, optimizer.param_groups)
         pool.optimizer_steps += 1
+        pool.optimizer = weakref.ref(optimizer)
         pool.withdraw()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
 from .weight import Weight, version
-from .writing import is_stand_in
+from .write_lock import is_stand_in
 
 
 class Store(Protocol):
@@ -75,6 +75,7 @@ class Pool:
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
+        self.optimizer: weakref.ref[Any] | None = None  # the one that stepped last
         self.stepped_by_grad_scaler = False
         self.keep_before = False  # whether the values before the next step are wanted
         self.before: Tensor | None = None
@@ -87,7 +88,7 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        none = ("_layout", "_cut", "_spread", "before", "driver", "source", "seen")
+        none = ("_layout", "_cut", "_spread", "before", "driver", "optimizer", "source", "seen")
         return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
