@@ -59,7 +59,7 @@ def test_layer_ranking_picks_the_best_of_each_tensor_however_small_they_are():
         best = torch.topk(tensor.abs(), chosen.numel()).indices
         assert torch.equal(chosen, best.sort().values)
     left = _without(tensors, first)
-    second = pick(left, 30, first.__getitem__, ranking="layer")
+    second = pick(left, 30, [p.numel() for p in first], ranking="layer")
     for tensor, chosen, before in zip(tensors, second, first, strict=True):
         best = torch.topk(tensor.abs(), 2 * before.numel()).indices.sort().values
         assert torch.equal(torch.cat([before, chosen]).sort().values, best)
@@ -119,9 +119,16 @@ def test_rows_of_a_tensor_stay_within_its_own_quota_under_layer_ranking():
 def _one_by_one(tensors, selected, quota):
     """Admit one weight after the other: the best in a row that has the fewest of all not full."""
     chosen = [set(own) for own in selected]
+    # An infinite score is TAKEN: it counts as admitted, as one that was admitted before does.
+    infinite = [{p for p, v in enumerate(t.flatten()) if math.isinf(v)} for t in tensors]
     for _ in range(quota):
         entries = [
-            (sum(p // size == place // size for p in own), -abs(float(value)), which, place)
+            (
+                sum(p // size == place // size for p in own | infinite[which]),
+                -abs(float(value)),
+                which,
+                place,
+            )
             for which, (tensor, own) in enumerate(zip(tensors, chosen, strict=True))
             for size in [tensor.shape[1]]
             for place, value in enumerate(tensor.flatten())
@@ -141,11 +148,9 @@ def test_output_ranking_fills_the_emptiest_rows_first_over_any_number_of_picks(d
         left = finite - sum(map(len, selected))
         quota = data.draw(st.integers(0, left))
         distribution = ScoreDistribution()
-        before = [torch.tensor(sorted(s), dtype=torch.int64) for s in selected]
         chosen = pick(
-            _without(tensors, before),
+            _without(tensors, [sorted(s) for s in selected]),
             quota,
-            before.__getitem__,
             ranking="output",
             row_sizes=row_sizes(tensors),
             distribution=distribution,

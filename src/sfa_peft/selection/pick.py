@@ -7,7 +7,7 @@ And what it fills: a pool, at once without data, or round by round until it is f
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..errors import SelectionError
 from ..sparse.pool import Pool
 from .rules import SelectionRules
 from .score_distribution import ScoreDistribution
-from .topk import RandomSource, Source, TensorSource, streaming_topk, topk_of_each
+from .topk import TAKEN, RandomSource, Source, TensorSource, streaming_topk, topk_of_each
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer", "output")
@@ -29,7 +29,7 @@ _TOGETHER = 16
 def pick(
     sources: Sequence[Source],
     quota: int,
-    taken: Callable[[int], Tensor] | None = None,
+    before: Sequence[int] | None = None,
     *,
     ranking: str = "global",
     granularity: str = "weight",
@@ -42,8 +42,7 @@ def pick(
         sources: Scores of each tensor; those of entries that were admitted before are `TAKEN`.
         quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
             they fit; the rest of the quota stays open for the next pick.
-        taken: Returns a tensor's positions that were admitted before, in any order, by its ordinal
-            (one after the other, so that not all lie there at once); None where there are none.
+        before: For each tensor how many were admitted before; None for none.
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
             share of the quota that its size has of all sizes; "output" fills up the rows with the
             fewest weights admitted first, so that all rows of all tensors end with as many.
@@ -59,10 +58,9 @@ def pick(
     Raises:
         SelectionError: If too few weights have a finite score.
     """
-    ordinals, quotas = range(len(sources)), None
+    quotas = None
     if ranking == "layer":
-        before = [taken(i).numel() if taken else 0 for i in ordinals]
-        quotas = layer_quotas(quota, [s.numel for s in sources], before)
+        quotas = layer_quotas(quota, [s.numel for s in sources], before or [0] * len(sources))
     if granularity == "row":
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
@@ -70,7 +68,7 @@ def pick(
     if ranking == "output":
         if row_sizes is None:
             raise SelectionError("pick: ranking='output' needs row_sizes.")
-        return _pick_by_output(sources, quota, taken, row_sizes, distribution)
+        return _pick_by_output(sources, quota, row_sizes, distribution)
     if quotas is None:
         return streaming_topk(sources, quota, distribution)
     chosen: list[Tensor] = []
@@ -224,19 +222,12 @@ def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> li
 def _pick_by_output(
     sources: Sequence[Source],
     quota: int,
-    taken: Callable[[int], Tensor] | None,
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
 ) -> list[Tensor]:
     """Admit the best of each row until all rows have as many, the last ones by their scores."""
     tensors = list(zip(sources, row_sizes, strict=True))
-    have = [
-        torch.bincount(taken(i).to(source.device) // size, minlength=source.numel // size).cpu()
-        if taken
-        else torch.zeros(source.numel // size, dtype=torch.int64, device="cpu")
-        for i, (source, size) in enumerate(tensors)
-    ]
-    room = [_room(*tensor, distribution) for tensor in tensors]
+    have, room = zip(*(_counts(*tensor, distribution) for tensor in tensors), strict=True)
     level = _level(torch.cat(have), torch.cat(room), quota)
     ranked = [
         _ranked_rows(*tensor, level - 1 - own) for tensor, own in zip(tensors, have, strict=True)
@@ -252,24 +243,26 @@ def _pick_by_output(
     ]
 
 
-def _open_rows(source: Source, size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, absolute scores of some rows), -1 where taken or not finite."""
+def _some_rows(source: Source, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, absolute scores of some rows)."""
     step = max(1, (1 << 20) // size)
     for first in range(0, source.numel // size, step):
-        start, stop = first * size, min((first + step) * size, source.numel)
-        scores = source.read(start, stop).abs()
-        scores.masked_fill_(~torch.isfinite(scores), -1)
+        scores = source.read(first * size, min((first + step) * size, source.numel)).abs()
         yield first, scores.view(-1, size)
 
 
-def _room(source: Source, size: int, distribution: ScoreDistribution | None) -> Tensor:
-    """Return how many more entries each row may give, on the CPU."""
-    counts = []
-    for _, scores in _open_rows(source, size):
-        counts.append((scores >= 0).sum(1).cpu())
+def _counts(
+    source: Source, size: int, distribution: ScoreDistribution | None
+) -> tuple[Tensor, Tensor]:
+    """Return how many entries each row has given, and how many more it may give, on the CPU."""
+    have, room = [], []
+    for _, scores in _some_rows(source, size):
+        have.append((scores == TAKEN).sum(1).cpu())
+        is_open = torch.isfinite(scores)
+        room.append(is_open.sum(1).cpu())
         if distribution is not None:
-            distribution.add_scores(scores[scores >= 0].cpu(), scores[:0].cpu())
-    return torch.cat(counts)
+            distribution.add_scores(scores[is_open].cpu(), scores[0, :0].cpu())
+    return torch.cat(have), torch.cat(room)
 
 
 def _level(have: Tensor, room: Tensor, quota: int) -> int:
@@ -290,7 +283,8 @@ def _level(have: Tensor, room: Tensor, quota: int) -> int:
 def _ranked_rows(source: Source, size: int, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return positions and scores before a rank in each row, and those at it; ties by position."""
     found: list[list[Tensor]] = [[], [], [], []]
-    for first, scores in _open_rows(source, size):
+    for first, rows_of_scores in _some_rows(source, size):
+        scores = rows_of_scores.masked_fill(~torch.isfinite(rows_of_scores), -1)
         rows = torch.arange(first, first + len(scores), device=scores.device)[:, None]
         ordered = scores.sort(dim=1, descending=True, stable=True)
         places, column = ordered.indices + rows * size, torch.arange(size, device=scores.device)

@@ -289,7 +289,7 @@ class Rounds:
             pick(
                 [accumulator.source() for accumulator in accumulators],
                 self.schedule.selected_after(self.update_steps) - first,
-                pool.indices,
+                [pool.count(ordinal) for ordinal in range(len(accumulators))],
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
                 row_sizes=row_sizes([weight.tensor for weight in pool.weights]),
