@@ -115,6 +115,23 @@ ABLATIONS = {
             "The paper's second column is printed as 2 %, but 2.58 M are 3 %.",
         ),
         Ablation(
+            "criteria",
+            "How weights are ranked",
+            ("segmentation", "depth"),
+            (
+                ("accumulated gradient, the default", "-", "internal/5pct"),
+                ("gradient times weight", "-", "internal/criterion-movement"),
+                ("absolute gradient", "-", "internal/criterion-absolute-gradient"),
+                ("squared gradient", "-", "internal/criterion-squared-gradient"),
+                ("weight difference (Eq. 4)", "-", "internal/criterion-weight-difference"),
+                ("largest weights", "-", "internal/criterion-magnitude"),
+                ("the same share of each layer", "-", "internal/criterion-each-layer"),
+                ("as many for each output", "-", "internal/criterion-each-output"),
+                ("random", "-", "random/5pct"),
+            ),
+            "The internal part alone at 5 %. The paper has this in its supplementary only.",
+        ),
+        Ablation(
             "table7",
             "Table 7: a selection of another data set",
             ("camvid",),

@@ -46,6 +46,11 @@ class Experiment:
         return int(found[1]) if found else None
 
     @property
+    def is_ablation(self) -> bool:
+        """Whether it is a line of an ablation, and of no other table."""
+        return self.name.startswith(("table", "criterion"))
+
+    @property
     def trains_backbone(self) -> bool:
         """Whether it needs a rate beside the head's."""
         return self.config.get("method") != "frozen"

@@ -30,7 +30,7 @@ def write_report(plan: Plan, folder: Path) -> str:
     """
     pictures = folder / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    found = {name: make_rows(plan, name, _is_no_ablation) for name in plan.tasks}
+    found = {name: make_rows(plan, name, lambda e: not e.is_ablation) for name in plan.tasks}
     by_task = {name: rows for name, rows in found.items() if rows}
     parts = [_intro(by_task), "## How far it is", _progress(plan)]
     if by_task:
@@ -52,14 +52,10 @@ def _progress(plan: Plan) -> str:
     lines = [["task set", "data", "runs so far", "experiments with chosen rates", "all"]]
     for name, task in plan.tasks.items():
         runs = sum(run.task == name for run in plan.results)
-        own = [e for e in plan.experiments.values() if _is_no_ablation(e)]
+        own = [e for e in plan.experiments.values() if not e.is_ablation]
         chosen = sum(bool(plan.chosen(name, e)) for e in own)
         lines.append([name, task.title, str(runs), str(chosen), str(len(own))])
     return table(lines)
-
-
-def _is_no_ablation(experiment: Experiment) -> bool:
-    return not experiment.name.startswith("table")
 
 
 def _intro(by_task: dict[str, list[Row]]) -> str:
