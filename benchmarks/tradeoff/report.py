@@ -70,7 +70,7 @@ def _intro(by_task: dict[str, list[Row]]) -> str:
 
 def best_of(rows: Sequence[Row]) -> set[str]:
     """Return the ids of the best row and of those that it does not beat."""
-    limited = [row for row in rows if row.experiment.method != "full"]
+    limited = [row for row in rows if row.experiment.method != "full" and row.is_complete]
     if not limited:
         return set()
     pick = max if limited[0].task.higher_is_better else min
@@ -105,7 +105,8 @@ def _verdicts(by_task: dict[str, list[Row]]) -> str:
     lines = [
         ["task set", "SFA 5 % beats", "no difference", "is beaten by", "SFA 20 % against full"]
     ]
-    for name, rows in by_task.items():
+    for name, every in by_task.items():
+        rows = [row for row in every if row.is_complete]
         ours = {r.experiment.percent: r for r in rows if r.experiment.method == "sfa"}
         others = [
             r for r in rows

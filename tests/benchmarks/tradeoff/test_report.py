@@ -63,6 +63,15 @@ def test_a_difference_inside_the_spread_is_called_none(plan, tmp_path):
     assert not rows["sfa/5pct"].beats(rows["internal/5pct"])
 
 
+def test_without_all_seeds_nothing_is_compared(plan, tmp_path):
+    lost = next(r for r in plan.results if r.experiment == "internal/5pct" and r.seed == 2)
+    plan.results = {k: v for k, v in plan.results.items() if k != lost}
+    write_report(plan, tmp_path)
+    within = (tmp_path / "tradeoff.md").read_text().split("## Within 5 %")[1].split("##")[0]
+    assert line_of(within, "internal") == "| internal | 5.0% | 0.600 ± 0.000 (2 of 3 seeds) |"
+    assert "**" in line_of(within, "sfa")
+
+
 def test_experiments_whose_rates_are_still_searched_are_left_out(plan, tmp_path):
     unfinished = next(run for run in plan.results if run.experiment == "lora/5pct")
     plan.results = {k: v for k, v in plan.results.items() if k != unfinished}
