@@ -32,7 +32,7 @@ from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
-from .tuner.rates import parameter_groups as parameter_groups
+from .tuner.parameter_groups import parameter_groups as parameter_groups
 from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
 from .tuner.report import plot_selection as plot_selection

@@ -13,8 +13,18 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
+from .config_fields import (
+    check_fields,
+    choice,
+    names,
+    number,
+    option,
+    patterns,
+    saved,
+    steps,
+    whole,
+)
 from .errors import ConfigError, SFAError
-from .fields import check_fields, choice, names, number, option, patterns, saved, steps, whole
 from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
 from .model_card import CardFacts, make_section, write_section
@@ -88,7 +98,9 @@ class SFAConfig(PeftConfig):
         score_every: Score one update step in so many (the last of a round always): when steps that
             score are too slow.
         ranking: "global" compares all weights (Fig. 5: layers end up uneven); "layer" gives every
-            tensor the same share, for backbones whose gradients differ by orders of magnitude.
+            tensor the same share, for backbones whose gradients differ by orders of magnitude;
+            "output" gives every output feature of every tensor as many weights, so that each can
+            change, as GPS does.
         granularity: "weight", or "row": all weights of one output feature together, which needs no
             index per weight; for the smallest files.
         schedule: "linear" picks equal shares after each round but the last; "cubic" picks most of
@@ -238,6 +250,11 @@ class SFAConfig(PeftConfig):
             yield (
                 "`layers_to_transform` cannot be used when `target_modules` is a str, because a "
                 "regular expression can name the layers itself."
+            )
+        if self.ranking == "output" and self.granularity != "weight":
+            yield (
+                'ranking="output" gives every row as many weights, granularity='
+                f"{self.granularity!r} selects several together. Leave one of them out."
             )
         plain = self.score_every == 1 and self.score_dtype == "float32"
         if self.score == "weight_difference" and not plain:

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 pytestmark = [

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
 from sfa_peft.selection import accumulators
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 STEPS, MICRO, WORLD = 12, 2, 2

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from torch.amp import GradScaler
 
 from sfa_peft import SelectionError, SFAConfig, SFALayer, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
 

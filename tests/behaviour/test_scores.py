@@ -11,7 +11,7 @@ from peft import get_peft_model
 from sfa_peft import SelectionError, SFAConfig, SFASelector, register_score
 from sfa_peft.selection import scores
 from sfa_peft.selection.topk import RandomSource
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import DenseReference, assert_same, masks_of
 from tests.tiny import MLP
 
@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-3  # an eps that keeps rounding of tiny gradients 
 TOTAL, ROUND = 21, 4
 NAMES = ("first.weight", "first.bias", "second.weight")
 SCORES = (*DenseReference.SCORE_STEPS, "weight_difference", "largest")
-KINDS = list(itertools.product(("global", "layer"), ("weight", "row")))
+KINDS = [*itertools.product(("global", "layer"), ("weight", "row")), ("output", "weight")]
 
 
 def largest(weight, gradient, state):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sfa_peft import SelectionError
 from sfa_peft.selection.pick import layer_quotas, pick, row_sizes
+from sfa_peft.selection.score_distribution import ScoreDistribution
 from sfa_peft.selection.topk import RandomSource, TensorSource, streaming_topk
 
 NAN, INF = float("nan"), float("inf")
@@ -113,6 +114,58 @@ def test_rows_of_a_tensor_stay_within_its_own_quota_under_layer_ranking():
         sources, 30, _nothing(sources), ranking="layer", granularity="row", row_sizes=[5, 5]
     )
     assert [c.tolist() for c in chosen] == [_whole([0, 1], 5), _whole([0, 1, 2, 3], 5)]
+
+
+def _one_by_one(tensors, selected, quota):
+    """Admit one weight after the other: the best in a row that has the fewest of all not full."""
+    chosen = [set(own) for own in selected]
+    for _ in range(quota):
+        entries = [
+            (sum(p // size == place // size for p in own), -abs(float(value)), which, place)
+            for which, (tensor, own) in enumerate(zip(tensors, chosen, strict=True))
+            for size in [tensor.shape[1]]
+            for place, value in enumerate(tensor.flatten())
+            if place not in own and math.isfinite(value)
+        ]
+        _, _, which, place = min(entries)
+        chosen[which].add(place)
+    return [sorted(own - set(before)) for own, before in zip(chosen, selected, strict=True)]
+
+
+@given(matrices(), st.data())
+def test_output_ranking_fills_the_emptiest_rows_first_over_any_number_of_picks(drawn, data):
+    tensors, _ = drawn
+    sources, selected = [TensorSource(t) for t in tensors], [set() for _ in tensors]
+    finite = int(sum(torch.isfinite(t).sum() for t in tensors))
+    for _ in range(2):
+        left = finite - sum(map(len, selected))
+        quota = data.draw(st.integers(0, left))
+        distribution = ScoreDistribution()
+        before = [torch.tensor(sorted(s), dtype=torch.int64) for s in selected]
+        chosen = pick(
+            sources,
+            quota,
+            before,
+            ranking="output",
+            row_sizes=row_sizes(tensors),
+            distribution=distribution,
+        )
+        wanted = _one_by_one(tensors, selected, quota)
+        assert [c.tolist() for c in chosen] == wanted
+        assert int(distribution.counts.sum()) == left
+        admitted = [
+            abs(float(t.flatten()[p])) for t, w in zip(tensors, wanted, strict=True) for p in w
+        ]
+        assert distribution.threshold == (min(admitted) if admitted else None)
+        selected = [s | set(w) for s, w in zip(selected, wanted, strict=True)]
+
+
+def test_output_ranking_says_when_too_few_scores_are_finite():
+    sources = [TensorSource(torch.tensor([[1.0, NAN], [INF, 2.0]]))]
+    with pytest.raises(SelectionError, match="Cannot select 3 weights: only 2 have a finite score"):
+        pick(sources, 3, _nothing(sources), ranking="output", row_sizes=[2])
+    with pytest.raises(SelectionError, match="needs row_sizes"):
+        pick(sources, 1, _nothing(sources), ranking="output")
 
 
 def test_a_row_of_a_convolution_is_a_channel_and_of_a_vector_one_entry():

@@ -26,7 +26,7 @@ from sfa_peft import (
     UnfinishedSelectionWarning,
     selection_summary,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import images, upernet
 from tests.training.trainer_runs import QUIET, ROUND, STEPS, Images, make_trainer
 

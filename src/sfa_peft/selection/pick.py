@@ -6,19 +6,20 @@ And what it fills: a pool, at once without data, or round by round until it is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import SelectionError
 from ..sparse.pool import Pool
-from .distribution import ScoreDistribution
 from .rules import SelectionRules
+from .score_distribution import ScoreDistribution
 from .topk import RandomSource, Source, TensorSource, streaming_topk
 
 #: Over which weights scores are compared.
-RANKINGS = ("global", "layer")
+RANKINGS = ("global", "layer", "output")
 #: What is selected as one.
 GRANULARITIES = ("weight", "row")
 
@@ -41,10 +42,11 @@ def pick(
             they fit; the rest of the quota stays open for the next pick.
         selected: For each tensor the positions admitted before (int64, strictly increasing).
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
-            share of the quota that its size has of all sizes.
+            share of the quota that its size has of all sizes; "output" fills up the rows with the
+            fewest weights admitted first, so that all rows of all tensors end with as many.
         granularity: "weight", or "row": all weights of one output feature (channel) together,
             ranked by the mean of their absolute scores.
-        row_sizes: For "row" the number of weights in a row of each tensor.
+        row_sizes: For "row" and "output" the number of weights in a row of each tensor.
         distribution: Gets the scores that are compared (of weights, or of rows) and the smallest
             one that is admitted.
 
@@ -58,6 +60,10 @@ def pick(
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
         return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
+    if ranking == "output":
+        if row_sizes is None:
+            raise SelectionError("pick: ranking='output' needs row_sizes.")
+        return _pick_by_output(sources, quota, selected, row_sizes, distribution)
     if ranking == "global":
         return streaming_topk(sources, quota, selected, distribution)
     quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
@@ -209,3 +215,91 @@ def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> li
         chosen[a:b] - start
         for a, b, start in zip(cuts[:-1], cuts[1:], starts[:-1].tolist(), strict=True)
     ]
+
+
+def _pick_by_output(
+    sources: Sequence[Source],
+    quota: int,
+    selected: Sequence[Tensor],
+    row_sizes: Sequence[int],
+    distribution: ScoreDistribution | None,
+) -> list[Tensor]:
+    """Admit the best of each row until all rows have as many, the last ones by their scores."""
+    tensors = list(zip(sources, row_sizes, selected, strict=True))
+    have = [torch.bincount(s // n, minlength=t.numel // n).cpu() for t, n, s in tensors]
+    room = [_room(*tensor, distribution) for tensor in tensors]
+    level = _level(torch.cat(have), torch.cat(room), quota)
+    ranked = [
+        _ranked_rows(*tensor, level - 1 - own) for tensor, own in zip(tensors, have, strict=True)
+    ]
+    left = quota - sum(sure.numel() for sure, _, _, _ in ranked)
+    chosen = streaming_topk([scores for _, _, _, scores in ranked], left)
+    if distribution is not None:
+        for (_, scores, _, last), own in zip(ranked, chosen, strict=True):
+            distribution.add_scores(scores[:0].cpu(), torch.cat((scores, last[own])).cpu())
+    return [
+        torch.cat((sure, last[own])).sort().values
+        for (sure, _, last, _), own in zip(ranked, chosen, strict=True)
+    ]
+
+
+def _open_rows(source: Source, size: int, selected: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, absolute scores of some rows), -1 where selected or not finite."""
+    step = max(1, (1 << 20) // size)
+    for first in range(0, source.numel // size, step):
+        start, stop = first * size, min((first + step) * size, source.numel)
+        scores = source.read(start, stop).abs()
+        scores[~torch.isfinite(scores)] = -1
+        ends = torch.tensor([start, stop], device=selected.device)
+        a, b = torch.searchsorted(selected, ends).tolist()
+        scores[(selected[a:b] - start).to(scores.device)] = -1
+        yield first, scores.view(-1, size)
+
+
+def _room(
+    source: Source, size: int, selected: Tensor, distribution: ScoreDistribution | None
+) -> Tensor:
+    """Return how many more entries each row may give, on the CPU."""
+    counts = []
+    for _, scores in _open_rows(source, size, selected):
+        counts.append((scores >= 0).sum(1).cpu())
+        if distribution is not None:
+            distribution.add_scores(scores[scores >= 0].cpu(), scores[:0].cpu())
+    return torch.cat(counts)
+
+
+def _level(have: Tensor, room: Tensor, quota: int) -> int:
+    """Return how many entries the fullest rows have after a pick that evens all rows out."""
+    if quota > int(room.sum()):
+        raise SelectionError(
+            f"Cannot select {quota} weights: only {int(room.sum())} have a finite score and are "
+            "not selected yet. Are gradients NaN or infinite?"
+        )
+    highest = int((have + room).max())
+    return bisect_left(
+        range(highest + 1),
+        quota,
+        key=lambda level: int((level - have).clamp(min=0).minimum(room).sum()),
+    )
+
+
+def _ranked_rows(
+    source: Source, size: int, selected: Tensor, ranks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return positions and scores before a rank in each row, and those at it; ties by position."""
+    found: list[list[Tensor]] = [[], [], [], []]
+    for first, scores in _open_rows(source, size, selected):
+        rows = torch.arange(first, first + len(scores), device=scores.device)[:, None]
+        ordered = scores.sort(dim=1, descending=True, stable=True)
+        places, column = ordered.indices + rows * size, torch.arange(size, device=scores.device)
+        limit = ranks.to(scores.device)[rows]
+        is_open = ordered.values >= 0
+        before, at = (column < limit) & is_open, (column == limit) & is_open
+        for parts, tensor in zip(
+            found,
+            (places[before], ordered.values[before], places[at], ordered.values[at]),
+            strict=True,
+        ):
+            parts.append(tensor)
+    sure, scores, last, last_scores = (torch.cat(parts) for parts in found)
+    return sure, scores, last, last_scores

@@ -19,10 +19,10 @@ from ..sparse.optimizer import LateEntries
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, num_ranks, warn_of_gaps
 from .candidates import Candidates
-from .distribution import ScoreDistribution
 from .pick import pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
+from .score_distribution import ScoreDistribution
 from .scores import find_score
 from .topk import TensorSource
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SelectionError
-from .distribution import LOW_BITS, NUM_BINS, ScoreDistribution
+from .score_distribution import LOW_BITS, NUM_BINS, ScoreDistribution
 
 _LOW_MASK = (1 << LOW_BITS) - 1
 _INF_KEY = 0x7F800000  # bit pattern of infinity; larger patterns are NaN

@@ -20,7 +20,7 @@ from torch import Tensor
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
 from .weight import Weight, version
-from .writing import is_stand_in
+from .write_lock import is_stand_in
 
 
 class Store(Protocol):

@@ -22,10 +22,10 @@ from ..errors import ConfigError, SFAError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
 from ..sparse.delta import Delta, change_to
-from ..tuner.layers import find_pool
-from ..tuner.plan import make_plan
-from ..tuner.upstream.heads import settle_heads
-from .sharing import refuse_tuned
+from ..tuner.adapted_layers import find_pool
+from ..tuner.injection_plan import make_plan
+from ..tuner.upstream.task_heads import settle_heads
+from .shared_backbone import refuse_tuned
 
 State = Mapping[str, Tensor]
 

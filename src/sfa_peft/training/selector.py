@@ -17,11 +17,11 @@ from ..selection.rules import SelectionRules, check_resumed
 from ..selection.schedule import Schedule, make_schedule, share_by_rates
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
+from ..tuner.adapted_layers import find_adapter
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer
-from ..tuner.layers import find_adapter
 from ..tuner.report import stage_shares
-from .rates import planned_rates
+from .planned_rates import planned_rates
 from .state_files import check_state
 
 

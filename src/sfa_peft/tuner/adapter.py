@@ -22,15 +22,15 @@ from ..errors import (
     UnfinishedSelectionWarning,
     warn,
 )
+from ..files.adapter_config import Resolved, SavedTensor, digests, type_name
 from ..files.packing import Entries, PackedSelection, pack, read_packed, with_manifest
-from ..files.record import Resolved, SavedTensor, digests, type_name
 from ..selection.pick import is_unfinished
 from ..selection.rounds import Rounds
 from ..selection.schedule import make_schedule, share_by_rates
-from ..sparse.averages import notice
 from ..sparse.delta import adapt, by_weight
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight
+from ..sparse.weight_averages import notice
 
 #: Training forwards with an unfinished selection after which a missing selector is reported.
 _PATIENCE = 3

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .stored import is_packed, stored
+from .weight_storage import is_packed, stored
 
 
 def output_features(layer: nn.Module) -> int:

@@ -11,18 +11,18 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
-from ..sparse.writing import together
-from . import layers
+from ..sparse.write_lock import together
+from . import adapted_layers
+from .adapted_layers import find_adapter, refuse_offloaded_weights
 from .adapter import pack_state
 from .injection import Injection
 from .layer import SFALayer
-from .layers import find_adapter, refuse_offloaded_weights
-from .reading import in_pool_type, unpack_state
+from .load_adapter import in_pool_type, unpack_state
 from .report import card_facts
-from .upstream.checkpointing import prepare_checkpointing
-from .upstream.fits import check_fits
-from .upstream.heads import settle_heads
-from .weighted import LINEAR, add_weighted
+from .upstream.gradient_checkpointing import prepare_checkpointing
+from .upstream.shape_check import check_fits
+from .upstream.task_heads import settle_heads
+from .weighted_adapter import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -73,7 +73,7 @@ class SFAModel(BaseTuner):
         )
         self._injection.finish()
         del self._injection  # it holds what it read of other adapters
-        layers.install(model)
+        adapted_layers.install(model)
         prepare_checkpointing(model)
 
     def _create_and_replace(
@@ -219,7 +219,7 @@ class SFAModel(BaseTuner):
                 "class has no place for them: save the adapter before, and merge after loading.",
                 MergeWarning,
             )
-        layers.remove(self.model)
+        adapted_layers.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     # --- files ---------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from PIL import Image
 from sfa_peft.dense.data.datasets import class_list, hold_out, load_segmentation
 from sfa_peft.dense.data.depth_folders import kitti, nyuv2
 from sfa_peft.dense.data.files import id_table, map_ids, metres_of
-from sfa_peft.dense.data.layouts import check_imagefolder
-from sfa_peft.dense.data.library import library_rows, pick_column, undecoded
+from sfa_peft.dense.data.folder_layouts import check_imagefolder
+from sfa_peft.dense.data.hf_datasets import library_rows, pick_column, undecoded
 from sfa_peft.dense.data.object_folders import OBJECT_COLUMNS, LibraryObjects, coco
 from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.data.segmentation_folders import ade20k, cityscapes

@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import SFAConfig
-from sfa_peft.files import folder, packing, record
-from sfa_peft.tuner.layers import find_pool
-from sfa_peft.tuner.upstream import files
+from sfa_peft.files import adapter_config as record
+from sfa_peft.files import folder, packing
+from sfa_peft.tuner.adapted_layers import find_pool
+from sfa_peft.tuner.upstream import save_and_load as files
 from tests.tiny import MLP
 
 NUM_TENSORS = 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sfa_peft import SFAError
-from sfa_peft.tasks.claims import Claim, Claims
+from sfa_peft.tasks.thread_claims import Claim, Claims
 from tests.tasks.models import NAMES, PIXELS, answer, depth_model, output
 
 

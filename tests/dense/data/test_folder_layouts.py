@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfa_peft.dense.data.layouts import check_imagefolder
+from sfa_peft.dense.data.folder_layouts import check_imagefolder
 from sfa_peft.dense.data.load import load_dense
 from sfa_peft.errors import SFAError
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
-from ..files.record import Link, read_resolved
+from ..files.adapter_config import Link, read_resolved
 
 
 @dataclass(frozen=True)

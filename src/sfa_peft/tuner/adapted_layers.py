@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The adapted layers of a model together: found, and what a hook does before their forward.
 
-It looks for what others wrote into adapters that train (see `sparse.averages`). And under
+It looks for what others wrote into adapters that train (see `sparse.weight_averages`). And under
 `torch.compile` it makes the one graph break: a graph cannot hold what decides whether weights are
 up to date. So the hook does that first, for all layers, and their forwards go on with what it
 prepared.
@@ -18,7 +18,7 @@ from ..sparse.pool import Pool
 from ..sparse.weight import eager
 from .adapter import Adapter
 from .layer import SFALayer
-from .stored import refuse_offloaded
+from .weight_storage import refuse_offloaded
 
 #: Name under which the hooked model keeps its pass.
 _ATTRIBUTE = "_sfa_compiled_pass"

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import SFAError
 from .pool import Pool, every_pool
 from .weight import Weight
-from .writing import is_stand_in
+from .write_lock import is_stand_in
 
 State = dict[str, Tensor]
 

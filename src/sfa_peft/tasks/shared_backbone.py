@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backbones import describe_model, find_backbone, role_modules
 from ..config import SFAConfig
 from ..errors import SFAError
-from ..tuner.base_config import OUTPUTS, config_fields
+from ..tuner.base_model_config import OUTPUTS, config_fields
 from ..tuner.layer import SFALayer
 
 

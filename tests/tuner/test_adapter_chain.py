@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import AdapterFileError, SFAConfig
-from sfa_peft.files import record
-from sfa_peft.tuner import chain, reading
-from sfa_peft.tuner.layers import find_pool
-from sfa_peft.tuner.upstream import files
+from sfa_peft.files import adapter_config as record
+from sfa_peft.tuner import adapter_chain as chain
+from sfa_peft.tuner import load_adapter as reading
+from sfa_peft.tuner.adapted_layers import find_pool
+from sfa_peft.tuner.upstream import save_and_load as files
 from tests.tiny import MLP
 
 READS = 2  # of a config for each folder: its fields, and that its tensors are whole

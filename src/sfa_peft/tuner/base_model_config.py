@@ -14,7 +14,7 @@ from torch import nn
 
 from ..backbones import Backbone
 from ..errors import AdapterFileError, OtherBaseWarning, warn
-from ..files.record import Resolved
+from ..files.adapter_config import Resolved
 
 #: Fields that say nothing about what is computed outside training.
 _SILENT = frozenset(

@@ -16,7 +16,7 @@ from sfa_peft.dense.data.object_transforms import ObjectResize
 from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.detr import detr_results
-from sfa_peft.dense.metrics.truth import true_objects
+from sfa_peft.dense.metrics.ground_truth import true_objects
 from sfa_peft.errors import SFAError
 from tests.model_zoo import require
 

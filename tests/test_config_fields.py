@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sfa_peft import ConfigError, SFAConfig
-from sfa_peft.fields import (
+from sfa_peft.config_fields import (
     check_fields,
     choice,
     names,

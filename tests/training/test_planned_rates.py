@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from transformers import get_scheduler
 
 from sfa_peft import ResumedRunWarning, SelectionError, SFACallback, SFAConfig, SFASelector
-from sfa_peft.training.rates import planned_rates
+from sfa_peft.training.planned_rates import planned_rates
 from tests.tiny import MLP, upernet
 from tests.training.trainer_runs import make_trainer
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfa_peft.selection.distribution import LOW_BITS, ScoreDistribution
 from sfa_peft.selection.pick import pick, row_sizes
+from sfa_peft.selection.score_distribution import LOW_BITS, ScoreDistribution
 from sfa_peft.selection.topk import TensorSource, streaming_topk
 
 FLOATS = st.one_of(

@@ -33,6 +33,7 @@ READABLE_VERSIONS = (FORMAT_VERSION, CHAIN_VERSION)
 # More than any adapter's file has.
 LARGEST_JSON = 1 << 22  # bytes
 _LARGEST_BASE_CONFIG = 1 << 16  # characters
+_MOST_CONTAINERS = 1 << 17  # lists and objects: each costs a hundred times its two bytes
 _DEEPEST = 20  # lists and objects inside one another
 _MOST_DIGITS = 20
 _MOST_DIMENSIONS = 64
@@ -200,6 +201,8 @@ def parse_json(data: bytes) -> Any:
     """Return what JSON that nobody vouches for holds (ValueError if it holds too much)."""
     if len(data) > LARGEST_JSON:
         raise ValueError(f"more than {LARGEST_JSON} bytes")
+    if data.count(b"[") + data.count(b"{") > _MOST_CONTAINERS:
+        raise ValueError(f"more than {_MOST_CONTAINERS} lists and objects")
     text = data.decode("utf-8-sig")  # some editors put a mark before it
     try:
         value = json.loads(text, parse_int=_integer, parse_constant=_constant)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import SFAError
-from ..files.record import Resolved, SavedLayer
+from ..files.adapter_config import Resolved, SavedLayer
 from ..sparse.delta import Deltas, count, unite
+from .adapted_layers import find_adapter, find_pool
 from .adapter import Adapter
-from .layers import find_adapter, find_pool
 from .targets import own_modules
 
 #: The one of PEFT's names for a combination that means something here.

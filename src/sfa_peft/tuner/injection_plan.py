@@ -16,11 +16,11 @@ from ..backbones import Backbone, RoleModule, find_backbone, role_modules
 from ..budget import BudgetPlan, solve_budget, with_selection
 from ..config import SFAConfig
 from ..errors import AdapterFileError, BudgetWarning, TargetError, warn
-from ..files.record import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
-from .base_config import recorded_fields
+from ..files.adapter_config import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
+from .base_model_config import recorded_fields
 from .external import output_features
-from .stored import feature_sizes, own_sizes
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
+from .weight_storage import feature_sizes, own_sizes
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, OtherBaseWarning, TargetError, warn
+from ..files.adapter_config import LONGEST_CHAIN, Resolved, is_same_base, read_resolved, type_name
 from ..files.folder import check_selection, reading_once, selection_of
 from ..files.packing import PackedSelection
-from ..files.record import LONGEST_CHAIN, Resolved, is_same_base, read_resolved, type_name
 from ..sparse.delta import Delta, adding_type, count
 from .adapter import Adapter, base_reader, unpack_selection
-from .base_config import check_base_config
-from .chain import SavedFiles, Search, packed_key
+from .adapter_chain import SavedFiles, Search, packed_key
+from .base_model_config import check_base_config
+from .injection_plan import Plan, make_plan
 from .layer import SFALayer
-from .plan import Plan, make_plan
 from .targets import is_excluded
 
 State = dict[str, Tensor]

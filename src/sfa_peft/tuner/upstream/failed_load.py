@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .. import layers
+from .. import adapted_layers
+from ..adapted_layers import adapter_layers
 from ..layer import SFALayer
-from ..layers import adapter_layers
 
 _CONTAINERS = ("_modules", "_parameters", "_buffers")
 _CONFIGS = "peft_config"
@@ -78,4 +78,4 @@ class _Snapshot:
             if isinstance(table, dict) and id(table) not in self.tables:
                 delattr(module, _CONFIGS)
         if not any(isinstance(module, SFALayer) for module in model.modules()):
-            layers.remove(model)
+            adapted_layers.remove(model)

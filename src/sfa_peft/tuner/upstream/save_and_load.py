@@ -33,15 +33,15 @@ from transformers.utils.hub import PushToHubMixin
 
 from ...config import SFAConfig
 from ...errors import AdapterFileError, SFAError
+from ...files.adapter_config import read_config
 from ...files.folder import CHECKSUM, already_read, read_adapter, reading_once, write_tensors
-from ...files.record import read_config
+from ..adapted_layers import refuse_offloaded_weights
 from ..external import AdaptedLayer
-from ..layers import refuse_offloaded_weights
-from .cards import summary_with_section, upload_with_section
-from .fits import Load, asked
-from .heads import heads_as_here
+from .failed_load import unchanged_on_error
+from .model_cards import summary_with_section, upload_with_section
 from .peft_type import NAME
-from .rollback import unchanged_on_error
+from .shape_check import Load, asked
+from .task_heads import heads_as_here
 
 _MARK = "_sfa_peft"
 #: What reading a file that is damaged or not there ends in.

@@ -21,7 +21,7 @@ from sfa_peft import (
     SFASelector,
     parameter_groups,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import DenseReference, assert_same, masks_of, step_where
 from tests.tiny import images, upernet
 from tests.training.trainer_runs import make_trainer

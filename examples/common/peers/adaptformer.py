@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sfa_peft import Backbone, RoleModule, role_modules
+from common.peers.peer import Peer, find_blocks, inside, widest
+from sfa_peft import Backbone, role_modules
 
 SCALE = 0.1
 
@@ -53,19 +54,7 @@ class ParallelAdapter(nn.Module):
         return self.base_layer(x) + SCALE * self.up(torch.relu(self.down(beside)))
 
 
-def mlp_widths(backbone: Backbone) -> dict[str, int]:
-    """Return the output features of each MLP of a backbone by the path of its last linear."""
-    paths = [_inside(backbone, e) for e in role_modules(backbone) if e.role == "mlp_out"]
-    return {path: backbone.module.get_submodule(path).out_features for path in paths}
-
-
-def parameters(features: int, width: int) -> int:
-    """Return the parameters of a branch beside an MLP of `features`, biases included."""
-    width = min(width, features)
-    return 2 * features * width + width + features
-
-
-def add_adapters(backbone: Backbone, width: int) -> None:
+def add(backbone: Backbone, width: int) -> None:
     """Put a branch beside each MLP of a backbone, whose own weights are frozen.
 
     Args:
@@ -75,8 +64,7 @@ def add_adapters(backbone: Backbone, width: int) -> None:
     backbone.module.requires_grad_(False)
     taps: dict[int, Tap] = {}
     for entry in role_modules(backbone):
-        path = _inside(backbone, entry)
-        parent_path, _, name = path.rpartition(".")
+        parent_path, _, name = inside(backbone, entry.name).rpartition(".")
         parent = backbone.module.get_submodule(parent_path)
         layer = getattr(parent, name)
         if entry.role == "mlp_in":
@@ -88,5 +76,10 @@ def add_adapters(backbone: Backbone, width: int) -> None:
             setattr(parent, name, adapter.to(layer.weight.device, layer.weight.dtype))
 
 
-def _inside(backbone: Backbone, entry: RoleModule) -> str:
-    return entry.name.removeprefix(f"{backbone.name}.")
+def parameters(backbone: Backbone, width: int) -> int:
+    """Return the parameters of the branches of a backbone, biases included."""
+    pairs = [(b.features, min(width, b.features)) for b in find_blocks(backbone)]
+    return sum(2 * features * own + own + features for features, own in pairs)
+
+
+ADAPTFORMER = Peer("AdaptFormer", add, parameters, "AdaptFormer of width 1", widest)

@@ -11,10 +11,10 @@ from peft import PeftModel, get_peft_model
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAWarning
 from sfa_peft.backbones import find_backbone
-from sfa_peft.files.record import Resolved, read_resolved
+from sfa_peft.files.adapter_config import Resolved, read_resolved
 from sfa_peft.tasks import combine
-from sfa_peft.tuner.base_config import check_base_config, config_fields, recorded_fields
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
+from sfa_peft.tuner.base_model_config import check_base_config, config_fields, recorded_fields
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 from tests.whole_life import evaluate
