@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def _section(task: TaskSet, rows: list[Row], pictures: Path) -> list[str]:
     figures.draw_tradeoff(plain, pictures / tradeoff)
     figures.draw_curves([r for r in rows if is_first(r.experiment)], pictures / curves)
     head = ["experiment", "trained", f"{task.header}, test", "validation", "forgetting",
-            "step ms", "peak MB", "bytes", "rates"]  # fmt: skip
+            "step ms", "peak MB", "bytes", "rate", "head's rate"]  # fmt: skip
     best = best_of([row for row in plain if is_first(row.experiment)])
     lines = [head, *(_cells(row, row.experiment.id in best) for row in rows)]
     return [
@@ -153,8 +154,16 @@ def _cells(row: Row, is_best: bool) -> list[str]:
         row.step_ms,
         row.peak_mb,
         f"{row.mean('file_size'):,.0f}",
-        f"{row.run.backbone_rate:g}, {row.run.head_rate:g}",
+        _marked(row.run.backbone_rate, BACKBONE_RATES),
+        _marked(row.run.head_rate, [row.task.head_rate * factor for factor in HEAD_FACTORS]),
     ]
+
+
+def _marked(rate: float, grid: Sequence[float]) -> str:
+    """Return a rate, with a star at an end of its grid."""
+    return f"{rate:g}" + "*" * any(
+        math.isclose(rate, end, rel_tol=0.01) for end in (grid[0], grid[-1])
+    )
 
 
 def _candidates(by_task: dict[str, list[Row]]) -> list[str]:

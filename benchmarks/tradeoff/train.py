@@ -7,6 +7,7 @@ Data, model, head, metric and methods are those of the example scripts.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import platform
 import tempfile
@@ -31,7 +32,7 @@ from peft import get_peft_config, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup, set_seed
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import sfa_peft
 
@@ -166,7 +167,8 @@ def warm(run: Run) -> None:
     """Make what all runs of a task set have in common, before they are forked."""
     if run.task in _PROBES:
         return
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("sfa_peft").setLevel(logging.ERROR)  # rounds are short here, each run says
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has no use for this process's threads, and may wait for them
     trial = Trial(run, Experiment("frozen", "all", {"method": "frozen"}, {}), TASKS[run.task])

@@ -42,7 +42,15 @@ def test_scores_are_means_of_test_data_and_half_of_their_range(plan, tmp_path):
     page = (tmp_path / "tradeoff.md").read_text()
     assert "0.560 ± 0.010" in line_of(page, "lora")
     assert "0.560 ± 0.010" in line_of(page, "lora/5pct")
-    assert "0.004, 0.006" in line_of(page, "lora/5pct")
+    assert "| 0.004 | 0.006 |" in line_of(page, "lora/5pct")
+
+
+def test_a_rate_at_an_end_of_the_grid_is_marked(tmp_path):
+    plan = Plan(experiments("sfa/5pct"), {})
+    work_off(plan, lambda run: run.backbone_rate - run.head_rate, only=["segmentation"])
+    write_report(plan, tmp_path)
+    line = line_of((tmp_path / "tradeoff.md").read_text(), "sfa/5pct")
+    assert line.endswith("| 0.025* | 0.00096* |")
 
 
 def test_bold_are_the_best_and_those_that_are_not_beaten(plan, tmp_path):
