@@ -14,6 +14,9 @@ from .rows import make_rows, shown, table
 INTERNAL = {1: "53.5", 3: "53.8", 5: "54.3", 10: "54.7", 15: "54.8", 20: "55.0"}
 BOTH = {1: "53.7", 3: "54.2", 5: "54.7", 10: "55.1", 15: "55.3", 20: "55.4"}
 
+#: Methods that are also trained longer, and their usual experiment.
+LONGER = {"frozen": "all", "lora": "5pct", "internal": "5pct", "sfa": "5pct", "full": "all"}
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -130,6 +133,17 @@ ABLATIONS = {
                 ("random", "-", "random/5pct"),
             ),
             "The internal part alone at 5 %. The paper has this in its supplementary only.",
+        ),
+        Ablation(
+            "length",
+            "Runs twice as long",
+            ("segmentation", "depth"),
+            tuple(
+                (f"{method}, {steps} steps", "-", f"{method}/{name}")
+                for method, usual in LONGER.items()
+                for steps, name in ((200, usual), (400, "length-400"))
+            ),
+            "With the rates found for 200 steps.",
         ),
         Ablation(
             "table7",
