@@ -150,7 +150,7 @@ def test_a_bfloat16_score_selects_nearly_the_same_and_repeats():
     masks = []
     for dtype in ("float32", "bfloat16", "bfloat16"):
         model, dense, pool, reference = build(
-            {"targets": {4: 10}}, score_dtype=dtype, schedule="one_shot"
+            {"targets": {4: 10}}, score="movement", score_dtype=dtype, schedule="one_shot"
         )
         with pytest.raises(AssertionError):  # the reference is not asked here
             run(model, dense, pool, reference)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sfa_peft.selection.pick import pick, row_sizes
 from sfa_peft.selection.score_distribution import LOW_BITS, ScoreDistribution
-from sfa_peft.selection.topk import TensorSource, streaming_topk
+from sfa_peft.selection.topk import TAKEN, TensorSource, streaming_topk
 
 FLOATS = st.one_of(
     st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 3.4e38]),
@@ -43,9 +43,9 @@ def test_numbers_are_rounded_by_less_than_half_a_percent():
 
 
 def test_selected_and_not_finite_scores_are_not_counted():
-    tensor = torch.tensor([9.0, 1.0, math.nan, math.inf, 2.0])
+    tensor = torch.tensor([TAKEN, 1.0, math.nan, math.inf, 2.0])
     found = ScoreDistribution()
-    streaming_topk([tensor], 0, [torch.tensor([0])], distribution=found)
+    streaming_topk([tensor], 0, distribution=found)
     assert int(found.counts.sum()) == 2
     assert found.summary() == {"p50": 1, "p90": 2, "p99": 2, "max": 2}  # nothing was admitted
     assert math.isnan(ScoreDistribution().quantile(0.5))
@@ -60,10 +60,13 @@ def test_every_kind_of_pick_reports_what_it_compared_and_the_smallest_admitted(
     tensors = [torch.randn(8, 4, generator=generator), torch.randn(6, 5, generator=generator)]
     before = [torch.arange(4), torch.arange(5, 10)]  # a row each
     found = ScoreDistribution()
+    left = [
+        t.clone().view(-1).index_fill(0, b, TAKEN) for t, b in zip(tensors, before, strict=True)
+    ]
     chosen = pick(
-        [TensorSource(t) for t in tensors],
+        [TensorSource(t) for t in left],
         21,
-        before,
+        [old.numel() for old in before],
         ranking=ranking,
         granularity=granularity,
         row_sizes=row_sizes(tensors),

@@ -356,5 +356,5 @@ def test_fp16_training_finds_the_gradient_scaler(tmp_path):
     trainer = make_trainer(tmp_path, [callback], fp16=True, use_cpu=False)
     trainer.train()
     assert trainer.accelerator.scaler.is_enabled()
-    assert callback.selector._rounds.loss_scale == trainer.accelerator.scaler.get_scale
+    assert callback.selector._rounds.loss_scale == trainer.accelerator.scaler.scale
     assert callback.selector.selected_share == 1

@@ -148,7 +148,6 @@ def _largest(changes: State, quota: int, config: SFAConfig) -> dict[str, Tensor]
     chosen = pick(
         [TensorSource(change) for change in changes.values()],
         quota,
-        [torch.empty(0, dtype=torch.int64, device=c.device) for c in changes.values()],
         ranking=config.ranking,
         granularity=config.granularity,
         row_sizes=row_sizes(list(changes.values())),

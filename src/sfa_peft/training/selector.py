@@ -101,7 +101,7 @@ class SFASelector:
 
     def _new_rounds(self, schedule: Schedule, pool: Pool) -> Rounds:
         scaler = self._scaler
-        scale = scaler.get_scale if scaler is not None and scaler.is_enabled() else None
+        scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
         rules = replace(self.config.rules, select_until=schedule.select_until)
         return Rounds(rules, pool, schedule, scale, self._can_skip)
 

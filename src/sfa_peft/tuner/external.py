@@ -48,9 +48,10 @@ def make_projections(
 
 def apply_bottleneck(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
     """Return Eq. 3 for features `x` (any shape the projections take), in the dtype of `x`."""
-    weight = cast(Tensor, down.weight)
-    change = up(torch.relu(down(x.to(weight.dtype))))
-    return x + change.to(x.dtype)
+    narrow = x
+    if not torch.is_autocast_enabled(x.device.type):  # it casts both, and features to float32 not
+        narrow = x.to(cast(Tensor, down.weight).dtype)
+    return x + up(torch.relu(down(narrow))).to(x.dtype)
 
 
 class AdaptedLayer(nn.Module):

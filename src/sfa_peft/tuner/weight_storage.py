@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 
+import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import TargetError
+from ..sparse.weight import Weight
 
 #: Bytes of the smallest type in which a change of a single weight means something (16 bits).
 _SMALLEST = 2
@@ -70,6 +73,29 @@ def own_sizes(layer: nn.Module) -> Iterator[tuple[Tensor | nn.Module, int]]:
     for tensor in layer._parameters.values():
         if tensor is not None:
             yield tensor, tensor.numel()
+
+
+@contextmanager
+def fit_for_changes(values: nn.ParameterDict, weights: Mapping[str, Weight]) -> Iterator[None]:
+    """Keep what `model.to` must not take from values and adapted weights while it converts them.
+
+    Values keep float32 where the model is made 16-bit: they are added to weights in float32, and
+    steps on them would be lost in fewer bits. Weights keep C order (under channels_last), in which
+    positions in them count.
+
+    Args:
+        values: Those of the layer's adapters.
+        weights: Those of the layer that carry changes.
+    """
+    before = {name: own.data for name, own in values.items()}
+    yield
+    for name, was in before.items():
+        now = values[name]
+        if now.dtype.itemsize < torch.float32.itemsize <= was.dtype.itemsize:
+            now.data = was.to(now.device, torch.float32)
+    for weight in weights.values():
+        if not weight.tensor.is_contiguous():
+            weight.tensor.data = weight.tensor.data.contiguous()
 
 
 def refuse_offloaded(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
