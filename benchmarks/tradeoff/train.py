@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from common.arguments import METHODS
 from common.maps import MapScoring
-from common.methods import Prepared, prepare_method, save_method, saved_size
+from common.methods import Prepared, as_prepared, prepare_method, save_method, saved_size
 from common.training import make_optimizer
 from cost_worker import Memory
 from peft import get_peft_config, get_peft_model
@@ -147,16 +147,10 @@ def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
     if "peft_type" not in config:
         ready = prepare_method(base, args)
     else:
-        backbone = backbone_of(base)
-        size = sum(p.numel() for p in backbone.parameters())
+        size = sum(p.numel() for p in backbone_of(base).parameters())
         head = sfa_peft.head_modules(base)
         model = get_peft_model(base, get_peft_config({**config, "modules_to_save": head}))
-        inside = {id(p) for p in backbone.parameters()}
-        trained = [p for p in base.parameters() if p.requires_grad]
-        adapted = [p for p in trained if id(p) in inside]
-        rest = [p for p in trained if id(p) not in inside]
-        share = sum(p.numel() for p in adapted) / size
-        ready = Prepared(model, base, rest, adapted, share, size, [])
+        ready = as_prepared(model, base, size, [])
     for adapter in getattr(ready.model, "peft_config", {}).values():
         if hasattr(adapter, "total_steps"):
             adapter.total_steps = args.max_steps  # the run's length, as AdaLoRA's `total_step`
