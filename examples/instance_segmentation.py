@@ -33,7 +33,7 @@ from common.mask2former import (
     build_mask2former,
     check_width,
 )
-from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -112,7 +112,9 @@ def scoring(args: Arguments, data: Data) -> ObjectScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+TASK = Task(
+    "instance_segmentation", Arguments, load_data, make_model, rates, scoring, preprocessing
+)
 
 
 def main(argv: list[str] | None = None) -> Result:

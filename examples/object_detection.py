@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from common.backbones import STAGES, load_backbone
 from common.data import Data
-from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -162,7 +162,7 @@ def scoring(args: Arguments, data: Data) -> ObjectScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+TASK = Task("object_detection", Arguments, load_data, make_model, rates, scoring, preprocessing)
 
 
 def main(argv: list[str] | None = None) -> Result:
