@@ -6,9 +6,9 @@ of one core, to a box AP of about 0.26 (AP50 0.51; measured with `--select_until
 
     python examples/object_detection.py
 
-Your own data in COCO's layout (or a Hub name, or an imagefolder with an objects column)::
+Your own data, in COCO's layout or another (docs/dense-data.md)::
 
-    python examples/object_detection.py --dataset_name path/to/coco --dataset_format coco \
+    python examples/object_detection.py --dataset_name path/to/coco \
         --backbone microsoft/swinv2-base-patch4-window12-192-22k --image_size 640 640 \
         --hidden_size 256 --num_queries 300 --max_steps 90000 --learning_rate 1e-4
 

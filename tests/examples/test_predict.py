@@ -40,12 +40,12 @@ def saved(task: str, options: list[str], backbone: Path, root: Path) -> Any:
     """Save a model as its script does, but for the training; return how it is evaluated too."""
     if task not in MAPS:
         pytest.importorskip("faster_coco_eval", reason="needs the extra `detection`")
-        folder, form = make_coco_folder(root / "data"), ["--dataset_format", "coco"]
+        folder = make_coco_folder(root / "data")
     else:
-        folder, form = write_folder(root / "data"), []
+        folder = write_folder(root / "data")
     common = {n: importlib.import_module(f"common.{n}") for n in ("arguments", "methods", "task")}
     example = importlib.import_module(task)
-    argv = ["--dataset_name", folder, "--backbone", backbone, "--output_dir", root / "out", *form]
+    argv = ["--dataset_name", folder, "--backbone", backbone, "--output_dir", root / "out"]
     argv += ["--image_size", 64, "--budget", 0.2, *options]
     args = common["arguments"].parse(example.Arguments, [str(a) for a in argv], "")
     data = example.load_data(args)
