@@ -29,7 +29,7 @@ def objects(**more):
 
 
 def test_a_box_is_drawn_in_the_colour_of_its_class():
-    image = Image.new("RGB", (200, 100))
+    image = Image.new("RGB", (400, 300))
     found = np.asarray(object_overlay(image, objects(), ["car", "cat"]))
     colour = class_palette(255)[3]
     assert (found[90, 10:150] == colour).all()
@@ -38,8 +38,18 @@ def test_a_box_is_drawn_in_the_colour_of_its_class():
 
 
 def test_a_mask_is_painted_where_it_is():
-    mask = np.zeros((1, 100, 200), bool)
+    mask = np.zeros((1, 300, 400), bool)
     mask[0, 70:80, 100:120] = True
-    image = Image.new("RGB", (200, 100))
+    image = Image.new("RGB", (400, 300))
     found = np.asarray(object_overlay(image, objects(masks=mask), ["car", "cat"]))
     assert np.array_equal(found[50:].max(-1) > 0, mask[0, 50:])
+
+
+def test_a_small_picture_is_enlarged_with_its_objects():
+    mask = np.zeros((1, 64, 100), bool)
+    mask[0, 40:50, 60:70] = True
+    near = {"labels": np.array([0]), "scores": np.array([0.5]), "boxes": np.array([[1.0, 1, 9, 9]])}
+    found = np.asarray(object_overlay(Image.new("RGB", (100, 64)), near | {"masks": mask}, ["car"]))
+    assert found.shape == (256, 400, 3)
+    large = mask[0].repeat(4, 0).repeat(4, 1)
+    assert np.array_equal(found[100:].max(-1) > 0, large[100:])

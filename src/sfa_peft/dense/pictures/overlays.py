@@ -15,6 +15,7 @@ from sfa_peft.dense.pictures.objects import FIRST_COLOUR, ObjectPicture, paint_m
 from sfa_peft.dense.pictures.sheets import class_palette
 
 OPACITY = 0.5
+LEGIBLE = 256  # pixels of the shorter side that names need
 
 
 def class_overlay(image: Image.Image, ids: NDArray[Any], num_classes: int) -> Image.Image:
@@ -50,23 +51,28 @@ def object_overlay(
 ) -> Image.Image:
     """Return a picture with objects over it: masks where there are any, else boxes; names, scores.
 
+    A small picture is enlarged a whole number of times, so that names hide nothing.
+
     Args:
         image: RGB.
         objects: As :func:`~sfa_peft.dense.predict` returns them.
         class_names: Name of class id 0, 1, ...
     """
     labels, masks = objects["labels"], objects.get("masks")
+    factor = -(-LEGIBLE // min(image.size))
+    image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     palette = class_palette(255)[FIRST_COLOUR:]
     chosen = labels if masks is None else np.arange(len(labels))
     colours = palette[chosen % len(palette)]
     painted = image
     if masks is not None:
-        drawn = ObjectPicture(np.asarray(image), labels, masks=masks)
+        large = masks.repeat(factor, 1).repeat(factor, 2)
+        drawn = ObjectPicture(np.asarray(image), labels, masks=large)
         painted = Image.fromarray(paint_masks(drawn, list(colours / 255.0)))
     draw = ImageDraw.Draw(painted := painted.copy())
     # The surest last, so that its name is on top.
     for i in reversed(range(len(labels))):
-        box, colour = [float(edge) for edge in objects["boxes"][i]], tuple(colours[i].tolist())
+        box, colour = (factor * objects["boxes"][i]).tolist(), tuple(colours[i].tolist())
         if masks is None:
             draw.rectangle(box, outline=colour, width=2)
         text = f"{class_names[labels[i]]} {objects['scores'][i]:.2f}"
