@@ -14,6 +14,9 @@ from .rows import make_rows, shown, table
 INTERNAL = {1: "53.5", 3: "53.8", 5: "54.3", 10: "54.7", 15: "54.8", 20: "55.0"}
 BOTH = {1: "53.7", 3: "54.2", 5: "54.7", 10: "55.1", 15: "55.3", 20: "55.4"}
 
+#: Methods that are also trained longer, and their usual experiment.
+LONGER = {"frozen": "all", "lora": "5pct", "internal": "5pct", "sfa": "5pct", "full": "all"}
+
 
 @dataclass(frozen=True)
 class Ablation:
@@ -113,6 +116,34 @@ ABLATIONS = {
                 *_budgets("sfa", "both", BOTH),
             ),
             "The paper's second column is printed as 2 %, but 2.58 M are 3 %.",
+        ),
+        Ablation(
+            "criteria",
+            "How weights are ranked",
+            ("segmentation", "depth"),
+            (
+                ("accumulated gradient, the default", "-", "internal/5pct"),
+                ("gradient times weight", "-", "internal/criterion-movement"),
+                ("absolute gradient", "-", "internal/criterion-absolute-gradient"),
+                ("squared gradient", "-", "internal/criterion-squared-gradient"),
+                ("weight difference (Eq. 4)", "-", "internal/criterion-weight-difference"),
+                ("largest weights", "-", "internal/criterion-magnitude"),
+                ("the same share of each layer", "-", "internal/criterion-each-layer"),
+                ("as many for each output", "-", "internal/criterion-each-output"),
+                ("random", "-", "random/5pct"),
+            ),
+            "The internal part alone at 5 %. The paper has this in its supplementary only.",
+        ),
+        Ablation(
+            "length",
+            "Runs twice as long",
+            ("segmentation", "depth"),
+            tuple(
+                (f"{method}, {steps} steps", "-", f"{method}/{name}")
+                for method, usual in LONGER.items()
+                for steps, name in ((200, usual), (400, "length-400"))
+            ),
+            "With the rates found for 200 steps.",
         ),
         Ablation(
             "table7",

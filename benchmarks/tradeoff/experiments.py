@@ -46,6 +46,11 @@ class Experiment:
         return int(found[1]) if found else None
 
     @property
+    def is_ablation(self) -> bool:
+        """Whether it is a line of an ablation, and of no other table."""
+        return self.name.startswith(("table", "criterion", "length"))
+
+    @property
     def trains_backbone(self) -> bool:
         """Whether it needs a rate beside the head's."""
         return self.config.get("method") != "frozen"
@@ -67,7 +72,8 @@ def load_experiments(folder: Path = EXPERIMENTS) -> dict[str, Experiment]:
 
 
 def reference(experiment: Experiment, experiments: dict[str, Experiment]) -> Experiment:
-    """Return the experiment whose rates another takes: that of its method at 5 %, or itself."""
+    """Return the experiment whose rates another takes: its method's at 5 %, or of one size."""
     if experiment.params.get("own_rates"):
         return experiment
-    return experiments.get(f"{experiment.method}/5pct", experiment)
+    own = (f"{experiment.method}/{name}" for name in ("5pct", "all"))
+    return next((experiments[i] for i in own if i in experiments), experiment)

@@ -70,6 +70,8 @@ STAGES = (
     Stage("real images at 5 %", ("camvid", "redkitchen"), is_first),
     Stage("ablations", ("segmentation",), is_named("table5")),
     Stage("objects at 5 %", ("detection", "instances"), is_first),
+    Stage("runs twice as long", ("segmentation", "depth"), is_named("length")),
+    Stage("how weights are ranked", ("segmentation", "depth"), is_named("criterion")),
     Stage("a selection of another data set", ("camvid",), is_named("table7")),
     Stage("candidates on real images", ("camvid", "redkitchen"), is_named("try-")),
     Stage("other budgets", ("segmentation", "depth"), _at(1, 3, 10, 15)),

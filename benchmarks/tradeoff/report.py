@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def write_report(plan: Plan, folder: Path) -> str:
     """
     pictures = folder / PICTURES
     pictures.mkdir(parents=True, exist_ok=True)
-    found = {name: make_rows(plan, name, _is_no_ablation) for name in plan.tasks}
+    found = {name: make_rows(plan, name, lambda e: not e.is_ablation) for name in plan.tasks}
     by_task = {name: rows for name, rows in found.items() if rows}
     parts = [_intro(by_task), "## How far it is", _progress(plan)]
     if by_task:
@@ -52,14 +53,10 @@ def _progress(plan: Plan) -> str:
     lines = [["task set", "data", "runs so far", "experiments with chosen rates", "all"]]
     for name, task in plan.tasks.items():
         runs = sum(run.task == name for run in plan.results)
-        own = [e for e in plan.experiments.values() if _is_no_ablation(e)]
+        own = [e for e in plan.experiments.values() if not e.is_ablation]
         chosen = sum(bool(plan.chosen(name, e)) for e in own)
         lines.append([name, task.title, str(runs), str(chosen), str(len(own))])
     return table(lines)
-
-
-def _is_no_ablation(experiment: Experiment) -> bool:
-    return not experiment.name.startswith("table")
 
 
 def _intro(by_task: dict[str, list[Row]]) -> str:
@@ -74,7 +71,7 @@ def _intro(by_task: dict[str, list[Row]]) -> str:
 
 def best_of(rows: Sequence[Row]) -> set[str]:
     """Return the ids of the best row and of those that it does not beat."""
-    limited = [row for row in rows if row.experiment.method != "full"]
+    limited = [row for row in rows if row.experiment.method != "full" and row.is_complete]
     if not limited:
         return set()
     pick = max if limited[0].task.higher_is_better else min
@@ -109,7 +106,8 @@ def _verdicts(by_task: dict[str, list[Row]]) -> str:
     lines = [
         ["task set", "SFA 5 % beats", "no difference", "is beaten by", "SFA 20 % against full"]
     ]
-    for name, rows in by_task.items():
+    for name, every in by_task.items():
+        rows = [row for row in every if row.is_complete]
         ours = {r.experiment.percent: r for r in rows if r.experiment.method == "sfa"}
         others = [
             r for r in rows
@@ -134,7 +132,7 @@ def _section(task: TaskSet, rows: list[Row], pictures: Path) -> list[str]:
     figures.draw_tradeoff(plain, pictures / tradeoff)
     figures.draw_curves([r for r in rows if is_first(r.experiment)], pictures / curves)
     head = ["experiment", "trained", f"{task.header}, test", "validation", "forgetting",
-            "step ms", "peak MB", "bytes", "rates"]  # fmt: skip
+            "step ms", "peak MB", "bytes", "rate", "head's rate"]  # fmt: skip
     best = best_of([row for row in plain if is_first(row.experiment)])
     lines = [head, *(_cells(row, row.experiment.id in best) for row in rows)]
     return [
@@ -156,8 +154,16 @@ def _cells(row: Row, is_best: bool) -> list[str]:
         row.step_ms,
         row.peak_mb,
         f"{row.mean('file_size'):,.0f}",
-        f"{row.run.backbone_rate:g}, {row.run.head_rate:g}",
+        _marked(row.run.backbone_rate, BACKBONE_RATES),
+        _marked(row.run.head_rate, [row.task.head_rate * factor for factor in HEAD_FACTORS]),
     ]
+
+
+def _marked(rate: float, grid: Sequence[float]) -> str:
+    """Return a rate, with a star at an end of its grid."""
+    return f"{rate:g}" + "*" * any(
+        math.isclose(rate, end, rel_tol=0.01) for end in (grid[0], grid[-1])
+    )
 
 
 def _candidates(by_task: dict[str, list[Row]]) -> list[str]:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from .experiments import Experiment
-from .plan import Plan
+from .plan import SEEDS, Plan
 from .store import Run, score
 from .tasks import TaskSet
 
@@ -74,6 +74,11 @@ class Row:
         """Most memory in use, millions of bytes."""
         return f"{self.mean('accelerator_memory_max') / 1e6:.0f}"
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all seeds are there, so that it can be compared."""
+        return len(self.scores()) == len(SEEDS)
+
     def beats(self, other: Row) -> bool:
         """Whether it is better than another by more than the two spreads together."""
         apart = abs(self.score - other.score) > self.spread + other.spread
@@ -99,7 +104,6 @@ def table(lines: Sequence[Sequence[str]]) -> str:
 
 
 def shown(row: Row) -> str:
-    """Return score and spread; of a single seed the score."""
-    if len(row.scores()) < 2:
-        return f"{row.score:.3f} (one seed)"
-    return f"{row.score:.3f} ± {row.spread:.3f}"
+    """Return score and spread, and how many seeds there are if some are missing."""
+    text = f"{row.score:.3f}" + (f" ± {row.spread:.3f}" if len(row.scores()) > 1 else "")
+    return text if row.is_complete else f"{text} ({len(row.scores())} of {len(SEEDS)} seeds)"

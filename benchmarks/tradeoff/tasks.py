@@ -69,7 +69,7 @@ TASKS = {
             "mean_iou",
             "mIoU",
             head_rate=6e-3,
-            cpu_seconds=70,
+            cpu_seconds=42,
         ),
         TaskSet(
             "depth",
@@ -78,7 +78,7 @@ TASKS = {
             "rmse",
             "RMSE (m)",
             head_rate=6e-3,
-            cpu_seconds=70,
+            cpu_seconds=42,
             higher_is_better=False,
         ),
         TaskSet(
@@ -88,7 +88,7 @@ TASKS = {
             "mean_iou",
             "mIoU",
             head_rate=6e-3,
-            cpu_seconds=300,
+            cpu_seconds=160,
             options={
                 "image_size": [96, 96],
                 "eval_size": [144, 192],
@@ -105,7 +105,7 @@ TASKS = {
             "rmse",
             "RMSE (m)",
             head_rate=6e-3,
-            cpu_seconds=250,
+            cpu_seconds=170,
             options={
                 "image_size": [96, 128],
                 "eval_size": [96, 128],

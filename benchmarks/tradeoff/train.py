@@ -7,6 +7,7 @@ Data, model, head, metric and methods are those of the example scripts.
 from __future__ import annotations
 
 import importlib
+import logging
 import math
 import platform
 import tempfile
@@ -24,14 +25,14 @@ from typing import Any
 import torch
 from common.arguments import METHODS
 from common.maps import MapScoring
-from common.methods import Prepared, prepare_method, save_method, saved_size
+from common.methods import Prepared, as_prepared, prepare_method, save_method, saved_size
 from common.training import make_optimizer
 from cost_worker import Memory
 from peft import get_peft_config, get_peft_model
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import get_cosine_schedule_with_warmup, set_seed
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 import sfa_peft
 
@@ -146,16 +147,10 @@ def prepare(base: nn.Module, args: Any, config: dict[str, Any]) -> Prepared:
     if "peft_type" not in config:
         ready = prepare_method(base, args)
     else:
-        backbone = backbone_of(base)
-        size = sum(p.numel() for p in backbone.parameters())
+        size = sum(p.numel() for p in backbone_of(base).parameters())
         head = sfa_peft.head_modules(base)
         model = get_peft_model(base, get_peft_config({**config, "modules_to_save": head}))
-        inside = {id(p) for p in backbone.parameters()}
-        trained = [p for p in base.parameters() if p.requires_grad]
-        adapted = [p for p in trained if id(p) in inside]
-        rest = [p for p in trained if id(p) not in inside]
-        share = sum(p.numel() for p in adapted) / size
-        ready = Prepared(model, base, rest, adapted, share, size, [])
+        ready = as_prepared(model, base, size, [])
     for adapter in getattr(ready.model, "peft_config", {}).values():
         if hasattr(adapter, "total_steps"):
             adapter.total_steps = args.max_steps  # the run's length, as AdaLoRA's `total_step`
@@ -166,7 +161,8 @@ def warm(run: Run) -> None:
     """Make what all runs of a task set have in common, before they are forked."""
     if run.task in _PROBES:
         return
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("sfa_peft").setLevel(logging.ERROR)  # rounds are short here, each run says
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has no use for this process's threads, and may wait for them
     trial = Trial(run, Experiment("frozen", "all", {"method": "frozen"}, {}), TASKS[run.task])

@@ -70,7 +70,7 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
         model = get_peft_model(base, OF_PEFT[args.method](backbone, args.budget, head))
     else:
         _change_in_place(backbone, args)
-    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
+    return replace(as_prepared(model, base, size, callbacks), checkpoint=checkpoint)
 
 
 def sfa_config(backbone: Backbone, args: SharedArguments, head: list[str]) -> SFAConfig:
@@ -205,10 +205,17 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return []
 
 
-def _sorted(
+def as_prepared(
     model: nn.Module, base: nn.Module, size: int, callbacks: list[TrainerCallback]
 ) -> Prepared:
-    """Tell the head's trained parameters from the others'."""
+    """Tell the head's trained parameters from the others'.
+
+    Args:
+        model: What is trained: the task model, or PEFT's around it.
+        base: The task model.
+        size: Parameters of the backbone before it was adapted.
+        callbacks: What Trainer needs besides.
+    """
     inside = f"{_backbone(base).name}."
     head, adapted = [], []
     for name, parameter in base.named_parameters():

@@ -42,7 +42,15 @@ def test_scores_are_means_of_test_data_and_half_of_their_range(plan, tmp_path):
     page = (tmp_path / "tradeoff.md").read_text()
     assert "0.560 ± 0.010" in line_of(page, "lora")
     assert "0.560 ± 0.010" in line_of(page, "lora/5pct")
-    assert "0.004, 0.006" in line_of(page, "lora/5pct")
+    assert "| 0.004 | 0.006 |" in line_of(page, "lora/5pct")
+
+
+def test_a_rate_at_an_end_of_the_grid_is_marked(tmp_path):
+    plan = Plan(experiments("sfa/5pct"), {})
+    work_off(plan, lambda run: run.backbone_rate - run.head_rate, only=["segmentation"])
+    write_report(plan, tmp_path)
+    line = line_of((tmp_path / "tradeoff.md").read_text(), "sfa/5pct")
+    assert line.endswith("| 0.025* | 0.00096* |")
 
 
 def test_bold_are_the_best_and_those_that_are_not_beaten(plan, tmp_path):
@@ -61,6 +69,15 @@ def test_a_difference_inside_the_spread_is_called_none(plan, tmp_path):
     rows = {row.experiment.id: row for row in make_rows(plan, "segmentation", lambda _: True)}
     assert not rows["internal/5pct"].beats(rows["sfa/5pct"])
     assert not rows["sfa/5pct"].beats(rows["internal/5pct"])
+
+
+def test_without_all_seeds_nothing_is_compared(plan, tmp_path):
+    lost = next(r for r in plan.results if r.experiment == "internal/5pct" and r.seed == 2)
+    plan.results = {k: v for k, v in plan.results.items() if k != lost}
+    write_report(plan, tmp_path)
+    within = (tmp_path / "tradeoff.md").read_text().split("## Within 5 %")[1].split("##")[0]
+    assert line_of(within, "internal") == "| internal | 5.0% | 0.600 ± 0.000 (2 of 3 seeds) |"
+    assert "**" in line_of(within, "sfa")
 
 
 def test_experiments_whose_rates_are_still_searched_are_left_out(plan, tmp_path):

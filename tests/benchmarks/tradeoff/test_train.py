@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run as it is, on a few scenes."""
 
+import importlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from peft import get_peft_config
 
 from benchmarks.tradeoff import probe, train
-from benchmarks.tradeoff.experiments import Experiment
+from benchmarks.tradeoff.experiments import Experiment, load_experiments
 from benchmarks.tradeoff.store import Run, Store, run_of, score
 from benchmarks.tradeoff.tasks import TASKS
 from benchmarks.tradeoff.train import run_experiment
@@ -113,6 +115,15 @@ def test_parameters_of_an_experiment_override_those_of_the_task_set():
     config = result["run_info"]["train_config"]
     assert config["weight_decay"] == 0
     assert config["external_rate"] == 2e-3
+
+
+@pytest.mark.parametrize("experiment", load_experiments().values(), ids=lambda e: e.id)
+def test_every_experiment_is_one_that_the_scripts_and_peft_know(experiment):
+    wanted = Run("segmentation", experiment.id, 4e-3, 6e-3, 0)
+    script = importlib.import_module("semantic_segmentation")
+    train.make_arguments(script, wanted, experiment, TASKS["segmentation"])
+    if "peft_type" in experiment.config:
+        get_peft_config(dict(experiment.config))
 
 
 def test_a_selection_of_another_task_set_is_trained_as_it_is(monkeypatch):
