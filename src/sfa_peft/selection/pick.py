@@ -6,8 +6,8 @@ And what it fills: a pool, at once without data, or round by round until it is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,9 +68,9 @@ def pick(
             return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
         size = BLOCKS[granularity]
         return _pick_blocks(sources, quota, selected, ranking, row_sizes, size, distribution)
-    if ranking == "global":
+    quotas = _quotas(sources, quota, selected, ranking)
+    if len(quotas) == 1:
         return streaming_topk(sources, quota, selected, distribution)
-    quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
     return [
         streaming_topk([source], own, [before], distribution)[0]
         for source, own, before in zip(sources, quotas, selected, strict=True)
@@ -162,6 +162,28 @@ def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> lis
     return quotas
 
 
+def _quotas(
+    sources: Sequence[Source], quota: int, selected: Sequence[Tensor], ranking: str
+) -> list[int]:
+    """Return the quota of all tensors together, or that of each."""
+    if ranking == "global":
+        return [quota]
+    return layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
+
+
+def _best(
+    choose: Callable[..., list[Tensor]],
+    scores: Sequence[Tensor],
+    shapes: Sequence[Any],
+    quotas: Sequence[int],
+) -> list[Tensor]:
+    """Return for each tensor the rows or blocks that come first, among all or its own."""
+    if len(quotas) == 1:
+        return choose(scores, shapes, quotas[0])
+    each = zip(scores, shapes, quotas, strict=True)
+    return [choose([score], [shape], quota)[0] for score, shape, quota in each]
+
+
 def _pick_rows(
     sources: Sequence[Source],
     quota: int,
@@ -174,14 +196,8 @@ def _pick_rows(
         _row_scores(source, size, before)
         for source, size, before in zip(sources, row_sizes, selected, strict=True)
     ]
-    if ranking == "global":
-        rows = _best_rows(scores, row_sizes, quota)
-    else:
-        quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
-        rows = [
-            _best_rows([score], [size], own)[0]
-            for score, size, own in zip(scores, row_sizes, quotas, strict=True)
-        ]
+    quotas = _quotas(sources, quota, selected, ranking)
+    rows = _best(_best_rows, scores, row_sizes, quotas)
     if distribution is not None:
         for score, chosen in zip(scores, rows, strict=True):
             distribution.add_scores(score[score >= 0], score[chosen])
@@ -263,14 +279,8 @@ def _pick_blocks(
         _block_scores(source, grid, before)
         for source, grid, before in zip(sources, grids, selected, strict=True)
     ]
-    if ranking == "global":
-        blocks = _best_blocks(scores, grids, quota)
-    else:
-        quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
-        blocks = [
-            _best_blocks([score], [grid], own)[0]
-            for score, grid, own in zip(scores, grids, quotas, strict=True)
-        ]
+    quotas = _quotas(sources, quota, selected, ranking)
+    blocks = _best(_best_blocks, scores, grids, quotas)
     if distribution is not None:
         for score, chosen in zip(scores, blocks, strict=True):
             distribution.add_scores(score[score.isfinite()].cpu(), score[chosen].cpu())

@@ -10,7 +10,7 @@ entries of the stack, and what was there before can be put back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
-from .writing import exclusively, is_stand_in
+from .writing import BLOCK, blocks_of, exclusively, is_stand_in, put, rows
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
@@ -76,8 +76,9 @@ class _Entries:
     """One adapter's entries in a weight: to be written, and what is put back.
 
     Attributes:
-        indices: Flat positions, int32 (int64 in a huge weight).
-        undo: The weight's original entries there, in its dtype.
+        indices: Flat positions, int32 (int64 in a huge weight); of blocks where they are finished
+            and come in whole blocks.
+        undo: The weight's original entries there, in its dtype (n,), or (n, BLOCK).
         spans: Where they are in slot order: the slots they were read from.
         stamp: Where they are finished: what the changes were when they were added.
         adapted: Where they are finished: what the weight holds there while only they are on it.
@@ -88,6 +89,14 @@ class _Entries:
     spans: Spans | None = None
     stamp: tuple[Any, ...] = ()
     adapted: Tensor | None = None
+
+    def in_blocks(self, weight: Tensor) -> _Entries:
+        """Return finished entries by block where they come in whole ones."""
+        blocks = blocks_of(self.indices, weight.numel())
+        if blocks is None:
+            return self
+        undo, adapted = (cast(Tensor, t).view(-1, BLOCK) for t in (self.undo, self.adapted))
+        return replace(self, indices=blocks, undo=undo, adapted=adapted)
 
 
 class Weight:
@@ -232,7 +241,7 @@ class Weight:
         if len(self._written) != 1 or len(self.live) != 1 or self._pretrained is not None:
             return True
         own, weight = self._written[0], self.tensor.detach().view(-1)
-        entries = weight[own.indices[:_SAMPLE].long()]
+        entries = rows(weight, own.undo)[own.indices[:_SAMPLE].long()]
         wanted = own.adapted
         if wanted is None:
             if own.spans is not self.slices[self.live[0]].spans:
@@ -317,7 +326,7 @@ class Weight:
             weight.detach().copy_(self._pretrained)
             return
         for entries in self._written:
-            _put(weight, entries.indices, entries.undo)
+            put(weight, entries.indices, entries.undo)
 
     def _entries_of(self, name: str, weight: Tensor) -> _Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
@@ -331,7 +340,7 @@ class Weight:
         indices.copy_(index)
         finished = self._finished.get(name)
         if name in self.live and finished is not None:
-            undo[index.argsort()] = finished.undo
+            undo[index.argsort()] = finished.undo.flatten()
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
         self._entries[name] = _Entries(indices, undo, part.spans)
@@ -360,7 +369,7 @@ class Weight:
             if onto_others:
                 start = weight.detach().view(-1).index_select(0, entries.indices.long())
             change = self.slices[name].change().to(start.device)
-            _put(weight, entries.indices, adapt(start, change))
+            put(weight, entries.indices, adapt(start, change))
 
     def _write_finished(
         self, name: str, stamps: tuple[Any, ...], weight: Tensor, *, keep: bool
@@ -370,8 +379,8 @@ class Weight:
         if finished is None or finished.adapted is None or finished.stamp != stamps:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, stamps, weight)
-        _put(weight, finished.indices, cast(Tensor, finished.adapted))
+            finished = self._finished[name] = self._finish(name, stamps, weight).in_blocks(weight)
+        put(weight, finished.indices, cast(Tensor, finished.adapted))
         self._written.append(finished)
         return True
 
@@ -403,9 +412,3 @@ def _stamp(weight: Tensor) -> tuple[Any, ...]:
 def _index_dtype(weight: Tensor) -> torch.dtype:
     """Return the type that flat positions in a weight are kept in."""
     return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
-
-
-def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Overwrite entries of a weight at flat positions."""
-    if indices.numel():  # scatter_ is faster than index_copy_
-        weight.detach().view(-1).scatter_(0, indices.long(), entries)

@@ -279,8 +279,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.refresh(self._effective_adapters(), keep=True)
 
     def _switch(self, action: Callable[[], None]) -> None:
-        weight = self.base_weight
-        if self.weights and not weight.is_meta:
+        first = next(iter(self.weights.values()), None)
+        if first is not None and not first.tensor.is_meta:
+            weight = first.tensor
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
@@ -314,7 +315,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def act_at_once(self, adapter_names: list[str]) -> None:
         """Activate adapters and write what they change; what is trainable is left alone."""
         self._active_adapter = list(adapter_names)
-        self._write_active()
+        self._switch(self._write_active)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
