@@ -19,8 +19,8 @@ NAMES = {
         OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
         SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
         TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
-        parameter_groups plot_selection register_score role_modules selection_summary
-        set_card_metrics
+        limit_switch_memory parameter_groups plot_selection register_score role_modules
+        selection_summary set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport ExtractReport LostTensor PairOverlap TaskBank TaskMemory combine extract

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
+from .pairs import PAIRS
 from .writing import BLOCK, blocks_of, exclusively, is_stand_in, put, rows
 
 #: Entries that stand for all of a weight where others may have written it.
@@ -160,13 +161,15 @@ class Weight:
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
                 return  # another thread was faster
-            self._withdraw(weight)
-            if self._tensor_stamp != _stamp(weight):
-                self.forget()  # somebody replaced or changed the weight
-            sparse = [name for name, whole in stack if not whole]
-            if len(stack) != 1 or not self._write_finished(sparse[0], stamps, weight, keep=keep):
-                self._write_stack(stack, weight)
-            self.live = tuple(sparse)
+            before = self._written
+            if not self._write_pair(stack, stamps, weight):
+                self._withdraw(weight)
+                if self._tensor_stamp != _stamp(weight):
+                    self.forget()  # somebody replaced or changed the weight
+                self._write_all(stack, stamps, weight, keep=keep)
+                if len(before) == 1 and len(self._written) == 1:
+                    self._note_pair(before[0], self._written[0], weight)
+            self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
 
@@ -345,6 +348,42 @@ class Weight:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
         self._entries[name] = _Entries(indices, undo, part.spans)
         return self._entries[name]
+
+    def _write_pair(
+        self, stack: tuple[tuple[str, bool], ...], stamps: tuple[Any, ...], weight: Tensor
+    ) -> bool:
+        """Go from one adapter as it was kept to another in one pass; return whether that is kept.
+
+        Not where somebody else wrote the weight.
+        """
+        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != _stamp(weight):
+            return False
+        after = self._finished.get(stack[0][0])
+        if after is None or after.stamp != stamps or stack[0][1]:
+            return False
+        pair = PAIRS.find(self._written[0], after)
+        if pair is None:
+            return False
+        put(weight, pair.indices, pair.entries)
+        self._written, self.in_graph = [after], False
+        return True
+
+    def _note_pair(self, before: _Entries, after: _Entries, weight: Tensor) -> None:
+        if before.adapted is not None and after.adapted is not None:
+            PAIRS.note(before, after, weight)
+
+    def _write_all(
+        self,
+        stack: tuple[tuple[str, bool], ...],
+        stamps: tuple[Any, ...],
+        weight: Tensor,
+        *,
+        keep: bool,
+    ) -> None:
+        """Write a stack onto the originals."""
+        alone = len(stack) == 1 and not stack[0][1]
+        if not (alone and self._write_finished(stack[0][0], stamps, weight, keep=keep)):
+            self._write_stack(stack, weight)
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""

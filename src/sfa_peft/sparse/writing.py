@@ -168,6 +168,6 @@ def put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
     if not indices.numel():
         return
     if entries.ndim > 1:
-        rows(weight, entries).index_put_((indices.long(),), entries)
+        rows(weight, entries).index_copy_(0, indices.long(), entries)
     else:  # scatter_ is faster than index_copy_
         weight.detach().view(-1).scatter_(0, indices.long(), entries)

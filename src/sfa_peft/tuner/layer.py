@@ -123,7 +123,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        return cast(Tensor, getattr(self.get_base_layer(), name))
+        # Of a plain layer at once: weights ask for it several times in a switch.
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
 
     @property
     def base_weight(self) -> Tensor:
