@@ -39,7 +39,7 @@ from sfa_peft.sparse.pool import Pool
 from sfa_peft.tuner.layers import find_pool
 
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.
-BARS = {"bfloat16": ((0.1, 1.4), (0.0, 1.7)), "float32": ((0.0, 3.9),)}
+BARS = {"bfloat16": ((0.05, 0.85), (0.0, 1.7)), "float32": ((0.0, 3.1),)}
 
 
 def parse() -> argparse.Namespace:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +28,19 @@ _MOST_MET = 1 << 16
 _LEAST_USES = 8
 
 
-class Pair(NamedTuple):
+@dataclass(eq=False)
+class Pair:
     """What a weight gets where one adapter's entries give way to another's.
 
     Attributes:
         indices: Flat positions in the weight, or numbers of blocks; sorted.
         entries: What it holds there afterwards.
+        used: Number of the use that was its last.
     """
 
     indices: Tensor
     entries: Tensor
+    used: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -46,11 +49,11 @@ class Pair(NamedTuple):
 
 
 class Pairs:
-    """The pairs of all weights, in the order of their last use, within a bound of memory."""
+    """The pairs of all weights, within a bound of memory."""
 
     def __init__(self) -> None:
         self.limit, self.nbytes = _LIMIT, 0
-        self._kept: OrderedDict[Hashable, tuple[Pair, int]] = OrderedDict()  # and when it was used
+        self._kept: dict[Hashable, Pair] = {}
         self._ends: dict[Hashable, tuple[Any, ...]] = {}  # of what is kept
         self._met: set[Hashable] = set()
         self._uses = 0
@@ -58,14 +61,11 @@ class Pairs:
 
     def find(self, before: Any, after: Any) -> Pair | None:
         """Return what leads from some entries to others, if it is kept."""
-        key = (id(before), id(after))
-        with self._lock:
-            self._uses += 1
-            if key not in self._kept:
-                return None
-            pair, _ = self._kept.pop(key)
-            self._kept[key] = (pair, self._uses)
-            return pair
+        self._uses += 1
+        pair = self._kept.get((id(before), id(after)))
+        if pair is not None:
+            pair.used = self._uses
+        return pair
 
     def note(self, before: Any, after: Any, weight: Tensor) -> None:
         """Keep what led from some entries to others, where it did so before and there is room.
@@ -87,7 +87,8 @@ class Pairs:
         pair = _united(before, after, weight)
         with self._lock:
             if self._make_room(pair.nbytes):
-                self._kept[key] = (pair, self._uses)
+                pair.used = self._uses
+                self._kept[key] = pair
                 self._ends[key] = tuple(
                     weakref.ref(entries, lambda _: self._drop(key)) for entries in (before, after)
                 )
@@ -96,8 +97,8 @@ class Pairs:
     def _make_room(self, nbytes: int) -> bool:
         """Let go of what is no longer used; return whether there is room."""
         while self._kept and self.nbytes + nbytes > self.limit:
-            oldest, (_, used) = next(iter(self._kept.items()))
-            if self._uses - used <= _LEAST_USES * len(self._kept):
+            oldest = self._oldest()
+            if self._uses - self._kept[oldest].used <= _LEAST_USES * len(self._kept):
                 return False
             self._drop(oldest)
         return self.nbytes + nbytes <= self.limit
@@ -107,11 +108,14 @@ class Pairs:
         with self._lock:
             self.limit = limit
             while self.nbytes > limit:
-                self._drop(next(iter(self._kept)))
+                self._drop(self._oldest())
+
+    def _oldest(self) -> Hashable:
+        return min(self._kept, key=lambda key: self._kept[key].used)
 
     def _drop(self, key: Hashable) -> None:
         with self._lock:
-            pair, _ = self._kept.pop(key, (None, 0))
+            pair = self._kept.pop(key, None)
             self._ends.pop(key, None)
             self.nbytes -= 0 if pair is None else pair.nbytes
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
 from .pairs import PAIRS
-from .writing import BLOCK, blocks_of, exclusively, is_stand_in, put, rows
+from .writing import BLOCK, blocks_of, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
@@ -157,7 +157,7 @@ class Weight:
         weight = self.tensor
         if self._stamp == (stack, _stamp(weight), self._stamps(stack)):
             return
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with writable(weight):
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
                 return  # another thread was faster
@@ -198,7 +198,7 @@ class Weight:
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
         weight = self.tensor
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with writable(weight):
             self._withdraw(weight)
             self._stamp, self.prepared = None, None
 
@@ -262,7 +262,7 @@ class Weight:
     def overwrite(self, base: Tensor) -> None:
         """Take other originals; the changes on it are written anew by the next `refresh`."""
         self.withdraw()
-        with exclusively(), torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+        with writable(self.tensor):
             self.tensor.copy_(base)
         self.forget()
         self._tensor_stamp = _stamp(self.tensor)

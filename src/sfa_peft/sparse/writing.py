@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +39,7 @@ class _OfThread(threading.local):
 
 
 _STATE = _OfThread()
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -57,6 +58,18 @@ def exclusively() -> Iterator[None]:
             yield
         finally:
             _C._set_tracing_state(traced)
+
+
+def writable(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return in what to write a weight, as autograd wants it: of many in a row nothing new."""
+    inference = weight.is_inference()
+    if _STATE.is_helper and inference == torch.is_inference_mode_enabled():
+        return _NOTHING
+    context = ExitStack()
+    context.enter_context(exclusively())
+    context.enter_context(torch.inference_mode(inference))
+    context.enter_context(torch.no_grad())
+    return context
 
 
 def is_stand_in(tensor: Tensor) -> bool:
@@ -112,31 +125,27 @@ def _do(jobs: list[tuple[int, _Action]]) -> None:
     # Large ones first, so that nobody waits long for the last one.
     rest = deque(action for _, action in sorted(jobs, key=lambda job: -job[0]))
     known: dict[object, Any] = {}
-    if threads == 1:
-        _work(rest, known)
-        return
-    with _LOCK, ThreadPoolExecutor(threads - 1, initializer=_be_helper) as helpers:
+    with exclusively(), ThreadPoolExecutor(max(threads - 1, 1)) as helpers:
         running = [helpers.submit(_work, rest, known) for _ in range(threads - 1)]
         _work(rest, known)
         for helper in running:
             helper.result()
 
 
-def _be_helper() -> None:
-    _STATE.is_helper = True
-
-
 def _work(rest: deque[_Action], known: dict[object, Any]) -> None:
-    _STATE.known = known
+    """Do what is left, in a thread that holds the lock or that one waits for which does."""
+    before = _STATE.is_helper
+    _STATE.known, _STATE.is_helper = known, True
     try:
-        while rest:
-            try:
-                action = rest.popleft()
-            except IndexError:  # another thread was faster
-                return
-            action()
+        with torch.no_grad():
+            while rest:
+                try:
+                    action = rest.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                action()
     finally:
-        _STATE.known = None
+        _STATE.known, _STATE.is_helper = None, before
 
 
 # --- entries -----------------------------------------------------------------------------------
