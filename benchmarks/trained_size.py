@@ -36,7 +36,7 @@ from sfa_peft.dense import CLASS_NAMES, SceneDataset
 from sfa_peft.files.container import read_blob
 from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.
 BARS = {"bfloat16": ((0.05, 0.85), (0.0, 1.7)), "float32": ((0.0, 3.1),)}

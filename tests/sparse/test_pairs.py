@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sfa_peft import SFAError, limit_switch_memory
-from sfa_peft.sparse import pairs, writing
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.sparse import pairs, write_lock
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.behaviour.test_switching import check
 from tests.switching_kit import ACTIONS, Kit, Session, assert_equal, layers_of, output, weights_of
 
@@ -153,7 +153,7 @@ def test_pairs_that_are_no_longer_used_give_way(used):
 
 
 def test_threads_that_switch_models_of_their_own_do_not_disturb_each_other(monkeypatch):
-    monkeypatch.setattr(writing, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(write_lock, "_WORTH_THREADS", 0)
     sessions = [hot_session() for _ in range(3)]
     limit_switch_memory(limit_switch_memory(LIMIT) // 2)
     threads = [threading.Thread(target=switch, args=(s.model, 60)) for s in sessions]
@@ -178,7 +178,7 @@ def test_blocks_are_written_block_by_block_with_the_same_bits(used):
         pool.load_state_dict({"values": pool.values.detach(), "slots": slots})
     switch(model)
     weight = layers_of(model)[1].weights["weight"]
-    assert weight._finished["one"].undo.shape == (5, writing.BLOCK)
+    assert weight._finished["one"].undo.shape == (5, write_lock.BLOCK)
     for name in ("two", "one", "two"):
         used.clear()
         model.set_adapter(name)

@@ -202,6 +202,20 @@ def decode_entries(
         raise AdapterFileError(f"{where}: {error}") from error.__cause__
 
 
+def decode_indices(
+    blob: Blob, sizes: Sequence[int], *, where: str = "selection"
+) -> list[NDArray[np.int64]]:
+    """Decode the positions alone, for which no base is needed; as `decode_entries` does.
+
+    Raises:
+        AdapterFileError: If the blob is damaged or of another model.
+    """
+    try:
+        return _expand(blob, sizes).indices
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{where}: {error}") from error.__cause__
+
+
 def _check_lengths(tensors: Sequence[SelectedEntries], mode: ValueMode) -> None:
     for ordinal, tensor in enumerate(tensors):
         lengths = [tensor.indices.shape, tensor.values.shape]
@@ -298,9 +312,16 @@ def _cut(data: memoryview, first: int) -> list[Section]:
     ]
 
 
-def _decode(
-    blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
-) -> list[SelectedEntries]:
+class _Expanded(NamedTuple):
+    """What a blob holds, all checked."""
+
+    counts: list[int]  # entries of each tensor
+    columns: list[int]  # of each tensor
+    planes: list[NDArray[np.uint8]]  # of values
+    indices: list[NDArray[np.int64]]  # positions in each tensor
+
+
+def _expand(blob: Blob, sizes: Sequence[int]) -> _Expanded:
     mode = blob.mode
     if blob.num_tensors != len(sizes):
         raise AdapterFileError(
@@ -322,10 +343,17 @@ def _decode(
     for section, expected, name in zip(rest, lengths, names, strict=True):
         check_section(section, expected, name)
     raw = [expand(s, name) for s, name in zip(rest, names, strict=True)]
-    indices = layout.positions(raw[:4])
+    return _Expanded(counts, layout.columns, raw[4:], layout.positions(raw[:4]))
+
+
+def _decode(
+    blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
+) -> list[SelectedEntries]:
+    mode = blob.mode
+    counts, columns, planes, indices = _expand(blob, sizes)
     bases = _read_bases(blob, indices, base_entries) if mode.needs_base else None
     base = None if bases is None else _joined(bases, mode)
-    values = decode_values(mode, raw[4:], base, counts, blob.block)
+    values = decode_values(mode, planes, base, counts, blob.block)
     edges = pairwise(accumulate(counts, initial=0))
     return [
         SelectedEntries(
@@ -333,7 +361,7 @@ def _decode(
             indices[i],
             values[a:b],
             None if bases is None else bases[i],
-            layout.columns[i],
+            columns[i],
         )
         for i, (a, b) in enumerate(edges)
     ]

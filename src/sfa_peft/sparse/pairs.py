@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SFAError
-from .writing import rows
+from .write_lock import rows
 
 #: Bytes for all pairs of the process, unless `limit_switch_memory` is called.
 _LIMIT = 256 << 20

@@ -19,7 +19,7 @@ from torch import Tensor
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
 from .pairs import PAIRS
-from .writing import BLOCK, blocks_of, is_stand_in, put, rows, writable
+from .write_lock import BLOCK, blocks_of, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256

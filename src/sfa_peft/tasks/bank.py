@@ -14,12 +14,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import SFAError
-from ..sparse.writing import together
+from ..sparse.write_lock import together
 from ..tuner.adapter import check_name
 from ..tuner.layer import SFALayer
-from .claims import Claim, Claims
 from .memory import TaskMemory, count_bytes, measure, tensors_of
-from .sharing import (
+from .shared_backbone import (
     adapted_layers,
     find_shareable,
     guard_forward,
@@ -29,6 +28,7 @@ from .sharing import (
     remove_adapter,
     share,
 )
+from .thread_claims import Claim, Claims
 
 
 class TaskBank:
