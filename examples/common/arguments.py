@@ -116,12 +116,16 @@ class SharedArguments:
         default=None,
         metadata={"help": "Folder or Hub name of the data. Rendered scenes if not given."},
     )
-    dataset_format: Literal["imagefolder", "ade20k", "cityscapes", "coco", "kitti", "nyuv2"] = (
-        field(
-            default="imagefolder",
-            metadata={"help": "Layout of the folder; imagefolder is also parquet and the Hub."},
-        )
-    )
+    dataset_format: Literal[
+        "auto", "imagefolder", "folders", "ade20k", "cityscapes", "coco", "kitti", "nyuv2", "voc",
+        "yolo",
+    ] = field(
+        default="auto",
+        metadata={
+            "help": "Layout of the folder; auto looks what it is. imagefolder is also parquet and "
+            "the Hub, folders is images/ beside masks/ or depth/."
+        },
+    )  # fmt: skip
     on_error: Literal["raise", "skip"] = field(
         default="raise",
         metadata={"help": "Stop at images that cannot be used, or look for them first and skip."},
@@ -255,7 +259,7 @@ class SharedArguments:
             raise SFAError(f"--output_dir: {self.output_dir} is a file")
         self.image_size = as_size(self.image_size, "image_size")
         self.eval_size = as_size(self.eval_size or self.image_size, "eval_size")
-        if self.dataset_name is None and self.dataset_format != "imagefolder":
+        if self.dataset_name is None and self.dataset_format not in ("auto", "imagefolder"):
             raise SFAError(f"--dataset_name: needed for --dataset_format {self.dataset_format}")
         square = all(height == width for height, width in (self.image_size, self.eval_size))
         if self.dataset_name is None and not square:

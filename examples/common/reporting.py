@@ -106,17 +106,12 @@ def make_result(
         draw: Writes such columns as a contact sheet.
     """
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    known = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
-        if name != "epoch" and not name.endswith(TIMINGS)
-    }
     name = run_name(args)
     row = {
         "method": name,
         "trainable_share": ready.share,
         "trainable_backbone": round(ready.share * ready.backbone_size),
-        "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
+        "scores": scores_of(scores),
         **args.facts(),
         "bytes": size,
         "learning_rate": rates.backbone,
@@ -138,6 +133,15 @@ def make_result(
     *rest, last = columns
     titled = {**{title: columns[title] for title in rest}, name: columns[last]}
     return Result(name, row, headers, curve, progress, titled, draw)
+
+
+def scores_of(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Return what `trainer.evaluate` returned without timings; what is not a number is None."""
+    return {
+        name.removeprefix("eval_"): None if math.isnan(value) else value
+        for name, value in scores.items()
+        if name != "epoch" and not name.endswith(TIMINGS)
+    }
 
 
 def report(result: Result, ready: Prepared, args: SharedArguments) -> None:

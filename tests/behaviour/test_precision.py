@@ -227,6 +227,8 @@ def test_under_autocast_an_external_adapter_casts_no_activation():
         with model.disable_adapter():
             assert not torch.equal(model(x), adapted)
     assert casts.count == 0
+    shape = model.to("meta")(x.to("meta").float()).shape  # where there is no autocast to ask about
+    assert shape == adapted.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

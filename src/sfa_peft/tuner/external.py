@@ -48,10 +48,10 @@ def make_projections(
 
 def apply_bottleneck(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
     """Return Eq. 3 for features `x` (any shape the projections take), in the dtype of `x`."""
-    narrow = x
-    if not torch.is_autocast_enabled(x.device.type):  # it casts both, and features to float32 not
-        narrow = x.to(cast(Tensor, down.weight).dtype)
-    return x + up(torch.relu(down(narrow))).to(x.dtype)
+    # Autocast casts the weights (it knows no meta device); features need not become float32 first.
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    features = x if is_cast else x.to(cast(Tensor, down.weight).dtype)
+    return x + up(torch.relu(down(features))).to(x.dtype)
 
 
 class AdaptedLayer(nn.Module):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A folder of another layout is called by its name, and what the error suggests works."""
+"""A folder is read by what it looks like; or the error shows what is there and what would do."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sfa_peft.dense.data.folder_layouts import check_imagefolder
-from sfa_peft.dense.data.load import load_dense
+from sfa_peft.dense.data.folder_layouts import recognise
+from sfa_peft.dense.data.load import FORMATS, load_dense
 from sfa_peft.errors import SFAError
 
 
@@ -31,15 +31,13 @@ def _coco(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("task", ["detection", "instances"])
-def test_cocos_folder_is_recognised_and_the_option_named_that_reads_it(
-    tmp_path: Path, task: str
-) -> None:
+def test_cocos_folder_is_read_without_an_option(tmp_path: Path, task: str) -> None:
     folder = _coco(tmp_path)
 
-    with pytest.raises(SFAError, match=r"looks like coco's folder; pass dataset_format='coco'$"):
-        load_dense(task, folder)
-
+    assert load_dense(task, folder).class_names == ("brush",)
     assert load_dense(task, folder, dataset_format="coco").class_names == ("brush",)
+    with pytest.raises(SFAError, match=r"looks like coco's folder; pass dataset_format='coco'$"):
+        load_dense(task, folder, dataset_format="imagefolder")
     with pytest.raises(SFAError, match="looks like coco's folder, which is not for depth"):
         load_dense("depth", folder)
 
@@ -52,27 +50,34 @@ def test_cocos_folder_is_recognised_and_the_option_named_that_reads_it(
         ("nyu_depth_v2_labeled.mat", "depth", "nyuv2"),
         ("nyudepthv2_train_files_with_gt.txt", "depth", "nyuv2"),
         ("eigen_train_files_with_gt.txt", "depth", "kitti"),
+        ("data.yaml", "detection", "yolo"),
+        ("SegmentationClass", "segmentation", "voc"),
+        ("images/../masks", "segmentation", "folders"),
+        ("train/images/../depth", "depth", "folders"),
     ],
 )
 def test_folders_of_other_data_sets_are_recognised(
     tmp_path: Path, made: str, task: str, name: str
 ) -> None:
-    (tmp_path / made).mkdir(parents=True)
+    *inner, last = made.split("/../")
+    for part in (*inner, str(Path(*inner).parent / last) if inner else last):
+        (tmp_path / part).mkdir(parents=True)
 
-    with pytest.raises(
-        SFAError, match=rf"looks like {name}'s folder; pass dataset_format='{name}'$"
-    ):
-        load_dense(task, tmp_path)
+    assert recognise(tmp_path, task, FORMATS) == name
+    with pytest.raises(SFAError, match="which is not for"):
+        recognise(tmp_path, task, ["imagefolder"])
 
 
 @pytest.mark.parametrize("task", ["segmentation", "depth", "detection", "instances"])
-def test_folders_of_images_and_masks_are_told_what_is_expected_and_that_works(
+def test_another_folder_is_shown_with_what_would_do_and_that_works(
     tmp_path: Path, task: str
 ) -> None:
-    (tmp_path / "images").mkdir()
-    (tmp_path / "masks").mkdir()
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    for name in ("photos/a.jpg", "photos/b.jpg", "photos/c.xml", "notes.txt"):
+        (tmp_path / name).touch()
 
-    with pytest.raises(SFAError, match=r"there are \['images', 'masks'\]; expected") as caught:
+    shown = r"There: \(1 \.txt\), photos/ \(2 \.jpg, 1 \.xml, more/\)\. Would do for " + task
+    with pytest.raises(SFAError, match=shown) as caught:
         load_dense(task, tmp_path)
 
     found = re.search(
@@ -98,10 +103,10 @@ def test_folders_of_images_and_masks_are_told_what_is_expected_and_that_works(
 
 def test_masks_beside_images_and_parquet_are_known(tmp_path: Path) -> None:
     (tmp_path / "trainannot").mkdir()
-    check_imagefolder(tmp_path, "segmentation", ["imagefolder"])
+    assert recognise(tmp_path, "segmentation", ["imagefolder"]) == "imagefolder"
     with pytest.raises(SFAError, match="no known layout"):
-        check_imagefolder(tmp_path, "instances", ["imagefolder"])
+        recognise(tmp_path, "instances", ["imagefolder"])
 
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-0.parquet").touch()
-    check_imagefolder(tmp_path, "instances", ["imagefolder"])
+    assert recognise(tmp_path, "instances", ["imagefolder"]) == "imagefolder"

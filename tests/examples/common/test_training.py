@@ -11,7 +11,7 @@ import torch
 from transformers import get_scheduler
 
 from tests.tiny import upernet
-from tests.tuner.test_rates import scale_of_the_source
+from tests.tuner.test_parameter_groups import scale_of_the_source
 
 
 def test_a_polynomial_course_ends_at_lr_end() -> None:
