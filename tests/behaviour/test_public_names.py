@@ -3,6 +3,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -91,3 +93,13 @@ def test_what_a_page_documents_is_read_off_its_directives():
     names = {value.__name__ for value in documented(page)}
     assert {"SFAConfig", "combine", "SFAError"} < names
     assert "SFALayer" not in names
+
+
+def test_the_package_brings_nothing_heavy_that_peft_does_not():
+    heavy = "datasets pandas matplotlib PIL.ImageDraw scipy pycocotools transformers.trainer"
+    code = (
+        "import sys, peft; before = set(sys.modules); import sfa_peft\n"
+        f"print(*sorted((set(sys.modules) - before) & set('{heavy}'.split())))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -46,6 +46,7 @@ from sfa_peft.dense.losses import SILogLoss, resize_depth, silog_loss
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
 from sfa_peft.dense.metrics.detr import detr_outputs, detr_results
+from sfa_peft.dense.metrics.ground_truth import true_objects
 from sfa_peft.dense.metrics.mask_queries import mask_query_outputs, mask_query_results
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
@@ -53,7 +54,6 @@ from sfa_peft.dense.metrics.segmentation import (
     confusion_matrix,
     segmentation_scores,
 )
-from sfa_peft.dense.metrics.truth import true_objects
 from sfa_peft.dense.pictures.depth import depth_sheet
 from sfa_peft.dense.pictures.objects import ObjectPicture, object_sheet
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..sparse.delta import Delta, adapt, change_to
+from .adapter_config import LARGEST_JSON, SavedTensor, parse_json
 from .container import (
     Blob,
     SelectedEntries,
@@ -34,7 +35,6 @@ from .container import (
     encode_entries,
     read_blob,
 )
-from .record import LARGEST_JSON, SavedTensor, parse_json
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.

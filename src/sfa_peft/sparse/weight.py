@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
-from .writing import exclusively, is_stand_in
+from .write_lock import exclusively, is_stand_in
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256

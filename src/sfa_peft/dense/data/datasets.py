@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_peft.dense.data.files import IMAGE_SUFFIXES
-from sfa_peft.dense.data.library import library_rows, pick_column, split_of, undecoded
+from sfa_peft.dense.data.hf_datasets import library_rows, pick_column, split_of, undecoded
 from sfa_peft.dense.data.splits import (
     LibrarySplit,
     PairFolder,

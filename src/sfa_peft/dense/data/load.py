@@ -21,8 +21,8 @@ from sfa_peft.dense.data.datasets import (
 )
 from sfa_peft.dense.data.depth_folders import kitti, nyuv2
 from sfa_peft.dense.data.files import id_table, map_ids, metres_of, read_depth, read_mask
-from sfa_peft.dense.data.layouts import recognise
-from sfa_peft.dense.data.library import library_rows, pick_column, undecoded
+from sfa_peft.dense.data.folder_layouts import recognise
+from sfa_peft.dense.data.hf_datasets import library_rows, pick_column, undecoded
 from sfa_peft.dense.data.mask_folders import pair_folders
 from sfa_peft.dense.data.object_folders import OBJECT_COLUMNS, LibraryObjects, coco
 from sfa_peft.dense.data.objects import Objects

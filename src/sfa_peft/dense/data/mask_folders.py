@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sfa_peft.dense.data.files import IMAGE_SUFFIXES
-from sfa_peft.dense.data.library import split_of
+from sfa_peft.dense.data.hf_datasets import split_of
 from sfa_peft.dense.data.splits import Found, PairFolder, TargetT
 from sfa_peft.errors import SFAError
 

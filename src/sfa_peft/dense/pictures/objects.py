@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sfa_peft.dense.pictures.figures import check_rows, is_rgb, picture_grid, write_figure
+from sfa_peft.dense.pictures.picture_grid import check_rows, is_rgb, picture_grid, write_figure
 from sfa_peft.dense.pictures.sheets import class_palette
 from sfa_peft.errors import SFAError
 
