@@ -91,7 +91,7 @@ class Pairs:
                 return
             if not self._make_room(most):
                 return  # asked before one is made, which takes longer than to do without
-        pair = _united(*both, weight)
+        pair = _united(before[0], after[0], weight)
         pair.used = self._uses
         with self._lock:
             self._kept[key] = pair
