@@ -29,7 +29,7 @@ from .errors import UnfinishedSelectionWarning as UnfinishedSelectionWarning
 from .model_card import set_card_metrics as set_card_metrics
 from .selection.scores import register_score as register_score
 from .sparse.pairs import limit_switch_memory as limit_switch_memory
-from .tasks.folder import load_task as load_task
+from .tasks.task_folder import load_task as load_task
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer

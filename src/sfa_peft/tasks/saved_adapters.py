@@ -18,6 +18,7 @@ from ..files.adapter_config import read_resolved
 from ..files.folder import selection_of
 from ..plots import draw_selections
 from ..tuner.adapter_chain import SavedFiles, Search, packed_key
+from .task_folder import pretrained_source
 
 _DOWN, _UP = ".sfa_down.", ".sfa_up."
 
@@ -49,7 +50,8 @@ class SavedReport:
 
     Attributes:
         source: Folder or Hub id.
-        base: Name of the base model, None if the files do not say.
+        base: Name of the base model, or of its backbone where a `task.json` says; None if none
+            does.
         backbone: Model type of the backbone, None if unknown.
         budget: The share that was asked for.
         total: Parameters of the backbone.
@@ -197,7 +199,7 @@ def inspect(source: str | PathLike[str]) -> SavedReport:
     dtypes = {tensor.dtype for tensor in record.tensors}
     return SavedReport(
         source=files.source,
-        base=config.base_model_name_or_path,
+        base=config.base_model_name_or_path or pretrained_source(files.source),
         backbone=record.backbone,
         budget=config.budget,
         total=record.total,
