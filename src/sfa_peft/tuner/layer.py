@@ -123,8 +123,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        # Of a plain layer at once: weights ask for it several times in a switch.
-        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore  # the short way
         return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
 
     @property
@@ -186,8 +185,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_transformed(self) -> bool:
-        compiling = torch.compiler.is_compiling()
-        return not compiling and any(weight.is_stand_in for weight in self.weights.values())
+        return not torch.compiler.is_compiling() and any(
+            w.is_stand_in for w in self.weights.values()
+        )
 
     @eager
     def _finish_loading(self) -> None:
@@ -282,8 +282,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _switch(self, action: Callable[[], None]) -> None:
         first = next(iter(self.weights.values()), None)
-        if first is not None and not first.tensor.is_meta:
-            weight = first.tensor
+        if first is not None and not (weight := first.tensor).is_meta:
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
