@@ -16,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test coverage e2e wheel-test lint types imports docs house benchmarks conformance conformance-quick versions format check clean
+.PHONY: help .venv demo test pretended coverage e2e wheel-test lint types imports docs house benchmarks conformance conformance-quick versions format check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pict
 test: $(STAMP)  ## run the tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+pretended: $(STAMP)  ## run the tests on a pretended GPU, in a process of its own; needs a C++ compiler
+	@echo "== pytest, on a pretended GPU"
+	@$(BIN)/python -m pytest -q tests/pretended
 
 coverage: $(STAMP)  ## run the tests and measure which lines they run; `make house` has the floors
 	@echo "== pytest, with coverage"
@@ -93,7 +97,7 @@ versions: $(STAMP)  ## the tests on the oldest and newest PEFT and transformers,
 
 benchmarks: $(STAMP)  ## measure every figure of docs/benchmarks.md anew; about 20 minutes on two idle cores
 	@mkdir -p out
-	@for name in cost switching scores trained_size; do \
+	@for name in cost host_time switching scores trained_size; do \
 		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output out/$$name.json || exit 1; done
 	@echo "== file_size"
 	@$(BIN)/python benchmarks/file_size.py
@@ -102,8 +106,8 @@ format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-check: lint types imports docs coverage house wheel-test conformance-quick  ## all of the above: what CI runs
+check: lint types imports docs coverage pretended house wheel-test conformance-quick  ## all of the above: what CI runs
 
 clean:  ## remove build results and caches; the virtual environment stays
-	@rm -rf out/demo out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf out/demo out/pretended out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

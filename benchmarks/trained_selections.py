@@ -24,7 +24,7 @@ from selections import Measured, draw, lines_touched, places_of, spread_of
 from trained_size import train
 
 from sfa_peft.sparse.pool import Pool
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 #: Budget and share of it that goes to external adapters.
 CASES = ((0.05, 0.0), (0.05, 0.5), (0.2, 0.5))

@@ -5,12 +5,15 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
-from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft import SFAConfig, SFASelector, UnfinishedSelectionWarning
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 pytestmark = [
@@ -104,9 +107,7 @@ EXTERNAL = {"external_modules": ["second"]}
 
 
 @pytest.mark.parametrize("options", [{}, {"rho": 0.5} | EXTERNAL, {"rho": 1} | EXTERNAL], ids=str)
-@pytest.mark.parametrize(
-    "form", ["loaded", "merged", "set to eval", "disabled", "in training mode"]
-)
+@pytest.mark.parametrize("form", ["loaded", "merged", "set to eval", "disabled", "training"])
 def test_inference_is_one_graph_and_sees_every_change(options, form, tmp_path):
     model = make(score="random", init_weights=False, **options)
     if form == "loaded":
@@ -156,6 +157,26 @@ def test_a_forward_in_training_breaks_once_until_the_last_pick_and_then_no_more(
         breaks.append(num_breaks())
     # The last pick is after the ninth step; the tenth finds out once what does not change any more.
     assert breaks == [1] * 10 + [0] * 4
+
+
+def test_what_adds_to_scores_stays_out_of_cuda_graphs():
+    """As Inductor asks before it records a backward (`mode="reduce-overhead"`)."""
+    found = []
+
+    def inspect(module, inputs):
+        node = get_first_incompatible_cudagraph_node(module)
+        found.append(None if node is None else str(node.target))
+        return make_boxed_func(module.forward)
+
+    model = make()
+    net = torch.compile(model, backend=aot_autograd(fw_compiler=inspect, bw_compiler=inspect))
+    selector = SFASelector(model, total_steps=12)
+    net(batch()).square().mean().backward()
+    assert found == [None, "sfa_peft.hand_over.default"]
+    with pytest.warns(UnfinishedSelectionWarning):
+        selector.close()  # as after the last pick: all of a step may be recorded
+    net(batch()).square().mean().backward()
+    assert found[2:] == [None, None]
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -15,7 +15,7 @@ from peft import get_peft_model
 
 from sfa_peft import SFAConfig
 from sfa_peft.sparse.pool import Pool
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import upernet
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"

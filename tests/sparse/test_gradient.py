@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfa_peft import SFAConfig, SFALayer, SFASelector
 from sfa_peft.sparse.gradient import SparseLinear, find_support
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 
 ROWS, COLUMNS, TOKENS = 40, 48, 30

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
+from ..errors import SFAError
 from .delta import Spans, span_length
 
 
@@ -69,7 +70,17 @@ class Observer:
         _OBSERVERS[self.handle] = self
 
     def __call__(self, gradient: Tensor) -> None:
-        """Show a gradient."""
+        """Show a gradient.
+
+        Raises:
+            SFAError: While a CUDA graph is recorded, which would not show it when it is played.
+        """
+        if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise SFAError(
+                "A backward that adds to the scores of a selection is being recorded as a CUDA "
+                "graph, which would leave out all scores but those of the recording. Record after "
+                "the last pick; or use torch.compile without a mode, or from torch 2.9 on with any."
+            )
         self.function(gradient)
 
 
@@ -77,7 +88,14 @@ _handles = itertools.count()
 _OBSERVERS: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("sfa_peft::hand_over", mutates_args=())
+#: Not to become part of a CUDA graph, which calls the observer while it is recorded, and never when
+#: it is played. Older releases of torch cannot be told; there the observer refuses.
+TAGS: Any = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)}  # pyright: ignore
+
+
+@torch.library.custom_op("sfa_peft::hand_over", mutates_args=(), **TAGS)
 def hand_over(gradient: Tensor, indices: Tensor, handle: int) -> Tensor:
     """Show a gradient to an observer and return its entries at flat positions: one graph node."""
     observer = _OBSERVERS.get(handle)
@@ -161,7 +179,7 @@ class LiveWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, taps: Sequence[Tap], *slices: Tensor) -> Tensor:
         """Return an alias of the weight that depends on the slices."""
         ctx.taps = taps
-        ctx.dtypes = [s.dtype for s in slices]
+        ctx.kinds = [(s.device, s.dtype) for s in slices]
         return weight.view_as(weight)
 
     @staticmethod
@@ -169,14 +187,14 @@ class LiveWeight(torch.autograd.Function):
         """Return the gathered gradient of each slice."""
         flat = grad.reshape(-1)
         slice_grads = []
-        for tap, dtype in zip(ctx.taps, ctx.dtypes, strict=True):
+        for tap, kind in zip(ctx.taps, ctx.kinds, strict=True):
             if torch.compiler.is_compiling() and tap.observer is not None:
                 gathered = hand_over(grad, tap.indices, tap.observer.handle)
             else:
                 if tap.observer is not None:
                     tap.observer(grad)
                 gathered = flat.index_select(0, tap.indices)
-            slice_grads.append(gathered.to(dtype))
+            slice_grads.append(gathered.to(*kind))  # the pool may be on another device
         return (grad if ctx.needs_input_grad[0] else None, None, *slice_grads)
 
 

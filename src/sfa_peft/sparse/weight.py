@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Support, Tap, Tapped, find_support
-from .writing import exclusively, is_stand_in
+from .write_lock import exclusively, is_stand_in
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256

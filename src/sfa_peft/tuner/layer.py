@@ -16,14 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.averages import take_positions, undo_rounding
 from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
-from ..sparse.writing import now_or_together
+from ..sparse.weight_averages import take_positions, undo_rounding
+from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
-from .stored import refuse_offloaded, stored
+from .weight_storage import fit_for_changes, refuse_offloaded, stored
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -421,7 +421,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()
-        super()._apply(fn, recurse)
+        with fit_for_changes(self.sfa_pool, self.weights):
+            super()._apply(fn, recurse)
         if self.merged:
             self.refresh(self.merged_adapters)
         return self
