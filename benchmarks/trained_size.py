@@ -54,10 +54,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(share: float, args: argparse.Namespace) -> PeftModel:
-    """Return a model with this share of the eligible weights selected and trained."""
+def train(share: float, args: argparse.Namespace, *, rho: float = 0.0) -> PeftModel:
+    """Return a model that trained this share of the backbone, `rho` of it external adapters."""
     base = build_model(Arguments(seed=0), len(CLASS_NAMES))
-    config = SFAConfig(budget=share, rho=0, modules_to_save=["decode_head"])
+    config = SFAConfig(budget=share, rho=rho, modules_to_save=["decode_head"])
     model = get_peft_model(base, config).train()
     selector = SFASelector(model, total_steps=args.steps)
     trained = [p for p in model.parameters() if p.requires_grad]

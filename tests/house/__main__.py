@@ -28,6 +28,7 @@ PUBLIC = ("sfa_peft", "sfa_peft.tasks", "sfa_peft.dense")
 INSIDE = {
     "benchmarks/file_size.py": ("sfa_peft.files.container", "sfa_peft.files.values"),
     "benchmarks/switching_cases.py": ("sfa_peft.tuner.adapted_layers",),
+    "benchmarks/trained_selections.py": ("sfa_peft.sparse.pool", "sfa_peft.tuner.adapted_layers"),
     "benchmarks/trained_size.py": (
         "sfa_peft.files.container",
         "sfa_peft.files.packing",

@@ -117,7 +117,7 @@ class Rounds:
 
     def _attach(self) -> None:
         """Take over the pool."""
-        self.pool.driver = self
+        self.pool.driver, self.pool.is_growing = self, bool(self.accumulators)
         self.observers = {
             name: Observer(partial(self._receive, accumulator))
             for name, accumulator in self.accumulators.items()
@@ -129,6 +129,8 @@ class Rounds:
     def stop(self) -> None:
         """Free the scores (not those of a selector that took over)."""
         self._observe(False)
+        if self.drives:
+            self.pool.is_growing = False
         if self.candidates is not None:
             self.candidates.remove()
             self.candidates = None

@@ -74,6 +74,7 @@ class Pool:
         self._spread: tuple[tuple[Any, ...], Tensor] | None = None
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
+        self.is_growing = False  # the driver will still give out slots
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
         self.optimizer: weakref.ref[Any] | None = None  # the one that stepped last
         self.stepped_by_grad_scaler = False
@@ -89,7 +90,7 @@ class Pool:
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
         none = ("_layout", "_cut", "_spread", "before", "driver", "optimizer", "source", "seen")
-        return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
+        return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}, "is_growing": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -279,13 +280,22 @@ class Pool:
 
     def stand_ins(self) -> Sequence[Tensor]:
         """Return for each weight what stands for its slice of values, wired to their gradient."""
-        values, spans = self.values, self.layout()
-        key = (id(values), values.dtype, values.device, values.requires_grad, id(spans))
-        if self._cut is None or self._cut[0] != key:
+        if self._cut is None or not self.keeps(self._cut[1]):
+            values, spans = self.values, self.layout()
             with torch.inference_mode(False), torch.enable_grad():
                 # The parameter and the spans are kept alive by the cut, so their ids stay theirs.
-                self._cut = (key, Cut.apply(values, spans), (values, spans))
+                self._cut = (self._cut_key(), Cut.apply(values, spans), (values, spans))
         return self._cut[1]
+
+    def keeps(self, stand_ins: Sequence[Tensor]) -> bool:
+        """Whether these are still what `stand_ins` returns."""
+        return (
+            self._cut is not None and self._cut[1] is stand_ins and self._cut[0] == self._cut_key()
+        )
+
+    def _cut_key(self) -> tuple[Any, ...]:
+        values, spans = self.values, self.layout()
+        return (id(values), values.dtype, values.device, values.requires_grad, id(spans))
 
     def stamp(self) -> tuple[Any, ...]:
         """Return what changes whenever values or slots do.

@@ -9,6 +9,7 @@ entries of the stack, and what was there before can be put back.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar, cast
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .delta import Spans, adapt
-from .gradient import Observer, Tap
+from .gradient import Observer, Support, Tap, Tapped, find_support
 from .pairs import PAIRS
 from .write_lock import BLOCK, blocks_of, is_stand_in, put, rows, writable
 
@@ -29,7 +30,13 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 def eager(function: _F) -> _F:
     """Keep a function out of graphs that torch.compile makes."""
-    return cast(_F, torch.compiler.disable(function))
+    outside = torch.compiler.disable(function)  # costs time where nothing is compiled, too
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return cast(_F, call)
 
 
 def version(tensor: Tensor) -> int:
@@ -42,6 +49,10 @@ class Owner(Protocol):
 
     def parameter(self, name: str) -> Tensor:
         """Return the tensor that a parameter of the layer is now."""
+        ...
+
+    def columns_worth(self, name: str) -> float | None:
+        """Return what `find_support` asks of the matrix of a linear layer; None of others."""
         ...
 
     @property
@@ -83,6 +94,7 @@ class _Entries:
         spans: Where they are in slot order: the slots they were read from.
         stamp: Where they are finished: what the changes were when they were added.
         adapted: Where they are finished: what the weight holds there while only they are on it.
+        support: The part of a matrix that they lie in, once somebody asked.
     """
 
     indices: Tensor
@@ -90,6 +102,7 @@ class _Entries:
     spans: Spans | None = None
     stamp: tuple[Any, ...] = ()
     adapted: Tensor | None = None
+    support: Support | None = None
 
     def in_blocks(self, weight: Tensor) -> _Entries:
         """Return finished entries by block where they come in whole ones."""
@@ -119,7 +132,7 @@ class Weight:
         self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
-        self.prepared: tuple[list[Tap], list[Tensor]] | None = None  # for a compiled forward
+        self.prepared: Tapped | None = None  # for a compiled forward
         self.touched = True  # others may have written it since `is_untouched`
         self._entries: dict[str, _Entries] = {}  # in slot order, for training
         self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
@@ -153,10 +166,9 @@ class Weight:
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        stack = self._stack_of(names)
-        weight = self.tensor
-        if self._stamp == (stack, _stamp(weight), self._stamps(stack)):
+        if self.is_current(names):
             return
+        stack, weight = self._stack_of(names), self.tensor
         with writable(weight):
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
@@ -171,6 +183,16 @@ class Weight:
             self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
+
+    def is_current(self, names: Sequence[str]) -> bool:
+        """Whether it holds the changes of the named adapters, as they are now: asked often."""
+        if self._stamp is None:
+            return False
+        stack = self._stack_of(names)
+        try:
+            return self._stamp == (stack, _stamp(self.tensor), self._stamps(stack))
+        except RuntimeError:  # stand-ins of a recording or transform have no address
+            return False
 
     def holds(self, names: Sequence[str]) -> bool:
         """Whether the changes of the named adapters, and no others, are on the weight."""
@@ -199,7 +221,7 @@ class Weight:
         weight = self.tensor
         with writable(weight):
             self._withdraw(weight)
-            self._stamp, self.prepared = None, None
+            self._stamp = None
 
     def _withdraw(self, weight: Tensor) -> None:
         self.touched = self.touched or self._tensor_stamp != _stamp(weight)
@@ -225,6 +247,8 @@ class Weight:
 
     def _stack_of(self, names: Sequence[str]) -> tuple[tuple[str, bool], ...]:
         """Return (adapter, whether its candidates' change is meant), the lowest first."""
+        if not (self.earlier or self.candidates):
+            return tuple([(name, False) for name in names if name in self.slices])
         earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
         dense = [(name, True) for name in names if name in self.candidates]
         own = [(name, False) for name in names if name in self.slices]
@@ -310,16 +334,25 @@ class Weight:
 
     # --- gradient ------------------------------------------------------------------------------
 
-    def taps(self) -> tuple[list[Tap], list[Tensor]]:
+    def taps(self) -> Tapped:
         """Return what active adapters want from the weight's gradient, and where it goes."""
         taps, stand_ins = [], []
         self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
             part, observer = self.slices[name], self.observers.get(name)
             if part.trains and (observer is not None or part.spans or part.keeps_graph):
-                taps.append(Tap(self._entries_of(name, self.tensor).indices, observer))
+                entries = self._entries_of(name, self.tensor)
+                support = None if observer is not None else self._support_of(entries)
+                taps.append(Tap(entries.indices, observer, support))
                 stand_ins.append(part.stand_in())
-        return taps, stand_ins
+        return Tapped(taps, stand_ins)
+
+    def _support_of(self, entries: _Entries) -> Support | None:
+        if entries.support is None:
+            worth = self.owner.columns_worth(self.parameter)
+            if worth is not None:
+                entries.support = find_support(entries.indices, self.tensor.shape, worth)
+        return entries.support
 
     # --- writing -------------------------------------------------------------------------------
 

@@ -53,6 +53,9 @@ def exclusively() -> Iterator[None]:
         yield
         return
     with _LOCK:
+        if traced is None:  # inside an operator it could not even be set to that
+            yield
+            return
         _C._set_tracing_state(None)
         try:
             yield

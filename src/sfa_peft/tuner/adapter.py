@@ -49,15 +49,34 @@ class LayerStore:
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer, self.adapter_name = layer, adapter_name
 
+    @classmethod
+    def make(cls, layer: Any, adapter: Adapter) -> LayerStore:
+        """Put room for values and positions of all layers into the first one, and return it."""
+        size, packed_size = adapter.record.internal, adapter.record.packed
+        # PEFT casts the values to fp32 later, but leaves float64, of which a file would lose bits.
+        narrow = layer.base_weight.dtype.itemsize <= torch.float32.itemsize
+        dtype = layer.base_weight.dtype if narrow else torch.float32
+        options = {"device": layer.base_weight.device, "dtype": dtype}
+        layer.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
+        few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
+        options["dtype"] = torch.int32 if few else torch.int64
+        layer.sfa_slots[adapter.name] = torch.full((size,), -1, **options)
+        if packed_size is not None:
+            options["dtype"] = torch.uint8
+            layer.sfa_packed[adapter.name] = torch.zeros(packed_size, **options)
+        return cls(layer, adapter.name)
+
+    # Asked by each layer in each forward, so not by the dicts' own ways, which take longer.
+
     @property
     def values(self) -> nn.Parameter:
         """The change of each assigned weight, (size,)."""
-        return self.layer.sfa_pool[self.adapter_name]
+        return self.layer._modules["sfa_pool"]._parameters[self.adapter_name]
 
     @property
     def slots(self) -> Tensor:
         """Position of each value, (size,)."""
-        return self.layer.sfa_slots[self.adapter_name]
+        return self.layer._modules["sfa_slots"]._buffers[self.adapter_name]
 
     @property
     def is_there(self) -> bool:
