@@ -26,7 +26,7 @@ def torchvision_detection() -> ModuleType:
     """
     try:
         # What its operators are made by is missing where it was built for another torch.
-        from torchvision.models import detection
+        from torchvision.models import detection  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError, RuntimeError) as error:
         raise SFAError(
             "Faster R-CNN and Mask R-CNN need torchvision, of the release that was built for this "
@@ -104,7 +104,7 @@ def make_detector(
 
 def _say_strides(roi_heads: Any) -> None:
     """Tell the pools the strides of the maps, which they would guess from the first batch."""
-    from torchvision.ops.poolers import initLevelMapper
+    from torchvision.ops.poolers import initLevelMapper  # pyright: ignore[reportMissingImports]
 
     strides = STRIDES[:-1]
     for pool in (roi_heads.box_roi_pool, roi_heads.mask_roi_pool):
