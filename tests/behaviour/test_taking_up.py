@@ -17,7 +17,7 @@ from sfa_peft import (
     SFASelector,
     UnfinishedSelectionWarning,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP, upernet
 from tests.training.trainer_runs import Images, make_trainer
 
@@ -217,6 +217,8 @@ def test_resuming_without_the_callback_is_said(tmp_path):
     [
         {},
         {"granularity": "row"},
+        {"granularity": "block"},
+        {"ranking": "layer", "granularity": "block"},
         {"schedule": "literal"},
         {"ranking": "layer", "granularity": "row"},
     ],

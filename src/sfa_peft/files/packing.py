@@ -25,15 +25,16 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..sparse.delta import Delta, adapt, change_to
+from .adapter_config import LARGEST_JSON, SavedTensor, parse_json
 from .container import (
     Blob,
     SelectedEntries,
     declared_length,
     decode_entries,
+    decode_indices,
     encode_entries,
     read_blob,
 )
-from .record import LARGEST_JSON, SavedTensor, parse_json
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.
@@ -55,12 +56,14 @@ class Entries:
         indices: Flat positions, int64, strictly increasing.
         change: Change of each, in the type it is trained in (float32 by default).
         base: Pretrained weight of each, in the base's type.
+        columns: Number of weights in a row of the tensor, 0 where it has none.
     """
 
     size: int
     indices: Tensor
     change: Tensor
     base: Tensor
+    columns: int = 0
 
 
 def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
@@ -97,7 +100,7 @@ def with_manifest(packed: Tensor, tensors: Sequence[SavedTensor]) -> Tensor:
 def _pack_changes(changes: Sequence[Tensor], tensors: Sequence[Entries], mode: ValueMode) -> bytes:
     return encode_entries(
         [
-            SelectedEntries(t.size, _numpy(t.indices), _numpy(change.float()))
+            SelectedEntries(t.size, _numpy(t.indices), _numpy(change.float()), columns=t.columns)
             for t, change in zip(tensors, changes, strict=True)
         ],
         mode,
@@ -116,7 +119,13 @@ def _pack_ulps(tensors: Sequence[Entries]) -> bytes | None:
             return None
     return encode_entries(
         [
-            SelectedEntries(t.size, _numpy(t.indices), _codes(weight, dtype), _codes(t.base, dtype))
+            SelectedEntries(
+                t.size,
+                _numpy(t.indices),
+                _codes(weight, dtype),
+                _codes(t.base, dtype),
+                t.columns,
+            )
             for t, weight in zip(tensors, adapted, strict=True)
         ],
         _ULPS[dtype],
@@ -166,6 +175,18 @@ class PackedSelection:
 
         found = decode_entries(self.blob, sizes, base_entries=base_codes, where=self.where)
         return [Delta(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+
+    def positions(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the flat positions in each tensor, int64, for which no base is needed.
+
+        Args:
+            sizes: Number of weights of each tensor in the model.
+
+        Raises:
+            AdapterFileError: If the selection contradicts itself or the sizes.
+        """
+        found = decode_indices(self.blob, sizes, where=self.where)
+        return [torch.from_numpy(indices) for indices in found]
 
 
 def read_packed(packed: Tensor, where: str) -> PackedSelection:

@@ -17,14 +17,13 @@ from ..errors import GradientWarning, SelectionError, UnfinishedSelectionWarning
 from ..sparse.gradient import Observer
 from ..sparse.optimizer import LateEntries
 from ..sparse.pool import Pool
-from .accumulators import Accumulator, num_ranks, warn_of_gaps
+from .accumulators import Accumulator, check_scores, num_ranks
 from .candidates import Candidates
-from .distribution import ScoreDistribution
 from .pick import pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
+from .score_distribution import ScoreDistribution
 from .scores import find_score
-from .topk import TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,8 @@ class Rounds:
         rules: How to score and pick.
         pool: The pool that is filled.
         schedule: When to pick how many.
-        loss_scale: Returns the present factor of a gradient scaler; None without one.
+        loss_scale: Multiplies a tensor by the present factor of a gradient scaler, without looking
+            at it; None without one.
         can_skip: Whether a step's gradients are kept apart, so that `skip` can drop them.
     """
 
@@ -45,7 +45,7 @@ class Rounds:
         rules: SelectionRules,
         pool: Pool,
         schedule: Schedule,
-        loss_scale: Callable[[], float] | None = None,
+        loss_scale: Callable[[Tensor], Tensor] | None = None,
         can_skip: bool = False,
     ) -> None:
         self.rules, self.pool, self.schedule = rules, pool, schedule
@@ -261,9 +261,8 @@ class Rounds:
         """Pick by the scores of the round, if there are any, and begin the next one."""
         for accumulator in self.accumulators.values():
             accumulator.reduce()
-        warn_of_gaps(self.accumulators)
-        if any(bool(a.state.any()) for a in self.accumulators.values()):
-            self._pick([accumulator.source() for accumulator in self.accumulators.values()])
+        if check_scores(self.accumulators):
+            self._pick(list(self.accumulators.values()))
         else:
             self._warn_of_no_scores()
         for accumulator in self.accumulators.values():
@@ -273,36 +272,37 @@ class Rounds:
         if self.update_steps == self.schedule.last_pick:
             self.stop()
 
-    def _pick(self, sources: list[TensorSource]) -> None:
+    def _pick(self, accumulators: list[Accumulator]) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
-        size = len(sources)
-        first = self.pool.num_assigned
+        pool, first = self.pool, self.pool.num_selected
         if first != self.chosen:
             raise SelectionError(
-                f"Update step {self.update_steps}: adapter `{self.pool.adapter_name}` has {first} "
+                f"Update step {self.update_steps}: adapter `{pool.adapter_name}` has {first} "
                 f"selected weights, but this run selected {self.chosen}. Was the adapter loaded "
                 "anew meanwhile? Load the selector's state of that moment too, or make a new "
                 "selector."
             )
+        for ordinal, accumulator in enumerate(accumulators):
+            accumulator.exclude(pool.indices(ordinal))
         distribution = ScoreDistribution()
-        self.pool.assign(
+        pool.assign(
             pick(
-                sources,
+                [accumulator.source() for accumulator in accumulators],
                 self.schedule.selected_after(self.update_steps) - first,
-                [self.pool.indices(i).sort().values for i in range(size)],
+                [pool.count(ordinal) for ordinal in range(len(accumulators))],
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
-                row_sizes=row_sizes([weight.tensor for weight in self.pool.weights]),
+                row_sizes=row_sizes([weight.tensor for weight in pool.weights]),
                 distribution=distribution,
             )
         )
         self.scores = distribution.summary()
-        if self.pool.num_assigned > first:
-            self.joined.append((first, self.pool.num_assigned, self.update_steps))
+        if pool.num_selected > first:
+            self.joined.append((first, pool.num_selected, self.update_steps))
         logger.info(
             "Step %d: %d weights selected; smallest score admitted: %.4g (median of all: %.4g).",
             self.update_steps,
-            self.pool.num_assigned,
+            pool.num_selected,
             self.scores.get("threshold", float("nan")),
             self.scores["p50"],
         )

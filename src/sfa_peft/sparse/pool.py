@@ -20,7 +20,7 @@ from torch import Tensor
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
 from .weight import Weight, version
-from .writing import is_stand_in
+from .write_lock import asked_once, is_stand_in
 
 
 class Store(Protocol):
@@ -75,6 +75,7 @@ class Pool:
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
+        self.optimizer: weakref.ref[Any] | None = None  # the one that stepped last
         self.stepped_by_grad_scaler = False
         self.keep_before = False  # whether the values before the next step are wanted
         self.before: Tensor | None = None
@@ -87,7 +88,7 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        none = ("_layout", "_cut", "_spread", "before", "driver", "source", "seen")
+        none = ("_layout", "_cut", "_spread", "before", "driver", "optimizer", "source", "seen")
         return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
@@ -151,12 +152,15 @@ class Pool:
 
     def layout(self) -> list[Spans]:
         """Return for each weight the (first, last + 1) ranges of slots that belong to it."""
-        slots = self.slots
-        stamp = version(slots)
-        if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
-            self._layout = (slots, stamp, find_spans(slots, self.starts))
-            self._buffers, self._spread = {}, None
-        return self._layout[2]
+        slots, known = self.slots, self._layout
+        if known is None or known[0] is not slots or known[1] != version(slots):
+            known = self._lay_out(find_spans(slots, self.starts))
+        return known[2]
+
+    def _lay_out(self, spans: list[Spans]) -> tuple[Tensor, int, list[Spans]]:
+        self._layout = (self.slots, version(self.slots), spans)
+        self._buffers, self._spread = {}, None
+        return self._layout
 
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""
@@ -174,15 +178,16 @@ class Pool:
 
         It is 1 where a slot is not assigned. Kept until slots or numbers are others.
         """
-        spans, values = self.layout(), self.values
+        self.layout()  # drops what was kept for other slots
+        slots, values = self.slots, self.values
         dtype = torch.promote_types(values.dtype, torch.float32)
         key = (tuple(numbers), dtype, values.device)
         if self._spread is None or self._spread[0] != key:
-            found = torch.ones(values.shape, dtype=dtype, device=values.device)
-            for number, own in zip(numbers, spans, strict=True):
-                for a, b in own:
-                    found[a:b] = number
-            self._spread = (key, found)
+            table = torch.tensor([1.0, *numbers], dtype=dtype, device="cpu")
+            bounds = torch.tensor(self.starts[:-1], dtype=slots.dtype, device="cpu")
+            table, bounds = (t.to(values.device, non_blocking=True) for t in (table, bounds))
+            weights = torch.bucketize(slots.to(values.device), bounds, right=True)
+            self._spread = (key, table[weights])
         return self._spread[1]
 
     def deltas(self) -> dict[str, Delta]:
@@ -198,13 +203,20 @@ class Pool:
         Args:
             selected: For each weight flat positions, int64, strictly increasing.
         """
-        slots, first = self.slots, self.num_assigned
+        slots, first = self.slots, self.num_selected
         positions = [
-            s.to(slots.device) + start for s, start in zip(selected, self.starts, strict=False)
+            s.to(slots.device, non_blocking=True) + start
+            for s, start in zip(selected, self.starts, strict=False)
         ]
         joined = torch.cat(positions)
+        spans = [list(own) for own in self.layout()]
+        for own, part in zip(spans, positions, strict=True):
+            if part.numel():
+                own.append((first, first + part.numel()))
+                first += part.numel()
         with torch.no_grad():
-            slots[first : first + joined.numel()] = joined
+            slots[first - joined.numel() : first] = joined
+        self._lay_out(spans)  # known, so nobody has to ask the device
         self.known, self.owns = slots.clone(), True
 
     def fill(self, deltas: Deltas, *, with_values: bool) -> None:
@@ -252,7 +264,10 @@ class Pool:
         All weights share one buffer: many small ones, made in the course of a forward, would lie
         between its activations and keep the allocator from using their memory again.
         """
-        counts = [span_length(spans) for spans in self.layout()]
+        counts = [
+            span_length(spans) if weight.tensor.device == device else 0
+            for weight, spans in zip(self.weights, self.layout(), strict=True)
+        ]
         if (dtype, device) not in self._buffers:
             self._buffers[dtype, device] = torch.empty(sum(counts), dtype=dtype, device=device)
         first = sum(counts[:ordinal])
@@ -277,6 +292,9 @@ class Pool:
 
         Fused optimizers write values without telling autograd, so their steps are counted too.
         """
+        return asked_once(self, self._stamp)
+
+    def _stamp(self) -> tuple[Any, ...]:
         values, slots = self.values, self.slots
         return (
             id(values),

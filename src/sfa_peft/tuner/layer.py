@@ -16,14 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.averages import take_positions, undo_rounding
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
-from ..sparse.writing import now_or_together
+from ..sparse.weight_averages import take_positions, undo_rounding
+from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
-from .stored import refuse_offloaded, stored
+from .weight_storage import fit_for_changes, refuse_offloaded, stored
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -123,7 +123,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        return cast(Tensor, getattr(self.get_base_layer(), name))
+        # Of a plain layer at once: weights ask for it several times in a switch.
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
 
     @property
     def base_weight(self) -> Tensor:
@@ -279,8 +281,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.refresh(self._effective_adapters(), keep=True)
 
     def _switch(self, action: Callable[[], None]) -> None:
-        weight = self.base_weight
-        if self.weights and not weight.is_meta:
+        first = next(iter(self.weights.values()), None)
+        if first is not None and not first.tensor.is_meta:
+            weight = first.tensor
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
@@ -314,7 +317,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def act_at_once(self, adapter_names: list[str]) -> None:
         """Activate adapters and write what they change; what is trainable is left alone."""
         self._active_adapter = list(adapter_names)
-        self._write_active()
+        self._switch(self._write_active)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
@@ -425,7 +428,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()
-        super()._apply(fn, recurse)
+        with fit_for_changes(self.sfa_pool, self.weights):
+            super()._apply(fn, recurse)
         if self.merged:
             self.refresh(self.merged_adapters)
         return self
