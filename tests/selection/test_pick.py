@@ -167,6 +167,14 @@ def test_output_ranking_fills_the_emptiest_rows_first_over_any_number_of_picks(d
         selected = [s | set(w) for s, w in zip(selected, wanted, strict=True)]
 
 
+def test_what_is_taken_counts_for_its_row_also_where_its_weight_is_zero():
+    scores = torch.tensor([[TAKEN, 1.0, 1.0], [2.0, 3.0, 4.0]])
+    weight = torch.tensor([[0.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
+    source = TensorSource(scores, weight)
+    assert pick([source], 1, [1], ranking="output", row_sizes=[3])[0].tolist() == [5]
+    assert pick([source], 2, [1])[0].tolist() == [1, 2]
+
+
 def test_output_ranking_says_when_too_few_scores_are_finite():
     sources = [TensorSource(torch.tensor([[1.0, NAN], [INF, 2.0]]))]
     with pytest.raises(SelectionError, match="Cannot select 3 weights: only 2 have a finite score"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,38 +67,43 @@ class Pairs:
             pair.used = self._uses
         return pair
 
-    def note(self, before: Any, after: Any, weight: Tensor) -> None:
-        """Keep what led from some entries to others, where it did so before and there is room.
+    def note(self, before: Sequence[Any], after: Sequence[Any], weight: Tensor) -> None:
+        """Keep what led from one adapter to another, where it did so before and there is room.
 
         Args:
-            before: Entries that were put back.
-            after: Entries that were written then.
+            before: The entries that were put back.
+            after: The entries that were written then; nothing is kept unless both are one
+                adapter's, and finished (see `weight`).
             weight: It holds them now.
         """
-        key = (id(before), id(after))
+        both = (*before, *after)
+        if len(before) != 1 or len(after) != 1 or any(e.adapted is None for e in both):
+            return
+        key = (id(before[0]), id(after[0]))
+        most = sum(entries.indices.nbytes + entries.undo.nbytes for entries in both)
         with self._lock:
-            if key in self._kept or before.undo.ndim != after.undo.ndim or not self.limit:
+            if key in self._kept or before[0].undo.ndim != after[0].undo.ndim:
                 return
             if key not in self._met:  # perhaps never again
                 if len(self._met) >= _MOST_MET:
                     self._met.clear()
                 self._met.add(key)
                 return
-        pair = _united(before, after, weight)
+            if not self._make_room(most):
+                return  # asked before one is made, which takes longer than to do without
+        pair = _united(before[0], after[0], weight)
+        pair.used = self._uses
         with self._lock:
-            if self._make_room(pair.nbytes):
-                pair.used = self._uses
-                self._kept[key] = pair
-                self._ends[key] = tuple(
-                    weakref.ref(entries, lambda _: self._drop(key)) for entries in (before, after)
-                )
-                self.nbytes += pair.nbytes
+            self._kept[key] = pair
+            self._ends[key] = tuple(weakref.ref(e, lambda _: self._drop(key)) for e in both)
+            self.nbytes += pair.nbytes
+            self.shrink(self.limit)  # other threads may have made pairs meanwhile
 
     def _make_room(self, nbytes: int) -> bool:
         """Let go of what is no longer used; return whether there is room."""
         while self._kept and self.nbytes + nbytes > self.limit:
-            oldest = self._oldest()
-            if self._uses - self._kept[oldest].used <= _LEAST_USES * len(self._kept):
+            oldest, pair = self._oldest()
+            if self._uses - pair.used <= _LEAST_USES * len(self._kept):
                 return False
             self._drop(oldest)
         return self.nbytes + nbytes <= self.limit
@@ -108,10 +113,11 @@ class Pairs:
         with self._lock:
             self.limit = limit
             while self.nbytes > limit:
-                self._drop(self._oldest())
+                self._drop(self._oldest()[0])
 
-    def _oldest(self) -> Hashable:
-        return min(self._kept, key=lambda key: self._kept[key].used)
+    def _oldest(self) -> tuple[Hashable, Pair]:
+        # A copy: entries may end, and with them pairs, while this looks at them.
+        return min(list(self._kept.items()), key=lambda item: item[1].used)
 
     def _drop(self, key: Hashable) -> None:
         with self._lock:

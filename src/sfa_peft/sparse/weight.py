@@ -167,8 +167,7 @@ class Weight:
                 if self._tensor_stamp != _stamp(weight):
                     self.forget()  # somebody replaced or changed the weight
                 self._write_all(stack, stamps, weight, keep=keep)
-                if len(before) == 1 and len(self._written) == 1:
-                    self._note_pair(before[0], self._written[0], weight)
+                PAIRS.note(before, self._written, weight)
             self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
@@ -367,10 +366,6 @@ class Weight:
         put(weight, pair.indices, pair.entries)
         self._written, self.in_graph = [after], False
         return True
-
-    def _note_pair(self, before: _Entries, after: _Entries, weight: Tensor) -> None:
-        if before.adapted is not None and after.adapted is not None:
-            PAIRS.note(before, after, weight)
 
     def _write_all(
         self,

@@ -123,9 +123,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        # Of a plain layer at once: weights ask for it several times in a switch.
-        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
-        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
+        own: Any = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return getattr(self.get_base_layer(), name) if own is None else own
 
     @property
     def base_weight(self) -> Tensor:
@@ -186,8 +185,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_transformed(self) -> bool:
-        compiling = torch.compiler.is_compiling()
-        return not compiling and any(weight.is_stand_in for weight in self.weights.values())
+        weights = () if torch.compiler.is_compiling() else self.weights.values()
+        return any(weight.is_stand_in for weight in weights)
 
     @eager
     def _finish_loading(self) -> None:
@@ -282,8 +281,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _switch(self, action: Callable[[], None]) -> None:
         first = next(iter(self.weights.values()), None)
-        if first is not None and not first.tensor.is_meta:
-            weight = first.tensor
+        if first is not None and not (weight := first.tensor).is_meta:
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
@@ -444,10 +442,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Name the role, and per adapter the selected weights and the external adapter's width."""
         parts = [f"role={self.role}"]
         for parameter, weight in self.weights.items():
-            numel = weight.tensor.numel()
             for name, part in weight.slices.items():
-                selected = part.change().numel()
-                parts.append(f"{name}: {selected} of {numel} in {parameter} selected")
+                share = f"{part.change().numel()} of {weight.tensor.numel()}"
+                parts.append(f"{name}: {share} in {parameter} selected")
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)
