@@ -41,17 +41,8 @@ FOLLOWERS = {
 # The rest of the tests (examples, benchmarks, dense) does not depend on PEFT's version.
 TESTS = ("tuner", "tasks", "training", "behaviour", "files", "selection", "sparse")
 # Without what they ask for in turn: timm wants torchvision, which may have no build for this torch.
-AVERAGES = (
-    "diffusers",
-    "einops",
-    "ema-pytorch",
-    "lightning",
-    "lightning-utilities",
-    "pytorch-lightning",
-    "timm",
-    "torch-ema",
-    "torchmetrics",
-)
+LIGHTNING = ("lightning", "lightning-utilities", "pytorch-lightning", "torchmetrics")
+AVERAGES = ("diffusers", "einops", "ema-pytorch", "timm", "torch-ema", *LIGHTNING)
 # A torch and what was built for it.
 TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1")
 PASSED = re.compile(r"^(?:\d+ failed, )?(\d+) passed", re.MULTILINE)
@@ -91,7 +82,12 @@ ENVIRONMENTS = (
     Environment("newest", "peft", "transformers"),
     Environment("averages", "peft", "transformers", AVERAGES, "behaviour/test_average_packages.py"),
     Environment(
-        "torchvision", "peft", "transformers", torch=TORCHVISION, more=("dense", "examples")
+        "torchvision",
+        "peft",
+        "transformers",
+        LIGHTNING,
+        torch=TORCHVISION,
+        more=("dense", "examples"),
     ),
 )
 

@@ -64,11 +64,11 @@ def instances_from_boxes(
 
 
 def _paste(masks: Tensor, boxes: Tensor, size: Size, encode: bool) -> Any:
-    from torchvision.models.detection.roi_heads import paste_masks_in_image  # pyright: ignore[reportMissingImports]
+    from torchvision.models.detection import roi_heads  # pyright: ignore[reportMissingImports]
 
     pasted: list[Any] = []
     count = max(1, CHUNK // (size[0] * size[1]))
     for part, where in zip(masks.split(count), boxes.split(count), strict=True):
-        inside = (paste_masks_in_image(part, where, size)[:, 0] > 0.5).cpu().numpy()
+        inside = (roi_heads.paste_masks_in_image(part, where, size)[:, 0] > 0.5).cpu().numpy()
         pasted += encode_masks(inside) if encode and len(inside) else list(inside)
     return pasted if encode else np.array(pasted, bool).reshape(-1, *size)
