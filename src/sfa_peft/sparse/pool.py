@@ -20,7 +20,7 @@ from torch import Tensor
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
 from .weight import Weight, version
-from .write_lock import is_stand_in
+from .write_lock import asked_once, is_stand_in
 
 
 class Store(Protocol):
@@ -302,6 +302,9 @@ class Pool:
 
         Fused optimizers write values without telling autograd, so their steps are counted too.
         """
+        return asked_once(self, self._stamp)
+
+    def _stamp(self) -> tuple[Any, ...]:
         values, slots = self.values, self.slots
         return (
             id(values),
@@ -356,7 +359,7 @@ def every_pool() -> list[Pool]:
 
 @dataclass(frozen=True, eq=False)
 class PoolSlice:
-    """The part of a pool that belongs to one weight (see `sparse.weight.Slice`)."""
+    """The part of a pool that belongs to one weight (see `delta.Slice`)."""
 
     pool: Pool
     ordinal: int

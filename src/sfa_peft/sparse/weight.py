@@ -9,33 +9,20 @@ entries of the stack, and what was there before can be put back.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .delta import Spans, adapt
-from .gradient import Observer, Support, Tap, Tapped, find_support
-from .write_lock import exclusively, is_stand_in
+from .delta import Slice, Spans, adapt
+from .gradient import Observer, Support, Tap, Tapped, eager, find_support
+from .pairs import PAIRS
+from .write_lock import BLOCK, blocks_of, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def eager(function: _F) -> _F:
-    """Keep a function out of graphs that torch.compile makes."""
-    outside = torch.compiler.disable(function)  # costs time where nothing is compiled, too
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return cast(_F, call)
 
 
 def version(tensor: Tensor) -> int:
@@ -60,35 +47,14 @@ class Owner(Protocol):
         ...
 
 
-class Slice(Protocol):
-    """One adapter's change of one weight, while it lies in a pool (see `pool.PoolSlice`)."""
-
-    # ruff: disable[D102]
-    @property
-    def spans(self) -> Spans: ...
-    @property
-    def trains(self) -> bool: ...
-    @property
-    def is_stand_in(self) -> bool: ...
-    @property
-    def keeps_graph(self) -> bool: ...
-    def stamp(self) -> tuple[Any, ...]: ...
-    def indices(self) -> Tensor: ...
-    def change(self) -> Tensor: ...
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
-    def free_room(self) -> None: ...
-    def stand_in(self) -> Tensor: ...
-
-    # ruff: enable[D102]
-
-
 @dataclass
 class _Entries:
     """One adapter's entries in a weight: to be written, and what is put back.
 
     Attributes:
-        indices: Flat positions, int32 (int64 in a huge weight).
-        undo: The weight's original entries there, in its dtype.
+        indices: Flat positions, int32 (int64 in a huge weight); of blocks where they are finished
+            and come in whole blocks.
+        undo: The weight's original entries there, in its dtype (n,), or (n, BLOCK).
         spans: Where they are in slot order: the slots they were read from.
         stamp: Where they are finished: what the changes were when they were added.
         adapted: Where they are finished: what the weight holds there while only they are on it.
@@ -101,6 +67,14 @@ class _Entries:
     stamp: tuple[Any, ...] = ()
     adapted: Tensor | None = None
     support: Support | None = None
+
+    def in_blocks(self, weight: Tensor) -> _Entries:
+        """Return finished entries by block where they come in whole ones."""
+        blocks = blocks_of(self.indices, weight.numel())
+        if blocks is None:
+            return self
+        undo, adapted = (cast(Tensor, t).view(-1, BLOCK) for t in (self.undo, self.adapted))
+        return replace(self, indices=blocks, undo=undo, adapted=adapted)
 
 
 class Weight:
@@ -159,17 +133,19 @@ class Weight:
         if self.is_current(names):
             return
         stack, weight = self._stack_of(names), self.tensor
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with writable(weight):
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
                 return  # another thread was faster
-            self._withdraw(weight)
-            if self._tensor_stamp != _stamp(weight):
-                self.forget()  # somebody replaced or changed the weight
-            sparse = [name for name, whole in stack if not whole]
-            if len(stack) != 1 or not self._write_finished(sparse[0], stamps, weight, keep=keep):
-                self._write_stack(stack, weight)
-            self.live = tuple(sparse)
+            before = self._written
+            if not self._write_pair(stack, stamps, weight):
+                self._withdraw(weight)
+                if self._tensor_stamp != _stamp(weight):
+                    self.forget()  # somebody replaced or changed the weight
+                self._write_all(stack, stamps, weight, keep=keep)
+                if len(before) == 1 and len(self._written) == 1:
+                    self._note_pair(before[0], self._written[0], weight)
+            self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
 
@@ -208,7 +184,7 @@ class Weight:
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
         weight = self.tensor
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with writable(weight):
             self._withdraw(weight)
             self._stamp = None
 
@@ -256,7 +232,7 @@ class Weight:
         if len(self._written) != 1 or len(self.live) != 1 or self._pretrained is not None:
             return True
         own, weight = self._written[0], self.tensor.detach().view(-1)
-        entries = weight[own.indices[:_SAMPLE].long()]
+        entries = rows(weight, own.undo)[own.indices[:_SAMPLE].long()]
         wanted = own.adapted
         if wanted is None:
             if own.spans is not self.slices[self.live[0]].spans:
@@ -274,7 +250,7 @@ class Weight:
     def overwrite(self, base: Tensor) -> None:
         """Take other originals; the changes on it are written anew by the next `refresh`."""
         self.withdraw()
-        with exclusively(), torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+        with writable(self.tensor):
             self.tensor.copy_(base)
         self.forget()
         self._tensor_stamp = _stamp(self.tensor)
@@ -350,7 +326,7 @@ class Weight:
             weight.detach().copy_(self._pretrained)
             return
         for entries in self._written:
-            _put(weight, entries.indices, entries.undo)
+            put(weight, entries.indices, entries.undo)
 
     def _entries_of(self, name: str, weight: Tensor) -> _Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
@@ -364,11 +340,47 @@ class Weight:
         indices.copy_(index)
         finished = self._finished.get(name)
         if name in self.live and finished is not None:
-            undo[index.argsort()] = finished.undo
+            undo[index.argsort()] = finished.undo.flatten()
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
         self._entries[name] = _Entries(indices, undo, part.spans)
         return self._entries[name]
+
+    def _write_pair(
+        self, stack: tuple[tuple[str, bool], ...], stamps: tuple[Any, ...], weight: Tensor
+    ) -> bool:
+        """Go from one adapter as it was kept to another in one pass; return whether that is kept.
+
+        Not where somebody else wrote the weight.
+        """
+        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != _stamp(weight):
+            return False
+        after = self._finished.get(stack[0][0])
+        if after is None or after.stamp != stamps or stack[0][1]:
+            return False
+        pair = PAIRS.find(self._written[0], after)
+        if pair is None:
+            return False
+        put(weight, pair.indices, pair.entries)
+        self._written, self.in_graph = [after], False
+        return True
+
+    def _note_pair(self, before: _Entries, after: _Entries, weight: Tensor) -> None:
+        if before.adapted is not None and after.adapted is not None:
+            PAIRS.note(before, after, weight)
+
+    def _write_all(
+        self,
+        stack: tuple[tuple[str, bool], ...],
+        stamps: tuple[Any, ...],
+        weight: Tensor,
+        *,
+        keep: bool,
+    ) -> None:
+        """Write a stack onto the originals."""
+        alone = len(stack) == 1 and not stack[0][1]
+        if not (alone and self._write_finished(stack[0][0], stamps, weight, keep=keep)):
+            self._write_stack(stack, weight)
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
@@ -393,7 +405,7 @@ class Weight:
             if onto_others:
                 start = weight.detach().view(-1).index_select(0, entries.indices.long())
             change = self.slices[name].change().to(start.device)
-            _put(weight, entries.indices, adapt(start, change))
+            put(weight, entries.indices, adapt(start, change))
 
     def _write_finished(
         self, name: str, stamps: tuple[Any, ...], weight: Tensor, *, keep: bool
@@ -403,8 +415,8 @@ class Weight:
         if finished is None or finished.adapted is None or finished.stamp != stamps:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, stamps, weight)
-        _put(weight, finished.indices, cast(Tensor, finished.adapted))
+            finished = self._finished[name] = self._finish(name, stamps, weight).in_blocks(weight)
+        put(weight, finished.indices, cast(Tensor, finished.adapted))
         self._written.append(finished)
         return True
 
@@ -436,9 +448,3 @@ def _stamp(weight: Tensor) -> tuple[Any, ...]:
 def _index_dtype(weight: Tensor) -> torch.dtype:
     """Return the type that flat positions in a weight are kept in."""
     return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
-
-
-def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Overwrite entries of a weight at flat positions."""
-    if indices.numel():  # scatter_ is faster than index_copy_
-        weight.detach().view(-1).scatter_(0, indices.long(), entries)

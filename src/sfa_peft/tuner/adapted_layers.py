@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import SFAError
@@ -153,6 +155,40 @@ def find_pool(model: nn.Module, adapter_name: str) -> Pool | None:
     """Return the pool of an adapter in a model, None where it has none."""
     adapter = find_adapter(model, adapter_name)
     return None if adapter is None else adapter.pool
+
+
+class Switched:
+    """What of a model follows its active adapters; PEFT's functions take it in the model's place.
+
+    They visit each module by its path, of which a vision model has thousands. Here adapted layers
+    are not looked into, which hold half of them. Looked for anew each time: anybody may put other
+    modules into a model.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        found: dict[nn.Module, None] = {}
+        seen, rest = {model}, [model]
+        kinds: dict[type, tuple[bool, bool]] = {}
+        while rest:
+            module = rest.pop()
+            kind = type(module)
+            if kind not in kinds:  # PEFT's classes are abstract ones, which are slow to ask for
+                kinds[kind] = issubclass(kind, SFALayer), issubclass(kind, AuxiliaryTrainingWrapper)
+            is_layer, is_wrapper = kinds[kind]
+            if is_layer or is_wrapper:
+                found[module] = None
+            if not is_layer:
+                inner = [m for m in module._modules.values() if m is not None and m not in seen]
+                seen.update(inner)
+                rest += reversed(inner)
+        self._found: Sequence[Any] = list(found)
+
+    def modules(self) -> Sequence[Any]:
+        """Return adapted layers, and PEFT's wrappers of modules that are saved whole."""
+        return self._found
 
 
 def refuse_offloaded_weights(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..files.packing import Entries, PackedSelection, pack, read_packed, with_ma
 from ..selection.pick import is_unfinished
 from ..selection.rounds import Rounds
 from ..selection.schedule import make_schedule, share_by_rates
-from ..sparse.delta import adapt, by_weight
+from ..sparse.delta import Delta, adapt, by_weight
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import notice
@@ -276,12 +276,8 @@ def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) ->
         raise AdapterFileError(
             "The adapter or its base is on the meta device and holds no values; load it first."
         )
-    bases = [weight.pretrained() for weight in pool.weights]
-    tensors = tuple(
-        SavedTensor(t.name, t.shape, type_name(base.dtype), digests(base))
-        for t, base in zip(record.tensors, bases, strict=True)
-    )
-    entries = _entries(pool, slots, values)
+    deltas = by_weight(slots.detach().cpu(), values.detach().cpu(), pool.starts)
+    tensors, entries = _saved_entries(adapter, pool, deltas)
     if saved_values == "exact":
         _warn_of_lost_bits(adapter.name, entries)
     packed = pack(entries, saved_values)
@@ -289,15 +285,21 @@ def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) ->
     return replace(record, tensors=tensors, packed=packed.numel())
 
 
-def _entries(pool: Pool, slots: Tensor, values: Tensor) -> list[Entries]:
-    """Return the selected entries by weight, in the order of their positions."""
-    entries = []
-    deltas = by_weight(slots.detach().cpu(), values.detach().cpu(), pool.starts)
-    for weight, delta in zip(pool.weights, deltas, strict=True):
-        base = weight.foundation(pool.adapter_name)
+def _saved_entries(
+    adapter: Adapter, pool: Pool, deltas: Sequence[Delta]
+) -> tuple[tuple[SavedTensor, ...], list[Entries]]:
+    """Return each weight's record and selected entries; one weight at a time is copied."""
+    tensors, entries = [], []
+    for known, weight, delta in zip(adapter.record.tensors, pool.weights, deltas, strict=True):
+        base = weight.pretrained()
+        saved = SavedTensor(known.name, known.shape, type_name(base.dtype), digests(base))
+        if adapter.name in weight.earlier:
+            base = weight.foundation(adapter.name)
         at = base.reshape(-1)[delta.indices.to(base.device)].cpu()
-        entries.append(Entries(base.numel(), delta.indices, delta.change, at))
-    return entries
+        tensors.append(saved)
+        columns = base.numel() // base.shape[0] if base.ndim > 1 else 0
+        entries.append(Entries(base.numel(), delta.indices, delta.change, at, columns))
+    return tuple(tensors), entries
 
 
 def _warn_of_lost_bits(adapter_name: str, tensors: list[Entries]) -> None:

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped
+from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
-from ..sparse.weight import Weight, eager
+from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
 from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
@@ -108,9 +108,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        base: Any = self._modules["base_layer"]  # asked in each forward, so the quick way first
-        found = None if isinstance(base, BaseTunerLayer) else base._parameters.get(name)
-        return cast(Tensor, getattr(self.get_base_layer(), name)) if found is None else found
+        # Of a plain layer at once: weights ask for it several times in a forward or a switch.
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
 
     def columns_worth(self, name: str) -> float | None:
         """Return what `find_support` asks of the matrix of a linear layer; None of others."""
@@ -273,8 +273,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.refresh(self._effective_adapters(), keep=True)
 
     def _switch(self, action: Callable[[], None]) -> None:
-        weight = self.base_weight
-        if self.weights and not weight.is_meta:
+        first = next(iter(self.weights.values()), None)
+        if first is not None and not first.tensor.is_meta:
+            weight = first.tensor
             now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
 
     def train(self, mode: bool = True) -> Any:
@@ -308,7 +309,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def act_at_once(self, adapter_names: list[str]) -> None:
         """Activate adapters and write what they change; what is trainable is left alone."""
         self._active_adapter = list(adapter_names)
-        self._write_active()
+        self._switch(self._write_active)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
