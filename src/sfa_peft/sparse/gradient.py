@@ -9,10 +9,11 @@ layers gathered.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,19 @@ from torch.nn.modules.module import _has_any_global_hook as any_global_hook
 
 from ..errors import SFAError
 from .delta import Spans, span_length
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def eager(function: _F) -> _F:
+    """Keep a function out of graphs that torch.compile makes."""
+    outside = torch.compiler.disable(function)  # costs time where nothing is compiled, too
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return cast(_F, call)
 
 
 class Cut(torch.autograd.Function):

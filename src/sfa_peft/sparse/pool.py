@@ -359,7 +359,7 @@ def every_pool() -> list[Pool]:
 
 @dataclass(frozen=True, eq=False)
 class PoolSlice:
-    """The part of a pool that belongs to one weight (see `sparse.weight.Slice`)."""
+    """The part of a pool that belongs to one weight (see `delta.Slice`)."""
 
     pool: Pool
     ordinal: int

@@ -9,34 +9,20 @@ entries of the stack, and what was there before can be put back.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from .delta import Spans, adapt
-from .gradient import Observer, Support, Tap, Tapped, find_support
+from .delta import Slice, Spans, adapt
+from .gradient import Observer, Support, Tap, Tapped, eager, find_support
 from .pairs import PAIRS
 from .write_lock import BLOCK, blocks_of, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def eager(function: _F) -> _F:
-    """Keep a function out of graphs that torch.compile makes."""
-    outside = torch.compiler.disable(function)  # costs time where nothing is compiled, too
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (outside if torch.compiler.is_compiling() else function)(*args, **kwargs)
-
-    return cast(_F, call)
 
 
 def version(tensor: Tensor) -> int:
@@ -59,28 +45,6 @@ class Owner(Protocol):
     def merged(self) -> bool:
         """Whether changes stay in the layer's weights until they are unmerged."""
         ...
-
-
-class Slice(Protocol):
-    """One adapter's change of one weight, while it lies in a pool (see `pool.PoolSlice`)."""
-
-    # ruff: disable[D102]
-    @property
-    def spans(self) -> Spans: ...
-    @property
-    def trains(self) -> bool: ...
-    @property
-    def is_stand_in(self) -> bool: ...
-    @property
-    def keeps_graph(self) -> bool: ...
-    def stamp(self) -> tuple[Any, ...]: ...
-    def indices(self) -> Tensor: ...
-    def change(self) -> Tensor: ...
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
-    def free_room(self) -> None: ...
-    def stand_in(self) -> Tensor: ...
-
-    # ruff: enable[D102]
 
 
 @dataclass

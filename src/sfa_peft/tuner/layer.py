@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped
+from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
-from ..sparse.weight import Weight, eager
+from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
 from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
@@ -108,9 +108,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        base: Any = self._modules["base_layer"]  # asked in each forward, so the quick way first
-        found = None if isinstance(base, BaseTunerLayer) else base._parameters.get(name)
-        return cast(Tensor, getattr(self.get_base_layer(), name)) if found is None else found
+        # Of a plain layer at once: weights ask for it several times in a forward or a switch.
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
 
     def columns_worth(self, name: str) -> float | None:
         """Return what `find_support` asks of the matrix of a linear layer; None of others."""
