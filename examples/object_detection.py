@@ -2,7 +2,7 @@
 """Object detection: a SwinV2 with an RT-DETR or Faster R-CNN head, adapted within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
-of one core, to a box AP of about 0.26 (AP50 0.51; measured with `--select_until 1`)::
+of one core, to a box AP of about 0.27 (AP50 0.52)::
 
     python examples/object_detection.py
 
