@@ -15,7 +15,7 @@ from ..errors import SelectionError
 from ..sparse.pool import Pool
 from .distribution import ScoreDistribution
 from .rules import SelectionRules
-from .topk import RandomSource, Source, TensorSource, streaming_topk
+from .topk import RandomSource, Ranks, Source, TensorSource, streaming_topk
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer")
@@ -32,6 +32,7 @@ def pick(
     granularity: str = "weight",
     row_sizes: Sequence[int] | None = None,
     distribution: ScoreDistribution | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Return the flat positions to admit, for each tensor.
 
@@ -47,6 +48,8 @@ def pick(
         row_sizes: For "row" the number of weights in a row of each tensor.
         distribution: Gets the scores that are compared (of weights, or of rows) and the smallest
             one that is admitted.
+        ranks: Where each rank has a part of every tensor (whole rows), the ranks. The quota is for
+            all of them, positions are those in the part.
 
     Returns:
         For each tensor positions, int64, strictly increasing.
@@ -57,12 +60,12 @@ def pick(
     if granularity == "row":
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
-        return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution)
+        return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution, ranks)
     if ranking == "global":
-        return streaming_topk(sources, quota, selected, distribution)
-    quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
+        return streaming_topk(sources, quota, selected, distribution, ranks)
+    quotas = _quotas(quota, sources, selected, ranks)
     return [
-        streaming_topk([source], own, [before], distribution)[0]
+        streaming_topk([source], own, [before], distribution, ranks)[0]
         for source, own, before in zip(sources, quotas, selected, strict=True)
     ]
 
@@ -149,6 +152,15 @@ def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> lis
     return quotas
 
 
+def _quotas(
+    quota: int, sources: Sequence[Source], selected: Sequence[Tensor], ranks: Ranks | None
+) -> list[int]:
+    sizes, before = [s.numel for s in sources], [s.numel() for s in selected]
+    if ranks is not None:
+        sizes, before = (ranks.table(own).sum(0).tolist() for own in (sizes, before))
+    return layer_quotas(quota, sizes, before)
+
+
 def _pick_rows(
     sources: Sequence[Source],
     quota: int,
@@ -156,15 +168,17 @@ def _pick_rows(
     ranking: str,
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
+    ranks: Ranks | None,
 ) -> list[Tensor]:
-    scores = [
+    parts = [
         _row_scores(source, size, before)
         for source, size, before in zip(sources, row_sizes, selected, strict=True)
     ]
+    scores = parts if ranks is None else [ranks.concatenated(part) for part in parts]
     if ranking == "global":
         rows = _best_rows(scores, row_sizes, quota)
     else:
-        quotas = layer_quotas(quota, [s.numel for s in sources], [s.numel() for s in selected])
+        quotas = _quotas(quota, sources, selected, ranks)
         rows = [
             _best_rows([score], [size], own)[0]
             for score, size, own in zip(scores, row_sizes, quotas, strict=True)
@@ -172,12 +186,21 @@ def _pick_rows(
     if distribution is not None:
         for score, chosen in zip(scores, rows, strict=True):
             distribution.add_scores(score[score >= 0], score[chosen])
+    if ranks is not None:
+        rows = _own_rows(rows, [part.numel() for part in parts], ranks)
     return [
         (chosen[:, None] * size + torch.arange(size, device=chosen.device))
         .reshape(-1)
         .to(source.device)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
     ]
+
+
+def _own_rows(rows: Sequence[Tensor], counts: list[int], ranks: Ranks) -> list[Tensor]:
+    """Return those of chosen rows that lie in this rank's parts, counted from their first row."""
+    firsts = ranks.table(counts)[: ranks.rank].sum(0).tolist()
+    own = (r - first for r, first in zip(rows, firsts, strict=True))
+    return [r[(r >= 0) & (r < count)] for r, count in zip(own, counts, strict=True)]
 
 
 def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
@@ -188,7 +211,7 @@ def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
         source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
         for first in range(0, rows, step)
     ]
-    means = torch.cat(parts).cpu()
+    means = torch.cat(parts).cpu() if parts else torch.zeros(0)
     means[~torch.isfinite(means)] = -1
     means[(selected[::size] // size).cpu()] = -1
     return means

@@ -13,9 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import GradientWarning, SelectionError, UnfinishedSelectionWarning, warn
+from ..errors import (
+    GradientWarning,
+    OptimizerWarning,
+    SelectionError,
+    UnfinishedSelectionWarning,
+    warn,
+)
 from ..sparse.gradient import Observer
-from ..sparse.optimizer import LateEntries
+from ..sparse.optimizer import LateEntries, check_unseen_step
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, num_ranks, warn_of_gaps
 from .candidates import Candidates
@@ -60,6 +66,9 @@ class Rounds:
         self.scores: dict[str, float] = {}  # distribution of those that the last pick compared
         self._is_paused = self._has_seen = False  # a gradient
         self._is_late = False  # made between a backward and the step after it
+        #: Whether scores are of this rank's part of each weight; None where there were none.
+        self.is_cut: bool | None = None
+        self._has_warned = False  # of steps that are not seen
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observers": {}, "drives": self.drives}
@@ -109,8 +118,10 @@ class Rounds:
                 key=name,
                 loss_scale=self.loss_scale,
                 can_drop=self.can_skip,
+                shard=self.pool.weights[ordinal].shard,
             )
         self._is_late = self.pool.values.grad is not None
+        self.is_cut = self.pool.shard is not None
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()
@@ -215,17 +226,35 @@ class Rounds:
                 "which was made later. Make one for each run, and call the step of no other."
             )
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
+        if not self._has_stepped(torch_optimizer, due=_ends_update_step(optimizer)):
             # With a scaler it was an overflow, whose gradients do not count; else a micro-batch.
             if self.loss_scale is not None and _ends_update_step(optimizer):
                 self.skip()
             return False
         self._check_calls(missed=self.pool.optimizer_steps - self.optimizer_steps - 1)
+        if self.pool.optimizer_steps == self.optimizer_steps:
+            self._take_unseen_step()
         self.optimizer_steps = self.pool.optimizer_steps
         self.update_steps += 1
         if isinstance(torch_optimizer, torch.optim.Optimizer) and self.late_entries is not None:
             self.late_entries.correct(torch_optimizer, self.joined, self.update_steps)
-        return bool(self.accumulators) and self._score(torch_optimizer)
+        picked = bool(self.accumulators) and self._score(torch_optimizer)
+        self.pool.settle()
+        return picked
+
+    def _take_unseen_step(self) -> None:
+        """Count a step that no hook saw: weights are written anew, as if the values moved."""
+        check_unseen_step(self.pool)
+        self.pool.foreign_writes += 1
+        if self.joined and self.late_entries is not None and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"Adapter `{self.pool.adapter_name}`: what steps its values is no torch optimizer "
+                "on the model's own parameters (DeepSpeed ZeRO, Apex and Megatron step copies), "
+                "so weights that join late get no bias correction of their own age. Everything "
+                "else works.",
+                OptimizerWarning,
+            )
 
     def _score(self, optimizer: Any) -> bool:
         """Finish the scores of an update step; pick at the end of a round."""
@@ -246,14 +275,15 @@ class Rounds:
             self._observe_next_step()
         return picked
 
-    def _has_stepped(self, optimizer: Any) -> bool:
+    def _has_stepped(self, optimizer: Any, *, due: bool) -> bool:
         """Whether the optimizer took a step since the last call."""
         if not isinstance(optimizer, torch.optim.Optimizer):
-            return True  # not torch's: its steps cannot be seen
+            return due  # not torch's: its steps cannot be seen
         if not self.pool.is_trained_by(optimizer):
             raise SelectionError(
                 f"The optimizer does not train the values of adapter `{self.pool.adapter_name}`. "
-                "Build it from the parameters with requires_grad of the wrapped model."
+                "Build it from the parameters with requires_grad of the wrapped model. If it steps "
+                "copies of them (Apex O2, Megatron), call SFASelector.step() without it."
             )
         return self.pool.optimizer_steps > self.optimizer_steps
 
@@ -262,7 +292,7 @@ class Rounds:
         for accumulator in self.accumulators.values():
             accumulator.reduce()
         warn_of_gaps(self.accumulators)
-        if any(bool(a.state.any()) for a in self.accumulators.values()):
+        if self._has_scores():
             self._pick([accumulator.source() for accumulator in self.accumulators.values()])
         else:
             self._warn_of_no_scores()
@@ -273,9 +303,14 @@ class Rounds:
         if self.update_steps == self.schedule.last_pick:
             self.stop()
 
+    def _has_scores(self) -> bool:
+        """Whether any rank has any."""
+        found = any(bool(a.state.any()) for a in self.accumulators.values())
+        ranks = self.pool.ranks
+        return found if ranks is None else bool(ranks.table([int(found)]).any())
+
     def _pick(self, sources: list[TensorSource]) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
-        size = len(sources)
         first = self.pool.num_assigned
         if first != self.chosen:
             raise SelectionError(
@@ -289,11 +324,12 @@ class Rounds:
             pick(
                 sources,
                 self.schedule.selected_after(self.update_steps) - first,
-                [self.pool.indices(i).sort().values for i in range(size)],
+                [part.indices().sort().values for part in self.pool.slices],
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
                 row_sizes=row_sizes([weight.tensor for weight in self.pool.weights]),
                 distribution=distribution,
+                ranks=self.pool.ranks,
             )
         )
         self.scores = distribution.summary()

@@ -43,6 +43,19 @@ class Source(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """Processes that each hold a part of every tensor (see `sparse.shards.Ranks`)."""
+
+    # ruff: disable[D102]
+    @property
+    def rank(self) -> int: ...
+    def total(self, counts: Tensor) -> Tensor: ...
+    def table(self, numbers: list[int]) -> Tensor: ...
+    def concatenated(self, part: Tensor) -> Tensor: ...
+
+    # ruff: enable[D102]
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """Scores that lie in a tensor, or in the product of two.
@@ -105,6 +118,7 @@ def streaming_topk(
     k: int,
     excluded: Sequence[Tensor | None] | None = None,
     distribution: ScoreDistribution | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Return the positions of the k largest absolute values over all tensors.
 
@@ -115,6 +129,8 @@ def streaming_topk(
         excluded: For each tensor the flat positions (int64, strictly increasing) that must not be
             selected, or None.
         distribution: Gets the finite scores that are not excluded, and the k-th largest of them.
+        ranks: Where each rank has a part of every tensor, the ranks; then k counts over all of
+            them, and positions are in the part.
 
     Returns:
         For each tensor its selected flat positions, int64, strictly increasing, on its device.
@@ -124,7 +140,7 @@ def streaming_topk(
     """
     sources = [TensorSource(s) if isinstance(s, Tensor) else s for s in scores]
     banned = list(excluded) if excluded is not None else [None] * len(sources)
-    high = _histogram(sources, banned, lambda keys: keys >> LOW_BITS, NUM_BINS)
+    high = _total(_histogram(sources, banned, lambda keys: keys >> LOW_BITS, NUM_BINS), ranks)
     high[_INF_KEY >> LOW_BITS :] = 0  # infinite and NaN
     available = int(high.sum())
     if k > available:
@@ -136,11 +152,40 @@ def streaming_topk(
         _report(distribution, high, None)
         return [torch.empty(0, dtype=torch.int64, device=s.device) for s in sources]
     top, above = _kth_bin(high, k)
-    low = _histogram(sources, banned, lambda keys: _low_bits(keys, top), 1 << LOW_BITS)
+    low = _total(
+        _histogram(sources, banned, lambda keys: _low_bits(keys, top), 1 << LOW_BITS), ranks
+    )
     bottom, above_low = _kth_bin(low, k - above)
     threshold = (top << LOW_BITS) | bottom
     _report(distribution, high, threshold)
-    return _collect(sources, banned, threshold, ties=k - above - above_low)
+    ties = k - above - above_low
+    if ranks is None:
+        return _collect(sources, banned, threshold, ties)
+    pairs = list(zip(sources, banned, strict=True))
+    shares = share_ties([_num_equal(*pair, threshold) for pair in pairs], ties, ranks)
+    return [
+        _collect([source], [ban], threshold, share)[0]
+        for (source, ban), share in zip(pairs, shares, strict=True)
+    ]
+
+
+def _total(counts: Tensor, ranks: Ranks | None) -> Tensor:
+    return counts if ranks is None else ranks.total(counts)
+
+
+def share_ties(counts: Sequence[int], ties: int, ranks: Ranks) -> list[int]:
+    """Return how many of the equal scores in each part are among the first ones of all ranks.
+
+    Args:
+        counts: Number of equal scores in this rank's part of each tensor.
+        ties: How many may be taken over all tensors and ranks, in the order of positions: by
+            tensor, then by rank, since a rank's part of a tensor follows that of the one before.
+        ranks: The ranks.
+    """
+    every = ranks.table(list(counts)).T  # (tensors, ranks)
+    before = every.flatten().cumsum(0).view_as(every) - every
+    left = (ties - before[:, ranks.rank]).clamp(min=0)
+    return torch.minimum(left, every[:, ranks.rank]).tolist()
 
 
 def _report(distribution: ScoreDistribution | None, counts: Tensor, threshold: int | None) -> None:
@@ -183,6 +228,16 @@ def _histogram(
                 own -= torch.bincount(bins_of(keys[inside]), minlength=size)
         counts += own.cpu()
     return counts
+
+
+def _num_equal(source: Source, ban: Tensor | None, threshold: int) -> int:
+    """Count entries of a tensor that are equal to the threshold and not banned."""
+    found = 0
+    for _, keys, inside in _chunks(source, ban):
+        found += int((keys == threshold).sum())
+        if inside is not None:
+            found -= int((keys[inside] == threshold).sum())
+    return found
 
 
 def _kth_bin(counts: Tensor, k: int) -> tuple[int, int]:

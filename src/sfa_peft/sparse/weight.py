@@ -15,9 +15,11 @@ from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
+from .shards import Shard, whole
 from .writing import exclusively, is_stand_in
 
 #: Entries that stand for all of a weight where others may have written it.
@@ -67,6 +69,7 @@ class Slice(Protocol):
     def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
     def free_room(self) -> None: ...
     def stand_in(self) -> Tensor: ...
+    def everywhere(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
 
     # ruff: enable[D102]
 
@@ -110,6 +113,7 @@ class Weight:
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
         self.prepared: tuple[list[Tap], list[Tensor]] | None = None  # for a compiled forward
+        self.shard: Shard | None = None  # this rank's part, where the weight is cut over ranks
         self.touched = True  # others may have written it since `is_untouched`
         self._entries: dict[str, _Entries] = {}  # in slot order, for training
         self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
@@ -128,6 +132,25 @@ class Weight:
         return self.owner.parameter(self.parameter)
 
     @property
+    def held(self) -> Tensor:
+        """What changes are written to: the parameter, or this rank's part of it."""
+        self.find_shard()
+        return self.tensor if self.shard is None else self.shard.local
+
+    def find_shard(self) -> None:
+        """Go over to this rank's part of the parameter once that is cut."""
+        tensor, known = self.tensor, self.shard
+        if not isinstance(tensor, DTensor) or (known is not None and known.tensor is tensor):
+            return
+        self.shard = shard = Shard(tensor, self.parameter)
+        if known is None:
+            for entries in self._written:  # of the whole weight, before it was cut
+                here = shard.places(entries.indices)
+                _put(shard.local, entries.indices[here] - shard.first, entries.undo[here])
+            self.live, self._written, self._stamp = (), [], None
+            self.forget()
+
+    @property
     def is_stand_in(self) -> bool:
         """Whether the parameter or a change of it is not the real one (see `writing`)."""
         return is_stand_in(self.tensor) or any(s.is_stand_in for s in self.slices.values())
@@ -144,7 +167,7 @@ class Weight:
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
         stack = self._stack_of(names)
-        weight = self.tensor
+        weight = self.held
         if self._stamp == (stack, _stamp(weight), self._stamps(stack)):
             return
         with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
@@ -160,6 +183,8 @@ class Weight:
             self.live = tuple(sparse)
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
+            if self.shard is not None:
+                self.shard.show(self.tensor)
 
     def holds(self, names: Sequence[str]) -> bool:
         """Whether the changes of the named adapters, and no others, are on the weight."""
@@ -185,10 +210,12 @@ class Weight:
 
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
-        weight = self.tensor
+        weight, was_live = self.held, self.live
         with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
             self._withdraw(weight)
             self._stamp, self.prepared = None, None
+            if self.shard is not None and was_live:
+                self.shard.show(self.tensor)
 
     def _withdraw(self, weight: Tensor) -> None:
         self.touched = self.touched or self._tensor_stamp != _stamp(weight)
@@ -243,7 +270,7 @@ class Weight:
 
     def is_untouched(self) -> bool:
         """Whether nobody else can have written the weight since this was asked."""
-        touched = self.touched or self._tensor_stamp != _stamp(self.tensor)
+        touched = self.touched or self._tensor_stamp != _stamp(self.held)
         self.touched = False
         return not touched
 
@@ -258,14 +285,19 @@ class Weight:
     # --- what it holds -------------------------------------------------------------------------
 
     def original(self) -> Tensor:
-        """Return a copy of the weight with the original entries."""
-        copy = self.tensor.detach().clone()
+        """Return a copy of the weight with the original entries, cut over ranks as it is."""
+        copy = self.held.detach().clone()
         self._restore(copy)
-        return copy
+        return copy if self.shard is None else self.shard.like(copy)
 
     def pretrained(self) -> Tensor:
-        """Return the weight with the original entries, a copy only where changes are on it."""
-        return self.original() if self.live else self.tensor.detach()
+        """Return the whole weight with the original entries, a copy only where it must be.
+
+        A call for every rank where the weight is cut.
+        """
+        tensor = self.tensor  # of another type than the shard in a forward of mixed precision
+        found = self.original() if self.live or self.shard else tensor.detach()
+        return whole(found).to(tensor.dtype)
 
     def foundation(self, adapter_name: str) -> Tensor:
         """Return the weight as an adapter finds it: its original entries and earlier changes."""
@@ -278,9 +310,9 @@ class Weight:
         return copy
 
     def scored(self, adapter_name: str) -> Tensor:
-        """Return the weight as scores see it; what is not selected is the foundation's."""
+        """Return what scores see of the weight here; what is not selected is the foundation's."""
         is_in = adapter_name not in self.earlier or adapter_name in self.live
-        return self.tensor if is_in else self.foundation(adapter_name)
+        return self.held if is_in else self.foundation(adapter_name)
 
     def originals_at(self, adapter_name: str) -> Tensor:
         """Return the entries that an adapter's changes are added to, in slot order."""
@@ -289,7 +321,7 @@ class Weight:
         if adapter_name in self.earlier:
             weight, index = self.foundation(adapter_name), self.slices[adapter_name].indices()
             return weight.view(-1)[index.to(weight.device)]
-        return self._entries_of(adapter_name, self.tensor).undo
+        return self._entries_of(adapter_name, self.held).undo
 
     def kept(self, name: str) -> list[Tensor]:
         """Return what is kept to write and withdraw an adapter's change, beside its pool."""
@@ -306,9 +338,15 @@ class Weight:
         for name in self.live:
             part, observer = self.slices[name], self.observers.get(name)
             if part.trains and (observer is not None or part.spans or part.keeps_graph):
-                taps.append(Tap(self._entries_of(name, self.tensor).indices, observer))
+                taps.append(Tap(self._tapped(name), observer))
                 stand_ins.append(part.stand_in())
         return taps, stand_ins
+
+    def _tapped(self, name: str) -> Tensor:
+        """Return where an adapter's gradient is gathered; a whole weight's comes by in any case."""
+        if self.shard is None:
+            return self._entries_of(name, self.tensor).indices
+        return self.slices[name].everywhere(_index_dtype(self.tensor), self.tensor.device)
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -339,14 +377,14 @@ class Weight:
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
-        for name, whole in stack:  # originals first: adapters may share entries
-            if whole and self._pretrained is None:
+        for name, dense in stack:  # originals first: adapters may share entries
+            if dense and self._pretrained is None:
                 self._pretrained = weight.detach().clone()
-            elif not whole:
+            elif not dense:
                 self._finished.pop(name, None)
                 self._entries_of(name, weight)
-        for position, (name, whole) in enumerate(stack):
-            if whole:
+        for position, (name, dense) in enumerate(stack):
+            if dense:
                 change = self.candidates[name].to(weight.device)
                 weight.detach().copy_(adapt(weight.detach(), change))
             else:

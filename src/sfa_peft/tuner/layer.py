@@ -199,7 +199,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.in_graph:
             # A forward whose backward may still come used the weight as it is: leave it alone.
-            originals = {name: weight.original() for name, weight in self.weights.items()}
+            originals = {name: weight.pretrained() for name, weight in self.weights.items()}
             return torch.func.functional_call(self.base_layer, originals, args, kwargs)
         self.withdraw()
         return self.base_layer(*args, **kwargs)
@@ -225,10 +225,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise SFAError(
-            "nn.DataParallel (which the Trainer takes by itself where it sees several GPUs) copies "
-            "the model to each GPU before each forward, and the copies would share one adapter's "
-            "state. Start one process per GPU: torchrun --nproc_per_node N script.py; or show it "
-            "one GPU: CUDA_VISIBLE_DEVICES=0."
+            "nn.DataParallel (the Trainer takes it where it sees several GPUs) copies the model to "
+            "each GPU for each forward, and copies would share one adapter's state. Start one "
+            "process per GPU: torchrun --nproc_per_node N script.py; or set CUDA_VISIBLE_DEVICES=0."
         )
 
     @eager  # a cut is kept between forwards, so no graph may own it
@@ -281,12 +280,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _switch(self, action: Callable[[], None]) -> None:
         weight = self.base_weight
         if self.weights and not weight.is_meta:
-            now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
+            alone = not weight.is_cpu or any(w.shard for w in self.weights.values())
+            now_or_together(self, 0 if alone else weight.numel(), action)
 
     def train(self, mode: bool = True) -> Any:
         """Go to train or eval mode; in eval mode weights hold what active adapters change."""
         # Now, so that nothing is left to be written in a forward that torch.export records.
         super().train(mode)
+        for adapter in self.adapters.values():
+            adapter.find_shards(self)
         if not mode and not (self.merged or self.disable_adapters):
             for name in list(self.sfa_packed):
                 self.adapters[name].unpack()
@@ -440,10 +442,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Name the role, and per adapter the selected weights and the external adapter's width."""
         parts = [f"role={self.role}"]
         for parameter, weight in self.weights.items():
-            numel = weight.tensor.numel()
+            of = f"of {weight.tensor.numel()} in {parameter} selected"
             for name, part in weight.slices.items():
-                selected = part.change().numel()
-                parts.append(f"{name}: {selected} of {numel} in {parameter} selected")
+                parts.append(f"{name}: {sum(b - a for a, b in part.spans)} {of}")
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)

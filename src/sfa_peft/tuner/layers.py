@@ -9,6 +9,7 @@ prepared.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..sparse.pool import Pool
 from ..sparse.weight import eager
 from .adapter import Adapter
 from .layer import SFALayer
+from .sharding import take_shards
 from .stored import refuse_offloaded
 
 #: Name under which the hooked model keeps its pass.
@@ -31,6 +33,10 @@ class CompiledPass:
 
     def __init__(self) -> None:
         self.adapters: list[Adapter] = []  # of the model
+        self.known: Any = None  # weakly, tensor of the first weight when all were found whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"known": None}
 
 
 def adapter_layers(model: nn.Module, adapter_name: str) -> list[SFALayer]:
@@ -95,9 +101,19 @@ def _look(model: nn.Module) -> None:
     compiled_pass.adapters = [a for a in compiled_pass.adapters if a.store.is_there]
     if any(adapter.store.values.is_meta for adapter in compiled_pass.adapters):
         refuse_offloaded_weights(model)
+    _look_for_cuts(model, compiled_pass)
     for adapter in compiled_pass.adapters:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=model.training and torch.is_grad_enabled())
+
+
+def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
+    """Take up, or refuse, weights that were cut over processes since they were looked at last."""
+    pools = [a.pool for a in compiled_pass.adapters if a.pool is not None]
+    first = pools[0].weights[0].tensor if pools else None
+    if first is not None and (compiled_pass.known is None or compiled_pass.known() is not first):
+        take_shards(model, pools)
+        compiled_pass.known = weakref.ref(first)
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
+from ..sparse.shards import whole
 from ..sparse.writing import together
 from . import layers
 from .adapter import pack_state
@@ -19,6 +20,7 @@ from .layer import SFALayer
 from .layers import find_adapter, refuse_offloaded_weights
 from .reading import in_pool_type, unpack_state
 from .report import card_facts
+from .sharding import cut_alike
 from .upstream.checkpointing import prepare_checkpointing
 from .upstream.fits import check_fits
 from .upstream.heads import settle_heads
@@ -213,11 +215,14 @@ class SFAModel(BaseTuner):
                 "was selected. Was the model trained with SFACallback or SFASelector?",
                 EmptySelectionWarning,
             )
+        for key, tensor in state_dict.items():
+            if ".sfa_" in key or ".modules_to_save." in key:
+                state_dict[key] = whole(tensor)  # PEFT takes heads out of the same dict
         state = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         # The config may serve several models, so it hears of this one now; it is saved next.
-        record = pack_state(adapter, state, config.saved_values)
+        record = pack_state(adapter, state, config.saved_values, state_dict)
         facts = card_facts(model, config, adapter_name)
         config.remember(resolved=record.to_dict(), facts=facts)
         return state
@@ -237,7 +242,7 @@ class SFAModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         check_fits(model, adapter_name, state_dict)
-        return in_pool_type(adapter, state_dict)
+        return cut_alike(model, in_pool_type(adapter, state_dict))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
