@@ -10,30 +10,10 @@ from peft import get_peft_model
 
 from sfa_peft import OptimizerWarning, SelectionError, SFAConfig, SFAError, SFASelector
 from sfa_peft.tuner.layers import find_pool
+from tests.distributed_runs import MasterCopies
 from tests.tiny import MLP
 
 STEPS, LR = 12, 1e-2
-
-
-class MasterCopies:
-    """AdamW on float32 copies: steps those, then writes what they hold into the parameters."""
-
-    def __init__(self, params, loss_scale: float = 1.0) -> None:
-        self.params = list(params)
-        self.masters = [p.detach().clone() for p in self.params]
-        self.inner = torch.optim.AdamW(self.masters, lr=LR)
-        self.loss_scale = loss_scale
-
-    def step(self) -> None:
-        for master, param in zip(self.masters, self.params, strict=True):
-            master.grad = param.grad
-        self.inner.step()
-        for master, param in zip(self.masters, self.params, strict=True):
-            param.data.copy_(master)
-
-    def zero_grad(self) -> None:
-        for param in self.params:
-            param.grad = None
 
 
 def adapted(**options):
@@ -71,7 +51,7 @@ def test_forwards_use_the_values_of_an_optimizer_on_copies(options, micro, told)
     selects = {"selects": not options, "micro": micro}
     plain = torch.optim.AdamW(trained(expected_model), lr=LR)
     expected = losses(expected_model, plain, **selects)
-    found = losses(model, MasterCopies(trained(model)), told=told, **selects)
+    found = losses(model, MasterCopies(trained(model), lr=LR), told=told, **selects)
     pools = [find_pool(m, "default") for m in (expected_model, model)]
     assert torch.equal(pools[0].slots, pools[1].slots)
     assert torch.equal(pools[0].values, pools[1].values)
@@ -80,10 +60,10 @@ def test_forwards_use_the_values_of_an_optimizer_on_copies(options, micro, told)
 
 def test_an_optimizer_on_copies_after_one_of_torchs_is_noticed_too():
     runs = []
-    for second in (lambda params: torch.optim.AdamW(params, lr=LR), MasterCopies):
+    for second in (torch.optim.AdamW, MasterCopies):
         model = adapted(score="magnitude")
         first = losses(model, torch.optim.AdamW(trained(model), lr=LR), selects=False, micro=2)
-        runs.append(first + losses(model, second(trained(model)), selects=False, micro=2))
+        runs.append(first + losses(model, second(trained(model), lr=LR), selects=False, micro=2))
     # It may take as many forwards as a step had before.
     assert runs[1][-STEPS:] == pytest.approx(runs[0][-STEPS:], rel=1e-6)
 
@@ -99,7 +79,7 @@ def test_micro_batches_are_not_looked_at_once_steps_were_seen(monkeypatch):
 def test_late_entries_without_their_correction_are_reported_once():
     model = adapted(late_bias_correction=True)
     with pytest.warns(OptimizerWarning, match="no torch optimizer on the model's own") as found:
-        losses(model, MasterCopies(trained(model)))
+        losses(model, MasterCopies(trained(model), lr=LR))
     assert len(found) == 1
 
 
@@ -114,12 +94,12 @@ def test_late_entries_without_their_correction_are_reported_once():
 def test_options_that_need_torchs_hooks_are_refused_at_the_first_step(options, named, selects):
     model = adapted(score="accumulated_gradient" if selects else "magnitude", **options)
     with pytest.raises(SFAError, match=rf"SFAConfig\.{named}.*needs torch's optimizer hooks"):
-        losses(model, MasterCopies(trained(model)), selects=selects, steps=2)
+        losses(model, MasterCopies(trained(model), lr=LR), selects=selects, steps=2)
 
 
 def test_a_torch_optimizer_that_holds_copies_only_is_refused_with_what_works():
     model = adapted()
-    copies = MasterCopies(trained(model))
+    copies = MasterCopies(trained(model), lr=LR)
     with pytest.raises(SelectionError, match=r"call SFASelector\.step\(\) without it"):
         losses(model, copies.inner, told=True)
 
@@ -127,4 +107,4 @@ def test_a_torch_optimizer_that_holds_copies_only_is_refused_with_what_works():
 def test_a_loss_scale_of_the_optimizers_own_is_refused():
     model = adapted()
     with pytest.raises(SelectionError, match=r"scaled by MasterCopies, 1024.0 times.*bf16"):
-        losses(model, MasterCopies(trained(model), loss_scale=1024.0), told=True)
+        losses(model, MasterCopies(trained(model), loss_scale=1024.0, lr=LR), told=True)

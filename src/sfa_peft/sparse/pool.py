@@ -248,7 +248,7 @@ class Pool:
             joined = ranks.concatenated(joined).sort().values
         with torch.no_grad():
             slots[first : first + joined.numel()] = joined
-        self.known, self.owns = slots.clone(), True
+        self.known, self.owns = slots.clone() if ranks is None else None, True
 
     def _firsts(self) -> list[int]:
         """Return the position of the first entry of each weight that lies on this rank."""
@@ -349,7 +349,7 @@ class Pool:
             found = torch.zeros(self.size, dtype=values.dtype, device=values.device)
             for weight, part in zip(self.weights, self.slices, strict=True):
                 undo = weight.originals_at(self.adapter_name)
-                found[part.entries[1].to(found.device)] = undo.to(found)
+                found[part.entries[1].to(found.device).long()] = undo.to(found)
             return self.shard.summed(found)
         found = torch.zeros_like(values, requires_grad=False)
         for weight, spans in zip(self.weights, self.layout(), strict=True):

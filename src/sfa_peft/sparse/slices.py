@@ -17,6 +17,12 @@ from .shards import Shard
 from .writing import is_stand_in
 
 
+def _small(numbers: Tensor) -> Tensor:
+    """Return numbers, not negative, in the smallest type that indexes tensors."""
+    few = not numbers.numel() or int(numbers.max()) <= torch.iinfo(torch.int32).max
+    return numbers.to(torch.int32 if few else torch.int64)
+
+
 class PoolSlice:
     """One weight's part of a pool.
 
@@ -57,7 +63,10 @@ class PoolSlice:
 
     @property
     def entries(self) -> tuple[Tensor, Tensor]:
-        """Of a weight that is cut, (positions in this rank's part, slots) of what lies there."""
+        """Of a weight that is cut, (positions in this rank's part, slots) of what lies there.
+
+        int32 where that can name them.
+        """
         spans, shard, known = self.spans, self.shard, self._entries
         if shard is None:
             raise TypeError("the weight is whole")
@@ -66,7 +75,8 @@ class PoolSlice:
             here = shard.places(index)
             ranges = [torch.arange(a, b, device=index.device) for a, b in spans]
             slots = torch.cat(ranges) if ranges else index
-            known = self._entries = (spans, shard, (index[here] - shard.first, slots[here]))
+            found = _small(index[here] - shard.first), _small(slots[here])
+            known = self._entries = (spans, shard, found)
         return known[2]
 
     def stamp(self) -> tuple[Any, ...]:
@@ -75,7 +85,7 @@ class PoolSlice:
 
     def indices(self) -> Tensor:
         """Return flat positions, int64 (n,), in slot order."""
-        return self.pool.indices(self.ordinal) if self.shard is None else self.entries[0]
+        return self.pool.indices(self.ordinal) if self.shard is None else self.entries[0].long()
 
     def everywhere(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return flat positions in the whole weight, on every rank the same."""
@@ -89,7 +99,7 @@ class PoolSlice:
     def change(self) -> Tensor:
         """Return values, (n,), in slot order."""
         if self.shard is not None:
-            return self.pool.gathered()[self.entries[1]]
+            return self.pool.gathered().index_select(0, self.entries[1])
         values = self.pool.values
         parts = [values[a:b] for a, b in self.spans]
         if not parts:

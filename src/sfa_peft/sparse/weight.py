@@ -41,6 +41,8 @@ def version(tensor: Tensor) -> int:
 class Owner(Protocol):
     """The layer of a weight, which loading, casting and wrapping may give another tensor."""
 
+    name: str
+
     def parameter(self, name: str) -> Tensor:
         """Return the tensor that a parameter of the layer is now."""
         ...
@@ -142,7 +144,7 @@ class Weight:
         tensor, known = self.tensor, self.shard
         if not isinstance(tensor, DTensor) or (known is not None and known.tensor is tensor):
             return
-        self.shard = shard = Shard(tensor, self.parameter)
+        self.shard = shard = Shard(tensor, f"{self.owner.name}.{self.parameter}")
         if known is None:
             for entries in self._written:  # of the whole weight, before it was cut
                 here = shard.places(entries.indices)
@@ -295,9 +297,8 @@ class Weight:
 
         A call for every rank where the weight is cut.
         """
-        tensor = self.tensor  # of another type than the shard in a forward of mixed precision
-        found = self.original() if self.live or self.shard else tensor.detach()
-        return whole(found).to(tensor.dtype)
+        found = self.original() if self.live or self.shard else self.tensor.detach()
+        return whole(found).to(self.tensor.dtype)  # another one in a forward of mixed precision
 
     def foundation(self, adapter_name: str) -> Tensor:
         """Return the weight as an adapter finds it: its original entries and earlier changes."""
