@@ -260,6 +260,11 @@ def _made_before():
     return lambda: model(torch.randn(2, 12))
 
 
+def _added_afterwards():
+    net = fully_shard(Net(), mesh=init_device_mesh("cpu", (1,)))
+    return lambda: get_peft_model(net, SFAConfig(budget=0.3, rho=0, target_modules=["first"]))
+
+
 def _without_train():
     model = adapted(score="magnitude")
     sharded(model, blocks=False)
@@ -323,6 +328,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "tensor parallelism": _tensor_parallel,
     "FSDP2 over a mesh of two dimensions (HSDP)": _hsdp,
     "FSDP2 of a part of the adapted layers": _partly_cut,
+    "an adapter added after fully_shard": _added_afterwards,
     "an SFASelector made before fully_shard": _made_before,
     "FSDP2 of the whole in one group without model.train()": _without_train,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,

@@ -14,9 +14,8 @@ import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
@@ -229,14 +228,6 @@ def test_a_model_cut_after_the_selector_was_made_is_refused_at_the_first_forward
         model(torch.randn(2, 12))
 
 
-def test_scores_of_whole_weights_are_refused_at_the_first_forward_of_shards(mesh):
-    model = adapted()
-    SFASelector(model, total_steps=STEPS)
-    fully_shard(model, mesh=mesh).train()
-    with pytest.raises(SelectionError, match=r"SFASelector .* was made before fully_shard"):
-        model(torch.randn(2, 12))
-
-
 @pytest.mark.parametrize("told", [True, False])
 def test_a_model_cut_between_two_forwards_is_taken_up_by_train(mesh, told):
     model, x = adapted(score="magnitude").train(), torch.randn(2, 12)
@@ -249,36 +240,11 @@ def test_a_model_cut_between_two_forwards_is_taken_up_by_train(mesh, told):
         model(x)
 
 
-@pytest.mark.parametrize("selects", [True, False])
-def test_a_model_sharded_by_fsdp1_is_refused_by_name(mesh, selects):
-    model = adapted(score="accumulated_gradient" if selects else "magnitude")
-    net = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
-    with pytest.raises(SelectionError, match=r"FullyShardedDataParallel \(FSDP1\)"):
-        SFASelector(net, total_steps=STEPS) if selects else net(torch.randn(2, 12))
-
-
-def test_tensor_parallel_weights_are_refused_by_name(mesh):
-    model = adapted()
-    layer = model.get_base_model().second.get_base_layer()
-    layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(0)]), False)
-    with pytest.raises(SelectionError, match="cut by tensor parallelism"):
-        SFASelector(model, total_steps=STEPS)
-    with pytest.raises(SelectionError, match="cut by tensor parallelism"):
-        model(torch.randn(2, 12))
-
-
 def test_a_model_that_transformers_cut_is_refused_by_name():
     model = adapted()
     model.get_base_model()._tp_size = 2
     with pytest.raises(SelectionError, match="cut by tensor parallelism"):
         model(torch.randn(2, 12))
-
-
-def test_a_model_sharded_by_zero_3_is_refused():
-    model = adapted()
-    model.get_base_model().second.get_base_layer().weight.ds_id = 0
-    with pytest.raises(SelectionError, match="sharded by DeepSpeed ZeRO-3"):
-        SFASelector(model, total_steps=STEPS)
 
 
 # --- copies of the model in one process --------------------------------------------------------

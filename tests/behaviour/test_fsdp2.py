@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from sfa_peft import ResumedRunWarning, SFASelector
+from sfa_peft import ResumedRunWarning, SelectionError, SFASelector
 from tests.distributed_runs import (
     CASES,
     REFUSED,
@@ -114,6 +115,16 @@ def resumed(rank, world, folder):
     return outcome(model)
 
 
+def fsdp1(*_):
+    """Return what a forward of an adapter without a selector says under FSDP1."""
+    net = FullyShardedDataParallel(adapted(score="magnitude"), use_orig_params=True)
+    try:
+        net(batches()[0])
+    except SelectionError as error:
+        return str(error)
+    return None
+
+
 def accelerated(rank, world, folder):
     """Train, stop, and go on as Accelerate does with fsdp_version=2."""
     accelerator = Accelerator(cpu=True)
@@ -176,7 +187,7 @@ def held(rank, world, _folder):
 def _worker(rank: int, world: int, port: int, folder: str) -> None:
     with process_group(rank, world, port):
         found = {name: run(rank, world, name) for name in CASES}
-        for function in (saved, loaded, stopped, resumed, held, accelerated):
+        for function in (saved, loaded, stopped, resumed, held, fsdp1, accelerated):
             found[function.__name__] = function(rank, world, folder)
         torch.save(found, f"{folder}/rank{rank}.pt")
 
@@ -209,6 +220,10 @@ def test_the_page_says_what_is_refused_in_the_errors_own_words(name):
     error = refusal(name)
     assert error is not None
     assert f"| {name} | {type(error).__name__}: {error} |" in PAGE.read_text("utf-8")
+
+
+def test_fsdp1_is_refused_at_the_first_forward_too(ranks):
+    assert all("sharded by FullyShardedDataParallel (FSDP1)" in rank["fsdp1"] for rank in ranks)
 
 
 def test_ranks_hold_together_what_the_benchmarks_formula_says(ranks):

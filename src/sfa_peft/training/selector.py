@@ -78,7 +78,7 @@ class SFASelector:
         self._rounds: Rounds | _NoRounds = _NoRounds(self.pool, self.config.rules)
         if self.pool is None or not self.config.selects_while_training:
             return
-        take_shards(model, [self.pool])
+        take_shards(model, [self.pool], selects=True)
         self._adapter.needs_selector = False
         if self.pool.is_empty:
             find_score(self.config.score)
@@ -221,7 +221,7 @@ class SFASelector:
                 "not know of: an overflow would count. Train in bf16, which needs no scale."
             )
         if self.pool is not None:
-            take_shards(self._model, [self.pool])
+            take_shards(self._model, [self.pool], selects=True)
             scaled = getattr(getattr(optimizer, "scaler", None), "is_enabled", lambda: False)()
             if self._scaler is None and (scaled or self.pool.stepped_by_grad_scaler):
                 raise SelectionError(

@@ -21,6 +21,7 @@ from .adapter import Adapter, check_name
 from .layer import SFALayer
 from .plan import Plan, make_plan
 from .reading import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
+from .sharding import refuse_cut
 from .stored import refuse_offloaded
 from .targets import is_excluded, own_modules
 from .upstream.heads import check_heads, unmatched_heads
@@ -51,7 +52,9 @@ class Injection:
         check_same_chain(self.reused, self.chain, config)
         self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
         own = own_modules(model)
-        refuse_offloaded(model, {path: own[path] for path in self.plan.targets})
+        targets = {path: own[path] for path in self.plan.targets}
+        refuse_offloaded(model, targets)
+        refuse_cut(targets)
         check_heads(model, config, self.plan.targets)
         check_base(model, name, self.plan, strict=strict)
         taken = (self.reused,) if self.reused and config.selection_values == "trained" else ()

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..errors import SelectionError
+from ..errors import SelectionError, TargetError
 from ..sparse.pool import Pool
 
 _REMEDY = (
@@ -20,12 +20,13 @@ _REMEDY = (
 )
 
 
-def take_shards(model: nn.Module, pools: Iterable[Pool]) -> None:
+def take_shards(model: nn.Module, pools: Iterable[Pool], *, selects: bool = False) -> None:
     """Go over to the shards of a model that `fully_shard` has cut.
 
     Args:
         model: The model; the modules that call it now count as parts of it.
         pools: Those of its adapters.
+        selects: Whether they are to be filled while it trains.
 
     Raises:
         SelectionError: If something else cuts its weights, only some of them are cut, or they were
@@ -35,7 +36,7 @@ def take_shards(model: nn.Module, pools: Iterable[Pool]) -> None:
     weights = [weight for pool in pools for weight in pool.weights]
     is_fsdp2 = any(isinstance(module, FSDPModule) for module in modules)
     kind = None
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in modules):
+    if any(_is_fsdp1(module, if_whole=selects) for module in modules):
         kind = "sharded by FullyShardedDataParallel (FSDP1)"
     elif any(hasattr(weight.tensor, "ds_id") for weight in weights):
         kind = "sharded by DeepSpeed ZeRO-3"
@@ -48,6 +49,22 @@ def take_shards(model: nn.Module, pools: Iterable[Pool]) -> None:
     for pool in pools if is_fsdp2 else ():
         pool.find_shards()
         _check_shards(pool)
+
+
+def refuse_cut(layers: Mapping[str, nn.Module]) -> None:
+    """Refuse to add an adapter to layers that are cut already (TargetError).
+
+    What it trains would be whole on every rank, each with a gradient of its own.
+
+    Args:
+        layers: Those that it changes, by path.
+    """
+    for path, layer in layers.items():
+        if any(isinstance(parameter, DTensor) for parameter in layer.parameters()):
+            raise TargetError(
+                f"`{path}` is cut over processes already. Add or load adapters first, and cut the "
+                "model then: model = PeftModel.from_pretrained(...); fully_shard(model)."
+            )
 
 
 def cut_alike(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,6 +99,13 @@ def _check_shards(pool: Pool) -> None:
             f"The SFASelector of adapter `{pool.adapter_name}` was made before fully_shard, so its "
             "scores are of whole weights. Make it after fully_shard."
         )
+
+
+def _is_fsdp1(module: Any, *, if_whole: bool) -> bool:
+    """Whether a module is FSDP1's, and cuts weights unless those count that leave them whole."""
+    if type(module).__name__ != "FullyShardedDataParallel":
+        return False
+    return if_whole or module.sharding_strategy.name != "NO_SHARD"  # as with a single process
 
 
 def _is_tensor_parallel(module: Any) -> bool:
