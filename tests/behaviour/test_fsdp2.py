@@ -117,7 +117,8 @@ def resumed(rank, world, folder):
 
 def fsdp1(*_):
     """Return what a forward of an adapter without a selector says under FSDP1."""
-    net = FullyShardedDataParallel(adapted(score="magnitude"), use_orig_params=True)
+    model, device = adapted(score="magnitude"), torch.device("cpu")
+    net = FullyShardedDataParallel(model, device_id=device, use_orig_params=True)
     try:
         net(batches()[0])
     except SelectionError as error:
