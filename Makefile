@@ -16,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test coverage e2e wheel-test lint types imports docs house conformance conformance-quick versions format check clean
+.PHONY: help .venv demo test pretended coverage e2e wheel-test lint types imports docs house conformance conformance-quick versions format check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pict
 test: $(STAMP)  ## run the tests
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n $(WORKERS)
+
+pretended: $(STAMP)  ## run the tests on a pretended GPU, in a process of its own; needs a C++ compiler
+	@echo "== pytest, on a pretended GPU"
+	@$(BIN)/python -m pytest -q tests/pretended
 
 coverage: $(STAMP)  ## run the tests and measure which lines they run; `make house` has the floors
 	@echo "== pytest, with coverage"
@@ -95,8 +99,8 @@ format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 
-check: lint types imports docs coverage house wheel-test conformance-quick  ## all of the above: what CI runs
+check: lint types imports docs coverage pretended house wheel-test conformance-quick  ## all of the above: what CI runs
 
 clean:  ## remove build results and caches; the virtual environment stays
-	@rm -rf out/demo out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf out/demo out/pretended out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

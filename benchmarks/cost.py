@@ -158,6 +158,7 @@ def summarise(row: Row) -> None:
             row[key] = median(values) if key.endswith("_seconds") else max(values)
     else:
         row["rounds"] = [reply["seconds"] for reply in replies]
+        row["host_seconds"] = median(s for reply in replies for s in reply["host_seconds"])
         row["step_seconds"] = median(turn_seconds(row))
 
 

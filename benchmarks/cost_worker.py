@@ -27,6 +27,8 @@ from cost_models import (
     trained_parameters,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
 
 from sfa_peft import SFASelector
 
@@ -54,6 +56,34 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that compute: on a GPU each starts at least one kernel."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one, and do it."""
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def trainers_optimizer() -> dict[str, bool]:
+    """Return the options of AdamW that transformers' Trainer takes by default."""
+    return {"fused": True} if "fused" in TrainingArguments.optim else {}
+
+
+def backend_settings() -> dict[str, Any]:
+    """Return what decides how exactly and how fast a GPU multiplies."""
+    return {
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_version": torch.backends.cudnn.version(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+    }
 
 
 def _status(name: str) -> int:
@@ -86,15 +116,13 @@ class Job:
             total_steps = max(ROUNDS, settings["rounds"] + WARM_UP_STEPS + 1)
             self.selector = make_selector(self.model, self.phase, total_steps)
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, **trainers_optimizer())
         side, generator = settings["resolution"], torch.Generator().manual_seed(0)
         images = torch.randn(settings["batch_size"], 3, side, side, generator=generator)
         self.images = images.to(device=self.device, dtype=dtype)
         self.run_peak = 0
         for _ in range(WARM_UP_STEPS):
-            self.update()
-            self.select()
-            self.optimizer.zero_grad()
+            self.step()
 
     def update(self) -> None:
         """Forward, backward and the optimizer's step."""
@@ -107,14 +135,28 @@ class Job:
             self.selector.step(self.optimizer)
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Return the seconds of each of `count` training steps."""
+        """Return the seconds of each of `count` training steps, and those until the host is free.
+
+        On a GPU a step that takes the host as long as the device is bound by Python.
+        """
+        host: list[float] = []
 
         def step() -> None:
-            self.update()
-            self.select()
-            self.optimizer.zero_grad()
+            host.append(_seconds(self.step))
 
-        return {"seconds": [self._time(step) for _ in range(count)]}
+        return {"seconds": [self._time(step) for _ in range(count)], "host_seconds": host}
+
+    def step(self) -> None:
+        """Make one training step."""
+        self.update()
+        self.select()
+        self.optimizer.zero_grad()
+
+    def launches(self) -> int:
+        """Return how many operations that compute a training step starts."""
+        with Launches() as found:
+            self.step()
+        return found.count
 
     def pick(self) -> dict[str, Any]:
         """Return time and extra memory of a pick, and of `torch.topk` on the same scores."""
@@ -145,7 +187,8 @@ class Job:
 
     def peak(self) -> dict[str, Any]:
         """Return the peak memory of everything so far (without the plain `torch.topk`)."""
-        return {"peak_bytes": max(self.run_peak, self.memory.peak())}
+        found = {"peak_bytes": max(self.run_peak, self.memory.peak())}
+        return found if self.phase == "pick" else found | {"launches": self.launches()}
 
     def _extra(self, action: Callable[[], object]) -> tuple[float, int]:
         """Return seconds of an action, and by how much memory rose above its start."""
@@ -156,14 +199,17 @@ class Job:
 
     def _time(self, action: Callable[[], object]) -> float:
         self._wait()
-        start = time.perf_counter()
-        action()
-        self._wait()
-        return time.perf_counter() - start
+        return _seconds(lambda: (action(), self._wait()))
 
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
 
 
 def _plain_topk(sums: list[Tensor], count: int) -> Tensor:
@@ -183,6 +229,8 @@ def build(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Job, dict[str
         "trained": trained_parameters(job.model),
         "backbone": job.size,
         "device_name": torch.cuda.get_device_name() if is_cuda else "cpu",
+        "optimizer": trainers_optimizer(),
+        "backend": backend_settings(),
     }
 
 

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sfa_peft import SFALayer
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 #: Standard deviation of every change of a weight (the weights' own is 0.02).
 CHANGE = 1e-3

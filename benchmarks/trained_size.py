@@ -36,7 +36,7 @@ from sfa_peft.dense import CLASS_NAMES, SceneDataset
 from sfa_peft.files.container import read_blob
 from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 INDEX_SECTIONS = 5  # table, skips, lengths and their low bits; planes of values follow
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.

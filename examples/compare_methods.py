@@ -21,7 +21,7 @@ from types import ModuleType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from common.arguments import METHODS, parse
+from common.arguments import METHODS, ONE_SIZE, parse
 from common.methods import prepare_method
 from common.reporting import (
     CURVE_NAME,
@@ -69,7 +69,7 @@ def parse_command(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[
         method, _, budget = run.partition("@")
         if method not in METHODS:
             parser.error(f"--runs {run}: expected one of {', '.join(METHODS)}, or with @budget")
-        if "@" in run and method in ("frozen", "full"):
+        if "@" in run and method in ONE_SIZE:
             parser.error(f"--runs {run}: {method} has no budget; got {budget}")
     for option in ("--method", "--budget"):
         if any(other.split("=")[0] == option for other in others):

@@ -43,6 +43,7 @@ from sfa_peft.dense import (
     DepthMetrics,
     DepthTrainTransform,
     NormedFeatures,
+    Preprocessing,
     SILogLoss,
     TransformedSplit,
     depth_at_labels,
@@ -193,7 +194,14 @@ def scoring(args: Arguments, data: Data) -> MapScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+def preprocessing(args: Arguments) -> Preprocessing:
+    """Return what `load_data` does with images to evaluate on."""
+    size = args.eval_size and tuple(args.eval_size)
+    crop = args.protocol if CROPS[args.protocol] else None
+    return Preprocessing("cover" if size else "keep", size, crop=crop)
+
+
+TASK = Task("depth_estimation", Arguments, load_data, make_model, rates, scoring, preprocessing)
 
 
 def main(argv: list[str] | None = None) -> Result:

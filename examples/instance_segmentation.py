@@ -6,9 +6,9 @@ of one core, to a mask AP of about 0.27 (AP50 0.59)::
 
     python examples/instance_segmentation.py
 
-Your own data in COCO's layout (or a Hub name, or an imagefolder with an objects column)::
+Your own data, in COCO's layout or another (docs/dense-data.md)::
 
-    python examples/instance_segmentation.py --dataset_name path/to/coco --dataset_format coco \
+    python examples/instance_segmentation.py --dataset_name path/to/coco \
         --backbone microsoft/swinv2-base-patch4-window12-192-22k --image_size 1024 1024 \
         --hidden_size 256 --num_queries 100 --max_steps 90000 --learning_rate 1e-4
 
@@ -33,7 +33,7 @@ from common.mask2former import (
     build_mask2former,
     check_width,
 )
-from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -112,7 +112,9 @@ def scoring(args: Arguments, data: Data) -> ObjectScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+TASK = Task(
+    "instance_segmentation", Arguments, load_data, make_model, rates, scoring, preprocessing
+)
 
 
 def main(argv: list[str] | None = None) -> Result:

@@ -6,9 +6,9 @@ of one core, to a box AP of about 0.26 (AP50 0.51; measured with `--select_until
 
     python examples/object_detection.py
 
-Your own data in COCO's layout (or a Hub name, or an imagefolder with an objects column)::
+Your own data, in COCO's layout or another (docs/dense-data.md)::
 
-    python examples/object_detection.py --dataset_name path/to/coco --dataset_format coco \
+    python examples/object_detection.py --dataset_name path/to/coco \
         --backbone microsoft/swinv2-base-patch4-window12-192-22k --image_size 640 640 \
         --hidden_size 256 --num_queries 300 --max_steps 90000 --learning_rate 1e-4
 
@@ -26,7 +26,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 from common.backbones import STAGES, load_backbone
 from common.data import Data
-from common.objects import ObjectArguments, ObjectScoring, load_objects
+from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -162,7 +162,7 @@ def scoring(args: Arguments, data: Data) -> ObjectScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+TASK = Task("object_detection", Arguments, load_data, make_model, rates, scoring, preprocessing)
 
 
 def main(argv: list[str] | None = None) -> Result:

@@ -35,12 +35,7 @@ from common.augmented import Maps, try_maps
 from common.backbones import load_backbone
 from common.data import Data, load_pairs
 from common.maps import MapArguments, MapScoring
-from common.mask2former import (
-    Mask2FormerForSemanticSegmentation,
-    Mask2FormerOptions,
-    build_mask2former,
-    check_width,
-)
+from common.mask2former import Mask2FormerOptions, build_mask2former, check_width
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -49,7 +44,9 @@ from transformers import PreTrainedModel, UperNetConfig, UperNetForSemanticSegme
 from sfa_peft import SFAError
 from sfa_peft.dense import (
     EvalTransform,
+    Mask2FormerForSemanticSegmentation,
     NormedFeatures,
+    Preprocessing,
     SegmentationMetrics,
     TrainTransform,
     TransformedSplit,
@@ -197,7 +194,14 @@ def scoring(args: Arguments, data: Data) -> MapScoring:
     )
 
 
-TASK = Task(Arguments, load_data, make_model, rates, scoring)
+def preprocessing(args: Arguments) -> Preprocessing:
+    """Return what `load_data` does with images to evaluate on."""
+    return Preprocessing("cover", tuple(args.eval_size), size_divisor=SIZE_DIVISORS[args.head])
+
+
+TASK = Task(
+    "semantic_segmentation", Arguments, load_data, make_model, rates, scoring, preprocessing
+)
 
 
 def main(argv: list[str] | None = None) -> Result:

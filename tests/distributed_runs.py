@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from sfa_peft import SFAConfig, SFAError, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 STEPS, WORLD = 12, 2
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -303,6 +303,12 @@ def _hsdp():
     return lambda: SFASelector(model, total_steps=STEPS)
 
 
+def _by_output():
+    model = adapted(ranking="output")
+    sharded(model).train()
+    return lambda: SFASelector(model, total_steps=STEPS)
+
+
 def _other_rate_on_copies():
     model = adapted(internal_lr_ratio=2.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -331,6 +337,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "an adapter added after fully_shard": _added_afterwards,
     "an SFASelector made before fully_shard": _made_before,
     "FSDP2 of the whole in one group without model.train()": _without_train,
+    "FSDP2, ranking='output'": _by_output,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,
     "nn.DataParallel": _data_parallel,
 }

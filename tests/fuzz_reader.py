@@ -42,7 +42,7 @@ from sfa_peft.files.container import SelectedEntries, decode_entries, encode_ent
 from sfa_peft.files.folder import WEIGHTS_NAME, read_adapter
 from sfa_peft.files.values import ValueMode, check_finite
 from sfa_peft.training.state_files import STATE_NAME, read_state, write_state
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 SECONDS = 2.0  # of processor time for one input

@@ -122,10 +122,25 @@ class DenseReference:
         if self.ranking == "global":
             self._admit_among(list(scores), scores, count)
             return
+        if self.ranking == "output":
+            for _ in range(count):
+                self._admit_into_an_emptiest_row(scores)
+            return
         sizes = [s.numel() for s in scores.values()]
         have = [int(m.sum()) for m in self.mask.values()]
         for name, own in zip(scores, layer_quotas(count, sizes, have), strict=True):
             self._admit_among([name], scores, own)
+
+    def _admit_into_an_emptiest_row(self, scores: dict[str, Tensor]) -> None:
+        """Admit the best weight of those in rows that have the fewest and are not full."""
+        rows = {n: m.reshape(len(m), -1) for n, m in self.mask.items()}
+        fewest = min(int(m.sum(1)[~m.all(1)].min()) for m in rows.values() if not m.all())
+        open_scores = {
+            n: scores[n].reshape(m.shape).masked_fill(m | (m.sum(1) > fewest)[:, None], -1)
+            for n, m in rows.items()
+        }
+        name = max(open_scores, key=lambda n: float(open_scores[n].max()))
+        self.mask[name].view(-1)[int(open_scores[name].argmax())] = True
 
     def _admit_among(self, names: list[str], scores: dict[str, Tensor], count: int) -> None:
         if self.granularity == "row":

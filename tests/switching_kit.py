@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 from sfa_peft import SFAConfig, SFALayer
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP, images, upernet
 
 NAMES = ("one", "two", "three")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sfa_peft import SFAConfig, SFASelector, budget_report
 from sfa_peft.backbones import find_backbone
 from sfa_peft.tuner import SFALayer
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 
 STEPS = 3
 BUDGET = 0.25

@@ -11,10 +11,16 @@ from typing import Any, Literal, TypeVar
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from common.peers import PEERS
+from common.peers.of_peft import OF_PEFT
 from common.recipes import read_recipes
 from sfa_peft import SFAError
 
-METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
+OF_SFA = ("sfa", "internal", "external", "random", "gps")
+METHODS = ("frozen", *OF_SFA, *OF_PEFT, *PEERS, "full")
+ONE_SIZE = ("frozen", *(name for name, peer in PEERS.items() if peer.smallest is None), "full")
+NEW_LAYERS = ("lora", *(name for name, peer in PEERS.items() if peer.is_new))
+WITH_WIDTH = ("sfa", "adaptformer", "adapter_plus", "mona")
 UNDECAYED = ("norms", "biases", "embeddings")
 DEFAULT_BACKBONE = Path(__file__).parents[1] / "backbones" / "swinv2-nano"
 
@@ -35,15 +41,20 @@ class SharedArguments:
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
     )
     # --- method
-    method: Literal["frozen", "sfa", "internal", "external", "lora", "adaptformer", "full"] = field(
+    method: str = field(
         default="sfa",
         metadata={
-            "help": "What is trained beside the head: nothing, SFA, only one of its two parts, "
-            "LoRA, AdaptFormer, or all of the backbone."
+            "choices": METHODS,
+            "help": "What is trained beside the head: nothing, SFA, only one of its two parts, a "
+            "random selection, a method of others (see docs/peers.md), or all of the backbone.",
         },
     )
     budget: float = field(
-        default=0.05, metadata={"help": "Share of the backbone that may be trained, (0, 1]."}
+        default=0.05,
+        metadata={
+            "help": "Share of the backbone that may be trained, (0, 1]. Has no effect on methods "
+            f"of one size: {', '.join(ONE_SIZE)}."
+        },
     )
     rho: float | None = field(
         default=None,
@@ -55,8 +66,8 @@ class SharedArguments:
     adapter_dim: int | None = field(
         default=None,
         metadata={
-            "help": "Width of SFA's external adapters, instead of --rho, or of AdaptFormer's "
-            "bottlenecks, instead of what the budget allows."
+            "help": "Width of SFA's external adapters, instead of --rho, or of the bottlenecks of "
+            "AdaptFormer, Adapter+ and Mona, instead of what the budget allows."
         },
     )
     score: str = field(
@@ -105,12 +116,16 @@ class SharedArguments:
         default=None,
         metadata={"help": "Folder or Hub name of the data. Rendered scenes if not given."},
     )
-    dataset_format: Literal["imagefolder", "ade20k", "cityscapes", "coco", "kitti", "nyuv2"] = (
-        field(
-            default="imagefolder",
-            metadata={"help": "Layout of the folder; imagefolder is also parquet and the Hub."},
-        )
-    )
+    dataset_format: Literal[
+        "auto", "imagefolder", "folders", "ade20k", "cityscapes", "coco", "kitti", "nyuv2", "voc",
+        "yolo",
+    ] = field(
+        default="auto",
+        metadata={
+            "help": "Layout of the folder; auto looks what it is. imagefolder is also parquet and "
+            "the Hub, folders is images/ beside masks/ or depth/."
+        },
+    )  # fmt: skip
     on_error: Literal["raise", "skip"] = field(
         default="raise",
         metadata={"help": "Stop at images that cannot be used, or look for them first and skip."},
@@ -183,8 +198,8 @@ class SharedArguments:
     external_learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Rate of new layers in the backbone: SFA's external adapters, LoRA, "
-            "AdaptFormer; as for pretrained weights if not given."
+            "help": "Rate of new layers in the backbone: SFA's external adapters, LoRA, SSF, VPT, "
+            "AdaptFormer, Adapter+, Mona; as for pretrained weights if not given."
         },
     )
     head_learning_rate: float | None = field(
@@ -244,7 +259,7 @@ class SharedArguments:
             raise SFAError(f"--output_dir: {self.output_dir} is a file")
         self.image_size = as_size(self.image_size, "image_size")
         self.eval_size = as_size(self.eval_size or self.image_size, "eval_size")
-        if self.dataset_name is None and self.dataset_format != "imagefolder":
+        if self.dataset_name is None and self.dataset_format not in ("auto", "imagefolder"):
             raise SFAError(f"--dataset_name: needed for --dataset_format {self.dataset_format}")
         square = all(height == width for height, width in (self.image_size, self.eval_size))
         if self.dataset_name is None and not square:
@@ -268,8 +283,10 @@ class SharedArguments:
             )
         if self.selection_from is not None and self.method != "sfa":
             raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
-        if self.adapter_dim is not None and self.method not in ("sfa", "adaptformer"):
-            raise SFAError(f"--adapter_dim: needs --method sfa or adaptformer, got {self.method}")
+        if self.adapter_dim is not None and self.method not in WITH_WIDTH:
+            raise SFAError(
+                f"--adapter_dim: needs --method {', '.join(WITH_WIDTH)}, got {self.method}"
+            )
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
             raise SFAError(f"--layer_decay: expected a factor in (0, 1], got {self.layer_decay}")
         if not set(self.no_decay) <= set(UNDECAYED):

@@ -56,7 +56,7 @@ def load_pairs(task: str, args: SharedArguments, **options: Any) -> Pairs:
         chosen = scenes(count, size=args.eval_size[0], seed=seed)
         return Pairs(train, chosen, list(NAMES[task]))
     where = f"--dataset_name {args.dataset_name}"
-    needs_classes = task != "depth" and args.dataset_format == "imagefolder"
+    needs_classes = task != "depth" and args.dataset_format in ("auto", "imagefolder")
     if needs_classes and args.classes is None and not Path(args.dataset_name).is_dir():
         raise SFAError(
             f"{where}: no such folder; for a dataset of the Hub give the class names with "

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask2Former on a SwinV2, and its use for semantic segmentation with class maps in and out."""
+"""Mask2Former on a SwinV2: its options, and the start of its own code."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Swinv2Backbone
-from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from sfa_peft import SFAError
-from sfa_peft.dense import IGNORE_INDEX, NormedFeatures, dense_maps
+from sfa_peft.dense import NormedFeatures
 
 PAPER_POINTS = 12544  # sampled per mask for the loss
 DECODER_HELP = "Mask2Former's predictions, the first from bare queries; 10 in its paper."
@@ -120,52 +119,3 @@ def start_feedforward(layers: Iterable[nn.Module]) -> None:
         for linear in (layer.fc1, layer.fc2):
             linear.reset_parameters()
             nn.init.xavier_uniform_(linear.weight)
-
-
-@dataclass
-class MasksAndClasses(SemanticSegmenterOutput):
-    """Class maps, and the queries that they are made of, for tests with several runs an image."""
-
-    class_queries_logits: Tensor | None = None
-    masks_queries_logits: Tensor | None = None
-
-
-class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
-    """Mask2Former that takes and gives class maps, so that it is used as UperNet is."""
-
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> MasksAndClasses:
-        """Return the loss, where there are labels, and logarithms of class scores.
-
-        Args:
-            pixel_values: Images, float `(B, 3, H, W)`.
-            labels: Class ids, or `IGNORE_INDEX`, int64 `(B, H, W)`.
-            kwargs: Not used; Trainer may give `return_dict` and the like.
-
-        Returns:
-            `loss`, a scalar or None, and `logits`, `(B, num_labels, H, W)`; their argmax is the
-            class whose masks cover a pixel best (the paper's semantic inference). With them the
-            queries' `class_queries_logits` and `masks_queries_logits`.
-        """
-        masks, classes = (None, None) if labels is None else _as_masks(labels)
-        outputs = super().forward(pixel_values, mask_labels=masks, class_labels=classes)
-        if self.training:  # nobody looks at the maps, and they are large
-            return MasksAndClasses(loss=outputs.loss)
-        scores = dense_maps(outputs, tuple(pixel_values.shape[-2:])).values
-        return MasksAndClasses(
-            loss=outputs.loss,
-            logits=scores.clamp_min(1e-6).log(),
-            class_queries_logits=outputs.class_queries_logits,
-            masks_queries_logits=outputs.masks_queries_logits,
-        )
-
-
-def _as_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the masks `(N, H, W)` of the N classes of each class map, and the classes."""
-    classes = [ids.unique() for ids in labels]
-    classes = [found[found != IGNORE_INDEX] for found in classes]
-    masks = [
-        (ids == found[:, None, None]).float() for ids, found in zip(labels, classes, strict=True)
-    ]
-    return masks, classes

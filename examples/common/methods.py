@@ -5,33 +5,26 @@ The head is always trained and saved whole; it is everything that lies beside th
 """
 
 import json
-from bisect import bisect_right
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
 import sfa_peft
-from common.adaptformer import add_adapters, mlp_widths, parameters
-from common.arguments import SharedArguments, find_checkpoint
-from sfa_peft import (
-    Backbone,
-    BudgetError,
-    SFAError,
-    TargetError,
-    find_backbone,
-    role_modules,
-)
+from common.arguments import OF_SFA, SharedArguments, find_checkpoint
+from common.peers import PEERS
+from common.peers.of_peft import OF_PEFT
+from common.peers.peer import size_of
+from sfa_peft import Backbone, SFAConfig, SFAError, TargetError, find_backbone
 
 TRAINED_NAME, METHOD_NAME = "trained.safetensors", "method.json"
-SFA_RHO = {"internal": 0.0, "external": 1.0}  # of `sfa` the user says it
 
 
 @dataclass
@@ -70,64 +63,47 @@ def prepare_method(base: nn.Module, args: SharedArguments) -> Prepared:
     backbone = _backbone(base)
     size = sum(p.numel() for p in backbone.module.parameters())
     head, model, callbacks = sfa_peft.head_modules(base), base, []
-    if args.method in ("sfa", "internal", "external"):
-        config = sfa_peft.SFAConfig(  # SFA: one budget, the head in modules_to_save
-            budget=args.budget,
-            rho=SFA_RHO.get(args.method, args.rho),
-            adapter_dim=args.adapter_dim,
-            score=args.score,
-            schedule=args.schedule,
-            select_until=args.select_until,
-            selection_steps=args.selection_steps,
-            internal_lr_ratio=args.internal_lr_ratio,
-            selection_from=args.selection_from,
-            modules_to_save=head,
-        )
-        model = get_peft_model(base, config)  # SFA
+    if args.method in OF_SFA:
+        model = get_peft_model(base, sfa_config(backbone, args, head))  # SFA
         callbacks = [sfa_peft.SFACallback(resume_from_checkpoint=checkpoint)]  # SFA
-    elif args.method == "lora":
-        model = get_peft_model(base, lora_config(backbone, args.budget, head))
-    elif args.method == "adaptformer":
-        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
+    elif args.method in OF_PEFT:
+        model = get_peft_model(base, OF_PEFT[args.method](backbone, args.budget, head))
     else:
-        backbone.module.requires_grad_(args.method == "full")
-    return replace(_sorted(model, base, size, callbacks), checkpoint=checkpoint)
+        _change_in_place(backbone, args)
+    return replace(as_prepared(model, base, size, callbacks), checkpoint=checkpoint)
 
 
-def lora_config(backbone: Backbone, budget: float, head: list[str]) -> LoraConfig:
-    """Return LoRA on all attention and MLP linears, of the largest rank within the budget."""
-    layers = [
-        backbone.module.get_submodule(_inside(backbone, e.name)) for e in role_modules(backbone)
-    ]
-    per_rank = sum(layer.in_features + layer.out_features for layer in layers)
-    rank = _largest(lambda r: r * per_rank, backbone, budget, "LoRA of rank 1")
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,  # a scale of 1, so that one learning rate serves all ranks
-        target_modules=[entry.name for entry in role_modules(backbone)],
-        modules_to_save=head,
-    )
+def sfa_config(backbone: Backbone, args: SharedArguments, head: list[str]) -> SFAConfig:
+    """Return SFA, one of its parts, or a selection by another rule: one budget for all of it.
 
-
-def adaptformer_width(backbone: Backbone, budget: float, asked: int | None = None) -> int:
-    """Return the width of AdaptFormer's bottlenecks: the largest within the budget, or that asked.
-
-    Raises:
-        BudgetError: If the width is asked for and too large, or not even 1 is small enough.
+    GPS (https://arxiv.org/abs/2312.10136) gives each output feature as many weights, those of the
+    largest accumulated gradient, and trains biases too; norms stay frozen. It picks once, after the
+    first round, in which only the head is trained.
     """
-    outputs = mlp_widths(backbone)
-    largest = _largest(
-        lambda width: sum(parameters(features, width) for features in outputs.values()),
-        backbone,
-        budget,
-        "AdaptFormer of width 1",
-        most=max(outputs.values()),
-    )
-    if asked is not None and not 1 <= asked <= largest:
-        raise BudgetError(
-            f"--adapter_dim {asked}: --budget {budget} allows AdaptFormer 1 to {largest}"
-        )
-    return largest if asked is None else asked
+    rules: dict[str, Any] = {
+        "sfa": {"rho": args.rho, "adapter_dim": args.adapter_dim},
+        "internal": {"rho": 0.0},
+        "external": {"rho": 1.0},
+        "random": {"rho": 0.0, "score": "random"},
+        "gps": {
+            "rho": 0.0,
+            "score": "accumulated_gradient",
+            "ranking": "output",
+            "schedule": "one_shot",
+            "target_parameters": rf"{re.escape(backbone.name)}\.(?!.*norm).*\.(weight|bias)",
+        },
+    }[args.method]
+    options = {
+        "budget": args.budget,
+        "score": args.score,
+        "schedule": args.schedule,
+        "select_until": args.select_until,
+        "selection_steps": args.selection_steps,
+        "internal_lr_ratio": args.internal_lr_ratio,
+        "selection_from": args.selection_from,
+        "modules_to_save": head,
+    }
+    return SFAConfig(**(options | rules))
 
 
 def save_method(ready: Prepared, args: SharedArguments, folder: Path) -> None:
@@ -164,19 +140,24 @@ def load_method(base: nn.Module, args: SharedArguments, folder: Path) -> nn.Modu
         base: The task model as before training; changed in place or replaced.
         args: Those of the training.
         folder: What `save_method` wrote.
+
+    Raises:
+        SFAError: If it was written for another model, method or budget.
     """
     if _is_of_transformers(args):
         # Copied, since tensors mapped from a file lie otherwise in memory and round otherwise.
         base.load_state_dict(type(base).from_pretrained(folder).state_dict())
         return base.eval()
-    if args.method not in ("frozen", "adaptformer", "full"):
+    if args.method in (*OF_SFA, *OF_PEFT):
         return PeftModel.from_pretrained(base, folder).eval()
-    if args.method == "adaptformer":
-        backbone = _backbone(base)
-        add_adapters(backbone, adaptformer_width(backbone, args.budget, args.adapter_dim))
-    result = base.load_state_dict(load_file(folder / TRAINED_NAME), strict=False)
-    if result.unexpected_keys:
-        raise SFAError(f"{folder}: not of this model: {result.unexpected_keys[:3]}")
+    _change_in_place(_backbone(base), args)
+    state = load_file(folder / TRAINED_NAME)
+    shapes = {name: tensor.shape for name, tensor in base.state_dict().items()}
+    wrong = [name for name, tensor in state.items() if shapes.get(name) != tensor.shape]
+    wrong += [n for n, p in base.named_parameters() if p.requires_grad and n not in state]
+    if wrong:
+        raise SFAError(f"{folder}: not of this model, method and budget: {wrong[:3]}")
+    base.load_state_dict(state, strict=False)
     return base.eval()
 
 
@@ -224,10 +205,17 @@ def _tensors(outputs: Any) -> list[torch.Tensor]:
     return []
 
 
-def _sorted(
+def as_prepared(
     model: nn.Module, base: nn.Module, size: int, callbacks: list[TrainerCallback]
 ) -> Prepared:
-    """Tell the head's trained parameters from the others'."""
+    """Tell the head's trained parameters from the others'.
+
+    Args:
+        model: What is trained: the task model, or PEFT's around it.
+        base: The task model.
+        size: Parameters of the backbone before it was adapted.
+        callbacks: What Trainer needs besides.
+    """
     inside = f"{_backbone(base).name}."
     head, adapted = [], []
     for name, parameter in base.named_parameters():
@@ -244,19 +232,10 @@ def _backbone(model: nn.Module) -> Backbone:
     return backbone
 
 
-def _largest(
-    cost: Callable[[int], int], backbone: Backbone, budget: float, smallest: str, most: int = 2**16
-) -> int:
-    """Return the largest number whose cost, which grows with it, stays within the budget."""
-    total = sum(p.numel() for p in backbone.module.parameters())
-    found = bisect_right(range(1, most + 1), Fraction(str(budget)) * total, key=cost)
-    if found == 0:
-        raise BudgetError(
-            f"budget={budget} of {total} parameters: {smallest} already has {cost(1)}. The "
-            f"smallest budget that works is {-(-cost(1) * 10**6 // total) / 10**6}"
-        )
-    return found
-
-
-def _inside(backbone: Backbone, path: str) -> str:
-    return path.removeprefix(f"{backbone.name}.")
+def _change_in_place(backbone: Backbone, args: SharedArguments) -> None:
+    """Freeze a backbone, or not, and put a method of others into it."""
+    peer = PEERS.get(args.method)
+    if peer is None:
+        backbone.module.requires_grad_(args.method == "full")
+    else:
+        peer.add(backbone, size_of(peer, backbone, args.budget, args.adapter_dim))

@@ -19,6 +19,7 @@ from sfa_peft.dense import (
     ObjectPicture,
     ObjectResize,
     ObjectScaleCrop,
+    Preprocessing,
     TransformedSplit,
     decode_mask,
     object_sheet,
@@ -64,6 +65,11 @@ def load_objects(task: str, args: SharedArguments) -> Data:
         TransformedSplit(pairs.evaluation, plain),
         pairs.class_names,
     )
+
+
+def preprocessing(args: SharedArguments) -> Preprocessing:
+    """Return what `load_objects` does with images to evaluate on."""
+    return Preprocessing("stretch", tuple(args.eval_size))
 
 
 @dataclass

@@ -15,15 +15,23 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 import sfa_peft
-from common.arguments import SharedArguments
+from common.arguments import OF_SFA, ONE_SIZE, SharedArguments
 from common.methods import Prepared
+from common.peers import PEERS
 from common.training import Rates
 from sfa_peft.dense import curve_plot
 
 RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
 CURVE_NAME, SCORES_NAME = "training.png", "scores.png"
 SHOWN = 4  # scenes in a contact sheet
-NAMES = {"sfa": "SFA", "lora": "LoRA", "adaptformer": "AdaptFormer"}
+NAMES = {
+    "sfa": "SFA",
+    "gps": "GPS",
+    "lora": "LoRA",
+    "shira": "SHiRA",
+    "super_tuning": "Super-Tuning",
+    **{name: peer.title for name, peer in PEERS.items()},
+}
 # What Trainer.evaluate adds to the scores.
 TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
 # Not for the Hub: checkpoints are large and only good for going on with this run.
@@ -59,12 +67,12 @@ class Result:
 def run_name(args: SharedArguments) -> str:
     """Return method and budget of a run for people: "SFA 5%"."""
     name = NAMES.get(args.method, args.method)
-    return name if args.method in ("frozen", "full") else f"{name} {100 * args.budget:g}%"
+    return name if args.method in ONE_SIZE else f"{name} {100 * args.budget:g}%"
 
 
 def folder_name(name: str) -> str:
     """Return the name of a run for files: "sfa_5"."""
-    return name.lower().replace(" ", "_").replace("%", "")
+    return name.lower().replace(" ", "_").replace("%", "").replace("+", "_plus")
 
 
 def shown_indices(count: int) -> range:
@@ -98,17 +106,12 @@ def make_result(
         draw: Writes such columns as a contact sheet.
     """
     log = [entry for entry in trainer.state.log_history if "loss" in entry]
-    known = {
-        name.removeprefix("eval_"): value
-        for name, value in scores.items()
-        if name != "epoch" and not name.endswith(TIMINGS)
-    }
     name = run_name(args)
     row = {
         "method": name,
         "trainable_share": ready.share,
         "trainable_backbone": round(ready.share * ready.backbone_size),
-        "scores": {key: None if math.isnan(value) else value for key, value in known.items()},
+        "scores": scores_of(scores),
         **args.facts(),
         "bytes": size,
         "learning_rate": rates.backbone,
@@ -132,6 +135,15 @@ def make_result(
     return Result(name, row, headers, curve, progress, titled, draw)
 
 
+def scores_of(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Return what `trainer.evaluate` returned without timings; what is not a number is None."""
+    return {
+        name.removeprefix("eval_"): None if math.isnan(value) else value
+        for name, value in scores.items()
+        if name != "epoch" and not name.endswith(TIMINGS)
+    }
+
+
 def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
     """Print the row, write results and pictures beside the adapter, and upload if asked to."""
     out = Path(args.output_dir)
@@ -142,7 +154,7 @@ def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
     )
     if args.eval_steps:
         curve_plot(result.progress, out / SCORES_NAME, xlabel="update step", ylabel="score")
-    if args.method in ("sfa", "internal") and sfa_peft.budget_report(ready.model).internal:
+    if args.method in OF_SFA and sfa_peft.budget_report(ready.model).internal:
         sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / "selection.png")
     print(f"\n{table([result])}\n\nAdapter, pictures and {RESULTS_NAME} are in {out}/")
     if args.push_to_hub:

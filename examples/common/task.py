@@ -2,7 +2,7 @@
 """What a script says of its task, and the run that all of them share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,8 +13,10 @@ from common.arguments import SharedArguments, parse
 from common.augmented import AugmentedTrainer
 from common.data import Data
 from common.methods import check_loaded_again, prepare_method, save_method, saved_size
-from common.reporting import Result, make_result, report, shown_indices
+from common.reporting import Result, make_result, report, scores_of, shown_indices
 from common.training import Rates, make_trainer
+from sfa_peft import find_backbone
+from sfa_peft.dense import Preprocessing, TaskSpec
 
 
 class Scoring(Protocol):
@@ -46,18 +48,22 @@ class Task:
     """What a script says of its task; all that is called gets the run's arguments first.
 
     Attributes:
+        name: What it is called in `task.json`.
         arguments: The options.
         load_data: Returns items as the model takes them.
         make_model: Returns the head on the pretrained backbone, the same for every method.
         rates: Returns the learning rates.
         scoring: Returns how outputs are scored, and refuses what cannot work.
+        preprocessing: Returns what the evaluation does with images, for predictions.
     """
 
+    name: str
     arguments: type[SharedArguments]
     load_data: Callable[[Any], Data]
     make_model: Callable[[Any, Data], PreTrainedModel]
     rates: Callable[[Any], Rates]
     scoring: Callable[[Any, Data], Scoring]
+    preprocessing: Callable[[Any], Preprocessing]
 
 
 def run_task(task: Task, argv: Sequence[str] | None, description: str) -> Result:
@@ -78,6 +84,7 @@ def run_task(task: Task, argv: Sequence[str] | None, description: str) -> Result
     # 2. Model
     model = task.make_model(args, data)
     scoring = task.scoring(args, data)
+    spec = describe(task, args, data, model)
 
     # 3. Adapter
     ready = prepare_method(model, args)
@@ -97,6 +104,7 @@ def run_task(task: Task, argv: Sequence[str] | None, description: str) -> Result
     with trainer.args.main_process_first(local=False, desc="saving"):
         if trainer.is_world_process_zero():
             save_method(ready, args, out)
+            spec.write(out, metrics=scores_of(scores))
             fresh, pixels = task.make_model(args, data), items[0]["pixel_values"][None]
             check_loaded_again(ready, fresh, args, out, pixels)
         result = make_result(
@@ -113,6 +121,19 @@ def run_task(task: Task, argv: Sequence[str] | None, description: str) -> Result
         if trainer.is_world_process_zero():
             report(result, ready, args)
     return result
+
+
+def describe(task: Task, args: SharedArguments, data: Data, model: PreTrainedModel) -> TaskSpec:
+    """Return all that a prediction needs to know of a task, beside what is trained."""
+    spec = TaskSpec.describe(
+        model,
+        task=task.name,
+        backbone=find_backbone(model).name,
+        source=args.backbone,
+        preprocessing=task.preprocessing(args),
+        class_names=data.class_names,
+    )
+    return replace(spec, method={"name": args.method, "budget": args.budget})
 
 
 def draw_columns(scoring: Scoring, columns: Mapping[str, Sequence[Any]], path: Path) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import TrainingArguments
 
 import sfa_peft
-from common.arguments import SharedArguments
+from common.arguments import NEW_LAYERS, SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
 from common.wording import as_typed
@@ -23,7 +23,7 @@ class Rates(NamedTuple):
     """Learning rates.
 
     Attributes:
-        backbone: Of the backbone's pretrained weights.
+        backbone: Of the backbone's pretrained weights, or of what a method changes them by.
         head: Of the head.
         added: Of new layers in the backbone.
     """
@@ -133,7 +133,7 @@ def make_optimizer(ready: Prepared, rates: Rates, args: SharedArguments) -> torc
         rates.backbone,
         head_lr=rates.head,
         external_lr=rates.added,
-        new_layers=() if args.method == "full" else ready.adapted,
+        new_layers=ready.adapted if args.method in NEW_LAYERS else (),
         layer_decay=args.layer_decay,
         weight_decay=args.weight_decay,
         no_decay=args.no_decay,

@@ -28,11 +28,12 @@ from .errors import TargetError as TargetError
 from .errors import UnfinishedSelectionWarning as UnfinishedSelectionWarning
 from .model_card import set_card_metrics as set_card_metrics
 from .selection.scores import register_score as register_score
+from .tasks.folder import load_task as load_task
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
 from .tuner import SFAModel as SFAModel
-from .tuner.rates import parameter_groups as parameter_groups
+from .tuner.parameter_groups import parameter_groups as parameter_groups
 from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
 from .tuner.report import plot_selection as plot_selection
@@ -71,6 +72,7 @@ __all__ = [
     "budget_report",
     "find_backbone",
     "head_modules",
+    "load_task",
     "parameter_groups",
     "plot_selection",
     "register_score",

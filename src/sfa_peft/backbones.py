@@ -194,6 +194,12 @@ def role_of(path: str) -> str | None:
     return None if match is None else match.lastgroup
 
 
+def stage_of(path: str) -> int | None:
+    """Tell the stage of a role linear by its path alone; None where it is none. See `role_of`."""
+    match = _ROLE_PATH.fullmatch(path)
+    return None if match is None else _stage(match["block"])
+
+
 def head_modules(model: nn.Module) -> list[str]:
     """Return the paths of the largest parts with parameters that lie outside the backbone.
 

@@ -13,8 +13,18 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
+from .config_fields import (
+    check_fields,
+    choice,
+    names,
+    number,
+    option,
+    patterns,
+    saved,
+    steps,
+    whole,
+)
 from .errors import ConfigError, SFAError
-from .fields import check_fields, choice, names, number, option, patterns, saved, steps, whole
 from .files.folder import check_complete, replacing
 from .files.packing import SAVED_VALUES
 from .model_card import CardFacts, make_section, write_section
@@ -88,7 +98,9 @@ class SFAConfig(PeftConfig):
         score_every: Score one update step in so many (the last of a round always): when steps that
             score are too slow.
         ranking: "global" compares all weights (Fig. 5: layers end up uneven); "layer" gives every
-            tensor the same share, for backbones whose gradients differ by orders of magnitude.
+            tensor the same share, for backbones whose gradients differ by orders of magnitude;
+            "output" gives every output feature of every tensor as many weights, so that each can
+            change, as GPS does.
         granularity: "weight", or "row": all weights of one output feature together, which needs no
             index per weight; for the smallest files.
         schedule: "linear" picks equal shares after each round but the last; "cubic" picks most of
@@ -102,7 +114,8 @@ class SFAConfig(PeftConfig):
         selection_steps: The paper's s: update steps in a round. None: 2000 as in the paper; a run
             too short for 20 such rounds gets a twentieth of its length, and says so.
         total_steps: The paper's T: update steps of the whole run. `SFACallback` takes it from the
-            Trainer; an own loop gives it here or to `SFASelector`.
+            Trainer; an own loop gives it here or to `SFASelector`. A loop that calls
+            `SFAModel.update_and_allocate` gives it here.
         late_bias_correction: Whether, under Adam, weights that join late get the bias correction of
             their own age. False is stock behaviour, which starts them with steps several times too
             large; for comparison.
@@ -237,6 +250,11 @@ class SFAConfig(PeftConfig):
             yield (
                 "`layers_to_transform` cannot be used when `target_modules` is a str, because a "
                 "regular expression can name the layers itself."
+            )
+        if self.ranking == "output" and self.granularity != "weight":
+            yield (
+                'ranking="output" gives every row as many weights, granularity='
+                f"{self.granularity!r} selects several together. Leave one of them out."
             )
         plain = self.score_every == 1 and self.score_dtype == "float32"
         if self.score == "weight_difference" and not plain:

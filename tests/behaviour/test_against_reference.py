@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import adapter_layers, find_pool
+from sfa_peft.tuner.adapted_layers import adapter_layers, find_pool
 from tests.reference import DenseReference, assert_same
 from tests.tiny import MLP, images, upernet
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sfa_peft import SFAConfig, SFAError, SFASelector
 from sfa_peft.tuner import adapter as adapter_module
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
 

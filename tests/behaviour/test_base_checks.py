@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAWarning
-from sfa_peft.tuner.layers import adapter_layers, find_pool
+from sfa_peft.tuner.adapted_layers import adapter_layers, find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 

@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import ViTConfig, ViTForImageClassification
 
 from sfa_peft import SelectionError, SFACallback, SFAConfig, SFASelector, SFAWarning
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.behaviour.test_precision import assert_same, trained
 from tests.model_zoo import FAMILIES, pixels
 from tests.training.trainer_runs import make_trainer

@@ -5,12 +5,15 @@ import copy
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from peft import get_peft_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
-from sfa_peft import SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft import SFAConfig, SFASelector, UnfinishedSelectionWarning
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 pytestmark = [
@@ -97,6 +100,26 @@ def test_inductor_keeps_the_scores_where_nothing_is_selected_yet():
     for name, expected in sums[0].items():
         assert expected.any()
         torch.testing.assert_close(sums[1][name], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_what_adds_to_scores_stays_out_of_cuda_graphs():
+    """As Inductor asks before it records a backward (`mode="reduce-overhead"`)."""
+    found = []
+
+    def inspect(module, inputs):
+        node = get_first_incompatible_cudagraph_node(module)
+        found.append(None if node is None else str(node.target))
+        return make_boxed_func(module.forward)
+
+    model = make()
+    net = torch.compile(model, backend=aot_autograd(fw_compiler=inspect, bw_compiler=inspect))
+    selector = SFASelector(model, total_steps=12)
+    net(batch()).square().mean().backward()
+    assert found == [None, "sfa_peft.hand_over.default"]
+    with pytest.warns(UnfinishedSelectionWarning):
+        selector.close()  # as after the last pick: all of a step may be recorded
+    net(batch()).square().mean().backward()
+    assert found[2:] == [None, None]
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAError, SFASelector, SFAWarning, TargetError
 from sfa_peft.tasks import TaskBank, combine
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sfa_peft import SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.behaviour.test_precision import SCORES, STEPS, assert_same, loss_of, make, trained
 from tests.tiny import MLP
 

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
 from sfa_peft.selection import accumulators
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 STEPS, MICRO, WORLD = 12, 2, 2
@@ -64,8 +64,19 @@ class Traffic:
         return work.get_future().then(lambda done: done.value()[0])
 
 
-def run(rank: int, world: int, *, resumes: bool = False, divides: bool = False, **options):
-    """Train with two micro-batches a step; return what was selected, learned and sent."""
+def run(
+    rank: int,
+    world: int,
+    *,
+    resumes: bool = False,
+    allocates: bool = False,
+    divides: bool = False,
+    **options,
+):
+    """Train with two micro-batches a step; return what was selected, learned and sent.
+
+    It selects by a selector, or as a loop made for AdaLoRA does.
+    """
     torch.manual_seed(0)
     config = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "selection_steps": 3}
     config["select_until"] = 1
@@ -73,7 +84,7 @@ def run(rank: int, world: int, *, resumes: bool = False, divides: bool = False, 
     net = DistributedDataParallel(model) if world > 1 else model
     if world > 1:  # positions are not sent around before each forward
         assert any("sfa_slots" in name for name in net.parameters_to_ignore)
-    selector = SFASelector(net, total_steps=STEPS)
+    selector = None if allocates else SFASelector(net, total_steps=STEPS)
     trained = [p for p in model.parameters() if p.requires_grad]
     if divides and world > 1:
         optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)
@@ -93,7 +104,10 @@ def run(rank: int, world: int, *, resumes: bool = False, divides: bool = False, 
                 with net.no_sync() if waits else nullcontext():
                     (net(x[rank::world]).square().mean() / MICRO).backward()
             optimizer.step()
-            selector.step(optimizer)
+            if selector is None:
+                model.base_model.update_and_allocate(step)
+            else:
+                selector.step(optimizer)
             optimizer.zero_grad()
     pool = find_pool(model, "default")
     return {
@@ -115,6 +129,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
         for name, options in SETTINGS.items()
     }
     results["resumed"] = run(rank, world, resumes=True)
+    results["allocated"] = run(rank, world, allocates=True, total_steps=STEPS)
     torch.save(results, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -124,6 +139,12 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(_worker, (WORLD, _free_port(), str(folder)), nprocs=WORLD)
     return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
+
+
+def test_a_loop_made_for_adalora_selects_and_learns_the_same(ranks):
+    for results in ranks:
+        assert torch.equal(results["allocated"]["slots"], results["default"]["slots"])
+        assert torch.equal(results["allocated"]["values"], results["default"]["values"])
 
 
 def _free_port() -> int:

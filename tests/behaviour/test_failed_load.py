@@ -274,7 +274,7 @@ def test_files_of_other_methods_are_written_and_read_by_peft_itself(tmp_path, mo
 
 
 def test_installing_twice_changes_nothing():
-    from sfa_peft.tuner.upstream.files import install
+    from sfa_peft.tuner.upstream.save_and_load import install
 
     before = peft.peft_model.safe_save_file
     install()

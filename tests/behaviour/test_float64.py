@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 
 from sfa_peft import OtherBaseWarning, SFAConfig
 from sfa_peft.sparse.delta import adapt, change_to
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
 

@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
-from benchmarks.sharded_memory import per_rank
 from peft import PeftModel
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -21,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from benchmarks.sharded_memory import per_rank
 from sfa_peft import ResumedRunWarning, SelectionError, SFASelector
 from tests.distributed_runs import (
     CASES,

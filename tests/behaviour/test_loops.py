@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 OPTIONS = {"budget": 0.3, "rho": 0, "target_modules": ["first", "second"], "select_until": 1}

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from sfa_peft.tuner.upstream.heads import former_name, names_here
+from sfa_peft.tuner.upstream.task_heads import former_name, names_here
 from tests.behaviour.versions.make import HERE, MODELS, adapted_weights, images, model_class
 
 RELEASES = ["transformers-4", "transformers-5"]

@@ -19,7 +19,7 @@ from peft import (
 from peft.utils import TaskType
 
 from sfa_peft import ConfigError, SFAConfig, SFAError, SFAModel
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.model_zoo import FAMILIES, pixels
 from tests.tiny import images, upernet
 

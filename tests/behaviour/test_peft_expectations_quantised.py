@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from sfa_peft import SFAConfig, SFAWarning, TargetError, budget_report
-from sfa_peft.tuner.stored import is_packed
+from sfa_peft.tuner.weight_storage import is_packed
 from tests.tiny import images, upernet
 
 WIDE = {"embed_dim": 64}  # blocks of 4-bit codes on a CPU

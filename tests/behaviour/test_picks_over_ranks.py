@@ -10,7 +10,7 @@ import torch
 
 from sfa_peft import SelectionError
 from sfa_peft.selection.pick import pick
-from sfa_peft.selection.topk import TensorSource
+from sfa_peft.selection.topk import TAKEN, TensorSource
 
 
 class Threads:
@@ -75,15 +75,16 @@ def slow_pick(scores, quota, selected):
 
 def picked_here(rank, count, scores, quota, taken):
     """Return the positions over all tensors that one rank picks."""
-    parts, banned, firsts, start = [], [], [], 0
+    parts, firsts, start = [], [], 0
     for tensor in scores:
         part, first = cut(tensor, rank.rank, count)
         inside = taken - start - first
-        banned.append(inside[(inside >= 0) & (inside < part.numel())].sort().values)
+        part = part.clone()
+        part.view(-1)[inside[(inside >= 0) & (inside < part.numel())]] = TAKEN
         parts.append(TensorSource(part))
         firsts.append(start + first)
         start += tensor.numel()
-    found = pick(parts, quota, banned, ranks=rank)
+    found = pick(parts, quota, ranks=rank)
     return torch.cat([f + first for f, first in zip(found, firsts, strict=True)])
 
 
@@ -116,12 +117,11 @@ def test_every_kind_of_pick_over_ranks_is_that_of_one_process(ranking, granulari
     generator = torch.Generator().manual_seed(count)
     scores = [torch.randint(-3, 4, s, generator=generator) / 3 for s in [(5, 4), (2, 3), (7, 1)]]
     how = {"ranking": ranking, "granularity": granularity, "row_sizes": [4, 3, 1]}
-    none = [torch.empty(0, dtype=torch.int64)] * 3
-    alone = pick([TensorSource(s) for s in scores], 15, none, **how)
+    alone = pick([TensorSource(s) for s in scores], 15, **how)
 
     def own_part(rank):
         parts = [cut(s, rank.rank, count) for s in scores]
-        found = pick([TensorSource(p) for p, _ in parts], 15, none, ranks=rank, **how)
+        found = pick([TensorSource(p) for p, _ in parts], 15, ranks=rank, **how)
         return [f + first for f, (_, first) in zip(found, parts, strict=True)]
 
     found = Threads(count).run(own_part)
@@ -130,9 +130,8 @@ def test_every_kind_of_pick_over_ranks_is_that_of_one_process(ranking, granulari
 
 
 def test_too_few_finite_scores_are_said_on_every_rank():
-    none = [torch.empty(0, dtype=torch.int64)]
     found = Threads(3).run(
-        lambda rank: pick([TensorSource(torch.ones(2))], 7, none, ranks=rank),
+        lambda rank: pick([TensorSource(torch.ones(2))], 7, ranks=rank),
     )
     assert [type(error) for error in found] == [SelectionError] * 3
     assert all("only 6 have a finite score" in str(error) for error in found)

@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from peft import get_peft_model
 from torch.amp import GradScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfa_peft import SelectionError, SFAConfig, SFALayer, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of
 from tests.tiny import MLP
 
@@ -204,6 +205,30 @@ def test_under_autocast_values_get_the_gradient_that_a_dense_weight_would(dtype)
     ]
     for grad, spans in zip(grads, pool.layout(), strict=True):
         assert torch.equal(torch.cat([pool.values.grad[a:b] for a, b in spans]), grad)
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of whole activations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_activation = args and isinstance(args[0], torch.Tensor) and args[0].shape[:1] == (8,)
+        self.count += func is torch.ops.aten._to_copy.default and is_activation
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_an_external_adapter_casts_no_activation():
+    model = make(rho=1.0, external_modules=["first", "second"], init_weights=False).eval()
+    x = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with Casts() as casts:
+            adapted = model(x)
+        with model.disable_adapter():
+            assert not torch.equal(model(x), adapted)
+    assert casts.count == 0
+    shape = model.to("meta")(x.to("meta").float()).shape  # where there is no autocast to ask about
+    assert shape == adapted.shape
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,6 +3,8 @@
 
 import importlib
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -18,27 +20,30 @@ NAMES = {
         EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
         OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
         SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
-        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
+        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules load_task
         parameter_groups plot_selection register_score role_modules selection_summary
         set_card_metrics
     """,
     "sfa_peft.tasks": """
-        CombineReport ExtractReport LostTensor PairOverlap TaskBank TaskMemory combine extract
+        CombineReport DiffReport ExportReport ExtractReport LostTensor PairOverlap SavedPart
+        SavedReport TaskBank TaskMemory TrainingPlan VerifyReport combine convert diff export_onnx
+        export_overwrites extract inspect load_task merge overlaps plan_training plot_saved verify
     """,
     "sfa_peft.dense": """
         CLASS_NAMES CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData DenseMaps
         DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
-        IMAGENET_STD MAX_DEPTH MapNorm NormedFeatures ObjectPicture ObjectResize ObjectScaleCrop
-        ObjectShortestEdge Objects SILogLoss Scene SceneDataset SceneSplit SegmentationData
-        SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES TrainTransform
+        IMAGENET_STD MAX_DEPTH MapNorm Mask2FormerForSemanticSegmentation NormedFeatures
+        ObjectPicture ObjectResize ObjectScaleCrop ObjectShortestEdge Objects Preprocessing
+        Pretrained SILogLoss Scene SceneDataset SceneSplit SegmentationData SegmentationMetrics
+        SegmentationSplit Split SubSplit THING_NAMES TaskProcessor TaskSpec TrainTransform
         TransformedSplit argmax_logits as_image class_palette collate_detection collate_instances
         collate_semantic_masks colour_jitter confusion_matrix contact_sheet curve_plot decode_mask
         dense_maps depth_at_labels depth_sheet depth_to_tensors detr_outputs detr_results
         encode_masks instances_from_queries kb_crop kitti_benchmark_crop load_dense
         load_segmentation mask_query_outputs mask_query_results multi_scale_probabilities
-        nyu_border_crop object_sheet objects_to_tensors predict_depth predict_maps read_classes
-        render_scene resize_depth segmentation_scores silog_loss sliding_window_maps to_tensors
-        true_objects vertical_cut_depth
+        nyu_border_crop object_sheet objects_to_tensors predict predict_depth predict_maps
+        read_classes render_scene resize_depth segmentation_scores silog_loss sliding_window_maps
+        task_processor to_tensors true_objects vertical_cut_depth write_predictions
     """,
 }
 
@@ -88,3 +93,13 @@ def test_what_a_page_documents_is_read_off_its_directives():
     names = {value.__name__ for value in documented(page)}
     assert {"SFAConfig", "combine", "SFAError"} < names
     assert "SFALayer" not in names
+
+
+def test_the_package_brings_nothing_heavy_that_peft_does_not():
+    heavy = "datasets pandas matplotlib PIL.ImageDraw scipy pycocotools transformers.trainer"
+    code = (
+        "import sys, peft; before = set(sys.modules); import sfa_peft\n"
+        f"print(*sorted((set(sys.modules) - before) & set('{heavy}'.split())))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == ""

@@ -6,7 +6,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import ConfigError, SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import masks_of, step_where
 from tests.tiny import MLP
 

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import SFAConfig, SFAError
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 
 RHOS = [0, 0.5]

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from sfa_peft import ResumedRunWarning, SelectionError, SFACallback, SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP
 from tests.training.trainer_runs import make_trainer
 

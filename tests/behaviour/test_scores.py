@@ -11,7 +11,7 @@ from peft import get_peft_model
 from sfa_peft import SelectionError, SFAConfig, SFASelector, register_score
 from sfa_peft.selection import scores
 from sfa_peft.selection.topk import RandomSource
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import DenseReference, assert_same, masks_of
 from tests.tiny import MLP
 
@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-3  # an eps that keeps rounding of tiny gradients 
 TOTAL, ROUND = 21, 4
 NAMES = ("first.weight", "first.bias", "second.weight")
 SCORES = (*DenseReference.SCORE_STEPS, "weight_difference", "largest")
-KINDS = list(itertools.product(("global", "layer"), ("weight", "row")))
+KINDS = [*itertools.product(("global", "layer"), ("weight", "row")), ("output", "weight")]
 
 
 def largest(weight, gradient, state):
@@ -150,7 +150,7 @@ def test_a_bfloat16_score_selects_nearly_the_same_and_repeats():
     masks = []
     for dtype in ("float32", "bfloat16", "bfloat16"):
         model, dense, pool, reference = build(
-            {"targets": {4: 10}}, score_dtype=dtype, schedule="one_shot"
+            {"targets": {4: 10}}, score="movement", score_dtype=dtype, schedule="one_shot"
         )
         with pytest.raises(AssertionError):  # the reference is not asked here
             run(model, dense, pool, reference)

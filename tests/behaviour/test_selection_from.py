@@ -18,7 +18,7 @@ from sfa_peft import (
     SFASelector,
     TargetError,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tasks.models import class_model
 from tests.tiny import MLP, images, upernet

@@ -17,7 +17,7 @@ from sfa_peft import (
     SFASelector,
     UnfinishedSelectionWarning,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP, upernet
 from tests.training.trainer_runs import Images, make_trainer
 

@@ -18,7 +18,7 @@ from sfa_peft import (
     selection_summary,
 )
 from sfa_peft.selection import scores
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import masks_of
 from tests.tiny import MLP, images, upernet
 

@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import OptimizerWarning, SelectionError, SFAConfig, SFAError, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.distributed_runs import MasterCopies
 from tests.tiny import MLP
 

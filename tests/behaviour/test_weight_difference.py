@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import ConfigError, SelectionError, SFAConfig, SFASelector
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import masks_of
 from tests.tiny import MLP
 

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import Swinv2ForImageClassification
 
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import swinv2_config
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"

@@ -58,6 +58,7 @@ def test_every_run_gets_a_row_a_curve_and_a_column(
     [
         (["--runs", "linear"], "--runs linear: expected one of frozen, sfa"),
         (["--runs", "full@0.2"], "--runs full@0.2: full has no budget"),
+        (["--runs", "ssf@0.2"], "--runs ssf@0.2: ssf has no budget"),
         (["--budget", "0.2"], "--budget: say it in --runs"),
         (["--method=sfa"], "--method: say it in --runs"),
         (["--runs", "frozen", "sfa@lots"], "--budget: invalid float value: 'lots'"),

@@ -37,7 +37,7 @@ def run(task: str, *options: Any) -> Any:
         ("depth_estimation", ["--head", "deconv"]),
         ("depth_estimation", ["--head", "dpt", "--method", "lora", "--budget", 0.2]),
         ("object_detection", ["--method", "sfa", "--budget", 0.2]),
-        ("object_detection", ["--method", "adaptformer", "--budget", 0.2]),
+        ("object_detection", ["--method", "mona", "--budget", 0.2]),
         ("instance_segmentation", ["--method", "internal"]),
     ],
 )

@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from transformers import (
     Swinv2Backbone,
-    Swinv2Config,
     Swinv2ForImageClassification,
     get_scheduler,
 )
 
 from sfa_peft import find_backbone, role_modules
 from sfa_peft.budget import solve_budget
+from tests.examples.common.peers.kit import paper_config
 from tests.tiny import swinv2_config, upernet
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -168,18 +168,9 @@ def test_every_variant_is_tried() -> None:
 
 def swinv2_22k(size: str) -> torch.nn.Module:
     """Return the backbone of the recipes as it stands in a task model, without memory."""
-    dim, heads = {"base": (128, 4), "large": (192, 6)}[size]
-    config = Swinv2Config(
-        image_size=192,
-        window_size=12,
-        embed_dim=dim,
-        depths=[2, 2, 18, 2],
-        num_heads=[heads * 2**stage for stage in range(4)],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
     with torch.device("meta"):
         task = torch.nn.Module()
-        task.backbone = Swinv2Backbone(config)
+        task.backbone = Swinv2Backbone(paper_config(size))
     return task
 
 

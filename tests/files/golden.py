@@ -7,9 +7,9 @@ import zlib
 import numpy as np
 import torch
 
+from sfa_peft.files.adapter_config import SavedTensor
 from sfa_peft.files.container import SelectedEntries, decode_entries, read_blob
 from sfa_peft.files.packing import with_manifest
-from sfa_peft.files.record import SavedTensor
 from sfa_peft.files.values import ValueMode
 from tests import slow_reader
 

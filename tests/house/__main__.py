@@ -26,12 +26,12 @@ PUBLIC = ("sfa_peft", "sfa_peft.tasks", "sfa_peft.dense")
 #: What benchmarks have to reach that measure the insides of files and pools.
 INSIDE = {
     "benchmarks/file_size.py": ("sfa_peft.files.container", "sfa_peft.files.values"),
-    "benchmarks/switching_cases.py": ("sfa_peft.tuner.layers",),
+    "benchmarks/switching_cases.py": ("sfa_peft.tuner.adapted_layers",),
     "benchmarks/trained_size.py": (
         "sfa_peft.files.container",
         "sfa_peft.files.packing",
         "sfa_peft.sparse.pool",
-        "sfa_peft.tuner.layers",
+        "sfa_peft.tuner.adapted_layers",
     ),
 }
 #: The scripts that tell one story for four tasks.
@@ -111,8 +111,8 @@ def sizes(everything: list[Path], core: list[Path]) -> list[Number]:
     ]
     files = [(counts.num_lines(path), str(path.relative_to(ROOT))) for path in everything]
     return [
-        Number("core: files", len(core), 65, reached=72),
-        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=13_800),
+        Number("core: files", len(core), 65, reached=79),
+        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=15_830),
         Number("tuner: files beside upstream", len(tuner), 16),
         largest("longest function, lines", functions, 60),
         largest("longest file, lines", files, 450),

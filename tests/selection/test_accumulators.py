@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sfa_peft import ConfigError, GradientWarning, SelectionError, SFAConfig, register_score
-from sfa_peft.selection import scores
+from sfa_peft.selection import accumulators, scores
 from sfa_peft.selection.accumulators import (
     Accumulator,
-    Noise,
     add_rounded,
+    check_scores,
+    noise_on,
     round_stochastically,
-    warn_of_gaps,
 )
 from sfa_peft.selection.scores import find_score
 
@@ -56,7 +57,7 @@ DENSE = {
 def test_a_score_equals_its_formula_over_the_gradients_of_update_steps(
     name, scale, weight, gradients
 ):
-    loss_scale = None if scale is None else lambda: scale
+    loss_scale = None if scale is None else lambda tensor: tensor * scale
     accumulator = Accumulator(find_score(name), lambda: weight, loss_scale=loss_scale)
     got = _feed(accumulator, gradients * (scale or 1))
     # The gradient of an update step is the sum of its micro-batches', and only then is it squared.
@@ -76,7 +77,7 @@ def test_micro_batches_that_cancel_leave_no_trace(name, weight):
 
 @pytest.mark.parametrize("name", DENSE)
 def test_a_dropped_step_leaves_no_trace(name, weight, gradients):
-    accumulator = Accumulator(find_score(name), lambda: weight, loss_scale=lambda: 1.0)
+    accumulator = Accumulator(find_score(name), lambda: weight, loss_scale=lambda tensor: tensor)
     accumulator(torch.full(SHAPE, float("inf")))
     accumulator.drop_step()
     accumulator.end_step()
@@ -194,7 +195,7 @@ def test_an_own_score_may_be_replaced_and_an_unknown_one_is_refused(own_scores):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"can_drop": True}, {"loss_scale": lambda: 8.0}],
+    [{}, {"can_drop": True}, {"loss_scale": lambda tensor: 8 * tensor}],
     ids=["plain", "can drop", "scaled"],
 )
 @pytest.mark.parametrize("name", DENSE)
@@ -233,14 +234,15 @@ def test_a_broken_gradient_of_a_dropped_step_is_not_missed(weight):
 def test_what_is_missing_from_scores_is_said_once_with_a_number(weight, own_scores):
     own_scores("broken", lambda w, g, s: s.fill_(float("nan")))
     names = {"a": "movement", "b": "movement", "c": "absolute_gradient", "d": "broken"}
-    accumulators = {n: Accumulator(find_score(s), lambda: weight) for n, s in names.items()}
+    made = {n: Accumulator(find_score(s), lambda: weight) for n, s in names.items()}
+    assert not check_scores(made)  # there are none yet
     for name, count in {"a": 0, "b": 2, "c": 1, "d": 0}.items():
         for _ in range(count):
-            accumulators[name](torch.full(SHAPE, float("nan")))
-        accumulators[name](torch.ones(SHAPE))
-        accumulators[name].end_step()
+            made[name](torch.full(SHAPE, float("nan")))
+        made[name](torch.ones(SHAPE))
+        made[name].end_step()
     with pytest.warns(GradientWarning) as caught:
-        warn_of_gaps(accumulators)
+        assert check_scores(made)
     assert [str(w.message).partition(" of this round")[0] for w in caught] == [
         "`b` (and some of 1 other tensors): 2 gradients",
         "`d`: scores are NaN or infinite; those weights are skipped.",
@@ -250,7 +252,6 @@ def test_what_is_missing_from_scores_is_said_once_with_a_number(weight, own_scor
 # --- stochastic rounding -----------------------------------------------------------------------
 
 CPU = torch.device("cpu")
-NOISE = Noise(0, CPU)
 
 
 @pytest.mark.parametrize("value", [1.003, -1.003, 3.1415926, -1e-5, 1e-39, 123456.7])
@@ -262,7 +263,7 @@ def test_the_expected_value_is_the_exact_one(value):
     spread = float((neighbours[1] - neighbours[0]).abs())
     total = torch.zeros(size, dtype=torch.float64)
     for key in range(draws):
-        rounded = round_stochastically(exact.clone(), NOISE, str(key))
+        rounded = round_stochastically(exact.clone(), 991 * key)
         assert torch.isin(rounded, neighbours).all()
         total += rounded.double()
     error = float((total / draws - exact.double()).mean()) / spread
@@ -272,19 +273,19 @@ def test_the_expected_value_is_the_exact_one(value):
 def test_over_all_offsets_rounding_is_exactly_unbiased():
     # An offset is drawn uniformly for each key; here each one comes once.
     added = 2**-8 * 0.37
-    noise = Noise(3, CPU)
-    shifted = noise._tile[: 1 << 16]
-    assert torch.equal(shifted.sort().values, torch.arange(1 << 16, dtype=torch.int32))
+    for offset in (0, 12_345):
+        tile = noise_on(CPU)[offset : offset + (1 << 16)]
+        assert torch.equal(tile.sort().values, torch.arange(1 << 16, dtype=torch.int32))
     exact = torch.full((1 << 16,), 1 + added)
-    rounded = round_stochastically(exact, noise, "any")  # one turn of the whole tile
+    rounded = round_stochastically(exact, 7)  # one turn of the whole tile
     assert abs(float((rounded - 1).double().mean()) - added) < 2**-23
 
 
 def test_what_bfloat16_can_hold_is_kept_exactly():
     exact = torch.randn(10_000, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     exact[:4] = torch.tensor([0.0, -0.0, 3.3895e38, -1e-40]).bfloat16().float()
-    for key in "abc":
-        kept = round_stochastically(exact.clone(), NOISE, key)
+    for offset in (0, 1, 65_535):
+        kept = round_stochastically(exact.clone(), offset)
         assert torch.equal(kept.view(torch.int32), exact.view(torch.int32))
 
 
@@ -292,7 +293,7 @@ def test_infinity_and_nan_stay_what_they_are():
     special = torch.tensor([float("inf"), -float("inf"), float("nan")] * 500)
     # NaNs whose lower bits are all set: adding to them would carry into the sign.
     special.view(torch.int32)[:4] = torch.tensor([0x7FFFFFFF, -1] * 2, dtype=torch.int32)
-    rounded = round_stochastically(special.clone(), NOISE, "k")
+    rounded = round_stochastically(special.clone(), 3)
     assert torch.equal(rounded.isnan(), special.isnan())
     assert torch.equal(rounded[~special.isnan()], special[~special.isnan()])
 
@@ -300,19 +301,59 @@ def test_infinity_and_nan_stay_what_they_are():
 def test_the_same_key_rounds_alike_and_another_key_does_not():
     addend = torch.randn(150_000, generator=torch.Generator().manual_seed(1))  # over one tile
     results = []
-    for key, noise in (("a", NOISE), ("a", Noise(0, CPU)), ("b", NOISE)):
+    for key in "aab":
         target = torch.ones(150_000, dtype=torch.bfloat16)
-        add_rounded(target, addend, noise, key)
+        add_rounded(target, addend, key)
         results.append(target)
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
+
+
+def test_bits_do_not_depend_on_how_many_are_rounded_together(monkeypatch):
+    addend = torch.randn(400_000, generator=torch.Generator().manual_seed(1))
+    results = []
+    for tiles in (1, 4, 256):  # as on a CPU, and as elsewhere
+        monkeypatch.setattr(accumulators, "_TILES_ON_CPU", tiles)
+        target = torch.ones(400_000, dtype=torch.bfloat16)
+        add_rounded(target, addend, "key")
+        results.append(target)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+    # The noise of one tile is not that of the next.
+    same = torch.full((400_000,), 1 + 2**-9)
+    rounded = round_stochastically(same, 0).view(-1)[: 6 * (1 << 16)].view(6, -1)
+    assert float((rounded[0] == rounded[1]).float().mean()) < 0.9
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_bfloat16_scores_take_few_times_the_launches_of_float32_ones(monkeypatch):
+    monkeypatch.setattr(accumulators, "_TILES_ON_CPU", accumulators._TILES_ELSEWHERE)
+    gradient, counts = torch.ones(1 << 20), {}
+    for dtype in ("float32", "bfloat16"):
+        accumulator = Accumulator(
+            find_score("accumulated_gradient"), lambda: gradient, dtype=dtype, key="w"
+        )
+        accumulator(gradient)
+        with Launches() as launches:
+            accumulator(gradient)
+        counts[dtype] = launches.count
+    assert counts["bfloat16"] <= 3 * counts["float32"] <= 36
 
 
 def test_many_small_steps_add_up_where_plain_rounding_stands_still():
     target, plain = torch.ones(5000, dtype=torch.bfloat16), torch.ones(5000, dtype=torch.bfloat16)
     addend = torch.full((50, 100), 1e-3).T  # any shape, not contiguous
     for step in range(200):
-        add_rounded(target, addend, NOISE, f"w/{step}")
+        add_rounded(target, addend, f"w/{step}")
         plain += 1e-3
     assert torch.equal(plain, torch.ones_like(plain))
     assert abs(float(target.float().mean()) - 1.2) < 0.002

@@ -8,15 +8,21 @@ from hypothesis import strategies as st
 
 from sfa_peft import SelectionError
 from sfa_peft.selection.pick import layer_quotas, pick, row_sizes
-from sfa_peft.selection.topk import RandomSource, TensorSource, streaming_topk
+from sfa_peft.selection.score_distribution import ScoreDistribution
+from sfa_peft.selection.topk import TAKEN, RandomSource, TensorSource, streaming_topk
 
 NAN, INF = float("nan"), float("inf")
 SIZES = st.lists(st.integers(1, 60), min_size=1, max_size=6)
 SCORES = st.sampled_from([0.0, -0.0, 0.5, -1.0, 1.0, 2.0, -3.0, NAN, INF, -INF])
 
 
-def _nothing(sources):
-    return [torch.empty(0, dtype=torch.int64) for _ in sources]
+def _without(tensors, taken):
+    """Return sources of scores in which some flat positions are marked as taken."""
+    pairs = zip(tensors, taken, strict=True)
+    return [
+        TensorSource(t.flatten().index_fill(0, torch.as_tensor(own).long(), TAKEN))
+        for t, own in pairs
+    ]
 
 
 @given(SIZES, st.lists(st.integers(0, 80), max_size=6))
@@ -47,16 +53,17 @@ def test_layer_ranking_picks_the_best_of_each_tensor_however_small_they_are():
         torch.randn(80, generator=generator) / 1000,
     ]
     sources = [TensorSource(t) for t in tensors]
-    first = pick(sources, 30, _nothing(sources), ranking="layer")
+    first = pick(sources, 30, ranking="layer")
     assert [p.numel() for p in first] == [10, 20]
     for tensor, chosen in zip(tensors, first, strict=True):
         best = torch.topk(tensor.abs(), chosen.numel()).indices
         assert torch.equal(chosen, best.sort().values)
-    second = pick(sources, 30, first, ranking="layer")
+    left = _without(tensors, first)
+    second = pick(left, 30, [p.numel() for p in first], ranking="layer")
     for tensor, chosen, before in zip(tensors, second, first, strict=True):
         best = torch.topk(tensor.abs(), 2 * before.numel()).indices.sort().values
         assert torch.equal(torch.cat([before, chosen]).sort().values, best)
-    everywhere = pick(sources, 30, _nothing(sources))
+    everywhere = pick(sources, 30)
     assert everywhere[1].numel() == 0  # the meta-test: a global ranking sees no small tensor
 
 
@@ -90,14 +97,10 @@ def test_rows_come_whole_and_in_the_order_of_a_full_sort_while_they_fit(drawn, q
         if left < 0:
             break
         expected[which].append(row)
-    selected = [
-        torch.tensor(_whole(b, t.shape[1]), dtype=torch.int64)
-        for b, t in zip(banned, tensors, strict=True)
-    ]
+    selected = [_whole(b, t.shape[1]) for b, t in zip(banned, tensors, strict=True)]
     chosen = pick(
-        [TensorSource(t) for t in tensors],
+        _without(tensors, selected),
         quota,
-        selected,
         granularity="row",
         row_sizes=row_sizes(tensors),
     )
@@ -109,22 +112,77 @@ def test_rows_come_whole_and_in_the_order_of_a_full_sort_while_they_fit(drawn, q
 def test_rows_of_a_tensor_stay_within_its_own_quota_under_layer_ranking():
     tensors = [torch.ones(4, 5), torch.full((8, 5), 100.0)]
     sources = [TensorSource(t) for t in tensors]
-    chosen = pick(
-        sources, 30, _nothing(sources), ranking="layer", granularity="row", row_sizes=[5, 5]
-    )
+    chosen = pick(sources, 30, ranking="layer", granularity="row", row_sizes=[5, 5])
     assert [c.tolist() for c in chosen] == [_whole([0, 1], 5), _whole([0, 1, 2, 3], 5)]
+
+
+def _one_by_one(tensors, selected, quota):
+    """Admit one weight after the other: the best in a row that has the fewest of all not full."""
+    chosen = [set(own) for own in selected]
+    # An infinite score is TAKEN: it counts as admitted, as one that was admitted before does.
+    infinite = [{p for p, v in enumerate(t.flatten()) if math.isinf(v)} for t in tensors]
+    for _ in range(quota):
+        entries = [
+            (
+                sum(p // size == place // size for p in own | infinite[which]),
+                -abs(float(value)),
+                which,
+                place,
+            )
+            for which, (tensor, own) in enumerate(zip(tensors, chosen, strict=True))
+            for size in [tensor.shape[1]]
+            for place, value in enumerate(tensor.flatten())
+            if place not in own and math.isfinite(value)
+        ]
+        _, _, which, place = min(entries)
+        chosen[which].add(place)
+    return [sorted(own - set(before)) for own, before in zip(chosen, selected, strict=True)]
+
+
+@given(matrices(), st.data())
+def test_output_ranking_fills_the_emptiest_rows_first_over_any_number_of_picks(drawn, data):
+    tensors, _ = drawn
+    selected = [set() for _ in tensors]
+    finite = int(sum(torch.isfinite(t).sum() for t in tensors))
+    for _ in range(2):
+        left = finite - sum(map(len, selected))
+        quota = data.draw(st.integers(0, left))
+        distribution = ScoreDistribution()
+        chosen = pick(
+            _without(tensors, [sorted(s) for s in selected]),
+            quota,
+            ranking="output",
+            row_sizes=row_sizes(tensors),
+            distribution=distribution,
+        )
+        wanted = _one_by_one(tensors, selected, quota)
+        assert [c.tolist() for c in chosen] == wanted
+        assert int(distribution.counts.sum()) == left
+        admitted = [
+            abs(float(t.flatten()[p])) for t, w in zip(tensors, wanted, strict=True) for p in w
+        ]
+        assert distribution.threshold == (min(admitted) if admitted else None)
+        selected = [s | set(w) for s, w in zip(selected, wanted, strict=True)]
+
+
+def test_output_ranking_says_when_too_few_scores_are_finite():
+    sources = [TensorSource(torch.tensor([[1.0, NAN], [INF, 2.0]]))]
+    with pytest.raises(SelectionError, match="Cannot select 3 weights: only 2 have a finite score"):
+        pick(sources, 3, ranking="output", row_sizes=[2])
+    with pytest.raises(SelectionError, match="needs row_sizes"):
+        pick(sources, 1, ranking="output")
 
 
 def test_a_row_of_a_convolution_is_a_channel_and_of_a_vector_one_entry():
     assert row_sizes([torch.zeros(8, 3, 2, 2), torch.zeros(8, 5), torch.zeros(8)]) == [12, 5, 1]
     with pytest.raises(SelectionError, match="needs row_sizes"):
-        pick([TensorSource(torch.zeros(2))], 1, [torch.empty(0)], granularity="row")
+        pick([TensorSource(torch.zeros(2))], 1, granularity="row")
 
 
 def test_a_long_row_does_not_win_by_its_length():
     tensors = [torch.full((2, 100), 1.0), torch.full((2, 2), 1.5)]
     sources = [TensorSource(t) for t in tensors]
-    chosen = pick(sources, 104, _nothing(sources), granularity="row", row_sizes=[100, 2])
+    chosen = pick(sources, 104, granularity="row", row_sizes=[100, 2])
     assert [c.numel() for c in chosen] == [100, 4]
 
 
@@ -141,8 +199,9 @@ def test_sources_with_banned_and_non_finite_entries_equal_torch_topk(lists, data
     for ban, start in zip(banned, starts, strict=True):
         joined[[start + b for b in ban]] = -1
     k = data.draw(st.integers(0, int((joined >= 0).sum())))
-    sources = [TensorSource(t, f) for t, f in zip(tensors, factors, strict=True)]
-    chosen = streaming_topk(sources, k, [torch.tensor(b, dtype=torch.int64) for b in banned])
+    left = _without(tensors, banned)
+    sources = [TensorSource(t.tensor, f) for t, f in zip(left, factors, strict=True)]
+    chosen = streaming_topk(sources, k)
     flat = torch.cat([c + start for c, start in zip(chosen, starts, strict=True)])
     assert flat.numel() == k
     values = joined[flat].sort(descending=True).values

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfa_peft import AdapterFileError, SFAConfig, SFAError
 from sfa_peft.tasks import combine
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import deltas_of, masks_of
 from tests.tiny import MLP, images, upernet
 

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from sfa_peft import ConfigError, SFAConfig, SFAError
 from sfa_peft.tasks import extract
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import masks_of
 from tests.tasks.models import class_model
 from tests.tiny import MLP, images, upernet

@@ -6,8 +6,8 @@ import gc
 import torch
 from safetensors.torch import load_file
 
+from sfa_peft.tuner.adapted_layers import find_pool
 from sfa_peft.tuner.layer import SFALayer
-from sfa_peft.tuner.layers import find_pool
 from tests.tasks.models import NAMES, output, segmentation_model
 
 

@@ -16,7 +16,7 @@ from sfa_peft import (
     SFAWarning,
     UnfinishedSelectionWarning,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.reference import masks_of
 from tests.tiny import MLP, images, upernet
 

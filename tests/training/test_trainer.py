@@ -26,7 +26,7 @@ from sfa_peft import (
     UnfinishedSelectionWarning,
     selection_summary,
 )
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import images, upernet
 from tests.training.trainer_runs import QUIET, ROUND, STEPS, Images, make_trainer
 
@@ -356,5 +356,5 @@ def test_fp16_training_finds_the_gradient_scaler(tmp_path):
     trainer = make_trainer(tmp_path, [callback], fp16=True, use_cpu=False)
     trainer.train()
     assert trainer.accelerator.scaler.is_enabled()
-    assert callback.selector._rounds.loss_scale == trainer.accelerator.scaler.get_scale
+    assert callback.selector._rounds.loss_scale == trainer.accelerator.scaler.scale
     assert callback.selector.selected_share == 1

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSemanticSegmentation
 
 from sfa_peft import AdapterFileError, SFAConfig, SFASelector, SFAWarning
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from tests.tiny import MLP, images, upernet
 
 WEIGHTS = "adapter_model.safetensors"

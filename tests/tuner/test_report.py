@@ -4,7 +4,7 @@ import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
-from sfa_peft.tuner.layers import find_pool
+from sfa_peft.tuner.adapted_layers import find_pool
 from sfa_peft.tuner.report import card_facts, stage_shares
 from tests.reference import masks_of
 from tests.tiny import MLP, upernet

@@ -38,6 +38,7 @@ from sfa_peft.dense.data.transforms import (
 )
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import MapNorm, NormedFeatures
+from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
 from sfa_peft.dense.inference import DenseMaps, dense_maps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
 from sfa_peft.dense.inference_instances import instances_from_queries
@@ -45,6 +46,7 @@ from sfa_peft.dense.losses import SILogLoss, resize_depth, silog_loss
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.dense.metrics.depth import DepthMetrics, depth_at_labels, kb_crop
 from sfa_peft.dense.metrics.detr import detr_outputs, detr_results
+from sfa_peft.dense.metrics.ground_truth import true_objects
 from sfa_peft.dense.metrics.mask_queries import mask_query_outputs, mask_query_results
 from sfa_peft.dense.metrics.segmentation import (
     SegmentationMetrics,
@@ -52,10 +54,14 @@ from sfa_peft.dense.metrics.segmentation import (
     confusion_matrix,
     segmentation_scores,
 )
-from sfa_peft.dense.metrics.truth import true_objects
 from sfa_peft.dense.pictures.depth import depth_sheet
 from sfa_peft.dense.pictures.objects import ObjectPicture, object_sheet
 from sfa_peft.dense.pictures.sheets import class_palette, contact_sheet, curve_plot
+from sfa_peft.dense.prediction.output import write_predictions
+from sfa_peft.dense.prediction.preprocessing import Preprocessing
+from sfa_peft.dense.prediction.processors import TaskProcessor, task_processor
+from sfa_peft.dense.prediction.run import predict
+from sfa_peft.dense.prediction.spec import Pretrained, TaskSpec
 from sfa_peft.dense.scenes.render import CLASS_NAMES, MAX_DEPTH, Scene, SceneDataset, render_scene
 from sfa_peft.dense.scenes.splits import THING_NAMES, SceneSplit
 
@@ -76,12 +82,15 @@ __all__ = [
     "DepthTrainTransform",
     "EvalTransform",
     "MapNorm",
+    "Mask2FormerForSemanticSegmentation",
     "NormedFeatures",
     "ObjectPicture",
     "ObjectResize",
     "ObjectScaleCrop",
     "ObjectShortestEdge",
     "Objects",
+    "Preprocessing",
+    "Pretrained",
     "SILogLoss",
     "Scene",
     "SceneDataset",
@@ -91,6 +100,8 @@ __all__ = [
     "SegmentationSplit",
     "Split",
     "SubSplit",
+    "TaskProcessor",
+    "TaskSpec",
     "TrainTransform",
     "TransformedSplit",
     "argmax_logits",
@@ -122,6 +133,7 @@ __all__ = [
     "nyu_border_crop",
     "object_sheet",
     "objects_to_tensors",
+    "predict",
     "predict_depth",
     "predict_maps",
     "read_classes",
@@ -130,7 +142,9 @@ __all__ = [
     "segmentation_scores",
     "silog_loss",
     "sliding_window_maps",
+    "task_processor",
     "to_tensors",
     "true_objects",
     "vertical_cut_depth",
+    "write_predictions",
 ]

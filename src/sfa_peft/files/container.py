@@ -179,6 +179,20 @@ def decode_entries(
         raise AdapterFileError(f"{where}: {error}") from error.__cause__
 
 
+def decode_indices(
+    blob: Blob, sizes: Sequence[int], *, where: str = "selection"
+) -> list[NDArray[np.int64]]:
+    """Decode the positions alone, for which no base is needed; as `decode_entries` does.
+
+    Raises:
+        AdapterFileError: If the blob is damaged or of another model.
+    """
+    try:
+        return _expand(blob, sizes)[2]
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{where}: {error}") from error.__cause__
+
+
 def _check_lengths(tensors: Sequence[SelectedEntries], mode: ValueMode) -> None:
     for ordinal, tensor in enumerate(tensors):
         lengths = [tensor.indices.shape, tensor.values.shape]
@@ -274,9 +288,10 @@ def _cut(data: memoryview, first: int) -> list[Section]:
     ]
 
 
-def _decode(
-    blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
-) -> list[SelectedEntries]:
+def _expand(
+    blob: Blob, sizes: Sequence[int]
+) -> tuple[list[int], list[NDArray[np.uint8]], list[NDArray[np.int64]]]:
+    """Return the entries of each tensor, the planes of values, and positions, all checked."""
     mode, sections = blob.mode, blob.sections
     if blob.num_tensors != len(sizes):
         raise AdapterFileError(
@@ -297,10 +312,17 @@ def _decode(
     for section, expected, name in zip(sections[1:], lengths, names, strict=True):
         check_section(section, expected, name)
     raw = [expand(s, name) for s, name in zip(sections[1:], names, strict=True)]
-    indices = unpack_indices(records, raw[:4])
+    return counts, raw[4:], unpack_indices(records, raw[:4])
+
+
+def _decode(
+    blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
+) -> list[SelectedEntries]:
+    mode = blob.mode
+    counts, planes, indices = _expand(blob, sizes)
     bases = _read_bases(blob, indices, base_entries) if mode.needs_base else None
     base = None if bases is None else _joined(bases, mode)
-    values = decode_values(mode, raw[4:], base, counts, blob.block)
+    values = decode_values(mode, planes, base, counts, blob.block)
     edges = pairwise(accumulate(counts, initial=0))
     return [
         SelectedEntries(sizes[i], indices[i], values[a:b], None if bases is None else bases[i])

@@ -28,8 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import AdapterFileError
+from .adapter_config import type_name
 from .packing import PackedSelection, read_packed
-from .record import type_name
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 #: Under this key the metadata of a safetensors file holds the checksum of its tensors.

@@ -25,15 +25,16 @@ from torch import Tensor
 
 from ..errors import AdapterFileError
 from ..sparse.delta import Delta, adapt, change_to
+from .adapter_config import LARGEST_JSON, SavedTensor, parse_json
 from .container import (
     Blob,
     SelectedEntries,
     declared_length,
     decode_entries,
+    decode_indices,
     encode_entries,
     read_blob,
 )
-from .record import LARGEST_JSON, SavedTensor, parse_json
 from .values import ValueMode
 
 #: `SFAConfig.saved_values`.
@@ -166,6 +167,18 @@ class PackedSelection:
 
         found = decode_entries(self.blob, sizes, base_entries=base_codes, where=self.where)
         return [Delta(torch.from_numpy(e.indices), _change(e, mode, dtype)) for e in found]
+
+    def positions(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return the flat positions in each tensor, int64, for which no base is needed.
+
+        Args:
+            sizes: Number of weights of each tensor in the model.
+
+        Raises:
+            AdapterFileError: If the selection contradicts itself or the sizes.
+        """
+        found = decode_indices(self.blob, sizes, where=self.where)
+        return [torch.from_numpy(indices) for indices in found]
 
 
 def read_packed(packed: Tensor, where: str) -> PackedSelection:

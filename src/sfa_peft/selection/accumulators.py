@@ -8,6 +8,7 @@ cutting it off rounds up with the probability that makes the expected value righ
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from random import Random
 
@@ -18,14 +19,14 @@ from torch import Tensor, nn
 from ..errors import GradientWarning, SelectionError, warn
 from ..sparse.shards import Shard
 from .scores import Score
-from .topk import TensorSource
+from .topk import TAKEN, TensorSource
 
 SCORE_DTYPES = ("float32", "bfloat16")
 
-#: Entries rounded together; also the length of the noise that is used again, turned each time:
-#: as many as there are 16-bit numbers.
+#: Length of the noise that is used again, turned each time: as many as there are 16-bit numbers.
 _TILE = 1 << 16
-_INF_BITS = 0x7F800000
+#: Tiles of entries rounded together: one stays in a CPU's cache, many make few launches elsewhere.
+_TILES_ON_CPU, _TILES_ELSEWHERE = 1, 1 << 8
 
 
 class Accumulator:
@@ -36,9 +37,9 @@ class Accumulator:
         weight: Returns the weight (it may be replaced while the round lasts).
         dtype: Of the state, "float32" or "bfloat16".
         key: Name of the tensor, for reproducible rounding.
-        loss_scale: Returns the factor that the loss is multiplied with now; None where there is
-            none. Steps are then brought together first, so that one with an overflow can be left
-            out.
+        loss_scale: Multiplies a tensor by what the loss is multiplied with now; None where that is
+            nothing. Steps are then brought together first, so that one with an overflow can be
+            left out.
         shard: Where the weight is cut over ranks, this rank's part of it: the state is of that
             part, and gets the mean gradient of all ranks.
         can_drop: Whether the present step is kept apart, as `drop_step` needs it: float32, in the
@@ -59,7 +60,7 @@ class Accumulator:
         *,
         dtype: str = "float32",
         key: str = "",
-        loss_scale: Callable[[], float] | None = None,
+        loss_scale: Callable[[Tensor], Tensor] | None = None,
         can_drop: bool = False,
         shard: Shard | None = None,
     ) -> None:
@@ -73,7 +74,7 @@ class Accumulator:
         self.can_drop = can_drop or loss_scale is not None or not score.additive
         self.left_out = torch.zeros((), dtype=torch.int64, device=like.device)
         self._left_out_now = torch.zeros_like(self.left_out)  # in the present step
-        self._noise = Noise(0, like.device) if dtype == "bfloat16" else None
+        self.is_rounded = dtype == "bfloat16"
         self._step: Tensor | None = None  # gradient of the present update step
 
     def __call__(self, gradient: Tensor) -> None:
@@ -82,27 +83,50 @@ class Accumulator:
         One that is not finite counts as zero, whatever the loop does about it: it, or what is left
         of it, would outweigh all others.
         """
+        if gradient.device != self.left_out.device:
+            self.follow(gradient.device)
         low, high = gradient.aminmax()
-        finite = torch.isfinite(low) & torch.isfinite(high)
-        self._left_out_now += ~finite
-        if not (gradient.is_cpu and finite):  # elsewhere, to look would be to wait for the device
-            gradient = torch.where(finite, gradient, 0)
+        broken = (high - high) != (low - low)  # infinity minus itself is not a number
+        (self._left_out_now if self.can_drop else self.left_out).add_(broken)
+        if not (gradient.is_cpu and not broken):  # to look elsewhere is to wait for the device
+            gradient = gradient.masked_fill(broken, 0)
         if self.shard is not None:
-            gradient = self.shard.averaged(gradient)
+            gradient = self.shard.averaged(gradient).to(self.state.device)
         if not self.can_drop:
             self._add(gradient)
             return
         if self.loss_scale is not None:
-            gradient = gradient.float() / self.loss_scale()
+            one = torch.ones((), dtype=torch.float32, device=gradient.device)
+            gradient = gradient.float() / self.loss_scale(one)
         if self._step is None:
             self._step = gradient.detach().to(torch.float32, copy=True)
         else:
             self._step.add_(gradient)
 
+    def follow(self, device: torch.device) -> None:
+        """Move to where the weight is, after the model was moved.
+
+        Raises:
+            SelectionError: If all candidates train: their optimizer's state is there too.
+        """
+        if self.change is not None and device != self.state.device:
+            raise SelectionError(
+                f"score={self.score.name!r} trains all candidates on {self.state.device}, but the "
+                f"model was moved to {device}. Make the selector after model.to(device)."
+            )
+        self.state, self.left_out = self.state.to(device), self.left_out.to(device)
+        self._left_out_now = self._left_out_now.to(device)
+        self._step = None if self._step is None else self._step.to(device)
+
+    def exclude(self, indices: Tensor) -> None:
+        """Mark entries (flat positions, int64) that this round's pick must leave alone."""
+        self.state.view(-1).index_fill_(0, indices.to(self.state.device), TAKEN)
+
     def end_step(self) -> None:
         """Add the gradient of the update step that ended; a call for every rank to make."""
-        self.left_out += self._left_out_now
-        self._left_out_now.zero_()
+        if self.can_drop:
+            self.left_out += self._left_out_now
+            self._left_out_now.zero_()
         if self._step is None and not self.score.additive and self._shares:
             self._step = torch.zeros_like(self.state, dtype=torch.float32)  # others may have one
         if self._step is None:
@@ -129,7 +153,10 @@ class Accumulator:
 
     def source(self) -> TensorSource:
         """Return what is ranked."""
-        return TensorSource(self.state, self.weight() if self.score.times_weight else None)
+        weight = self.weight() if self.score.times_weight else None
+        if weight is not None:
+            self.follow(weight.device)
+        return TensorSource(self.state, weight)
 
     def reduce(self) -> None:
         """Add the states of all ranks where each holds a share; at the end of a round."""
@@ -153,16 +180,16 @@ class Accumulator:
 
     def _add(self, gradient: Tensor) -> None:
         self.num_added += 1
-        if self._noise is None:
-            self.state.add_(gradient)
+        if self.is_rounded:
+            add_rounded(self.state, gradient, f"{self.key}/{self.num_added}")
         else:
-            add_rounded(self.state, gradient, self._noise, f"{self.key}/{self.num_added}")
+            self.state.add_(gradient)
 
     def _update(self, gradient: Tensor) -> None:
         if self.change is not None:
             self.change.grad = gradient
             return
-        if self._noise is None:
+        if not self.is_rounded:
             after = self._next_state(gradient, self.state)
             if after is not self.state:  # copied: it may be the weight itself, which we must keep
                 self.state.copy_(after)
@@ -170,7 +197,7 @@ class Accumulator:
         before = self.state.float()
         change = self._next_state(gradient, before.clone()).float() - before
         self.num_added += 1
-        add_rounded(self.state, change, self._noise, f"{self.key}/{self.num_added}")
+        add_rounded(self.state, change, f"{self.key}/{self.num_added}")
 
     def _next_state(self, gradient: Tensor, state: Tensor) -> Tensor:
         """Return what the score's function makes of a state, if it can be one."""
@@ -191,9 +218,17 @@ class Accumulator:
         )
 
 
-def warn_of_gaps(accumulators: Mapping[str, Accumulator]) -> None:
-    """Say at the end of a round what is missing from its scores."""
-    left_out = {name: int(a.left_out) for name, a in accumulators.items() if a.left_out}
+def check_scores(accumulators: Mapping[str, Accumulator]) -> bool:
+    """Say at the end of a round what is missing from its scores; return whether there are any.
+
+    All of them are asked for at once: on a GPU every question waits until it has computed.
+    """
+    answers = [
+        torch.stack([a.left_out, a.state.isfinite().all().long(), a.state.any().long()])
+        for a in accumulators.values()
+    ]
+    found = torch.stack([own.to(answers[0].device) for own in answers]).tolist()
+    left_out = {n: count for n, (count, _, _) in zip(accumulators, found, strict=True) if count}
     for name, count in list(left_out.items())[:1]:
         others = f" (and some of {len(left_out) - 1} other tensors)" if len(left_out) > 1 else ""
         warn(
@@ -201,11 +236,12 @@ def warn_of_gaps(accumulators: Mapping[str, Accumulator]) -> None:
             "infinity and count for nothing in its scores.",
             GradientWarning,
         )
-    for name, accumulator in accumulators.items():
-        if not bool(torch.isfinite(accumulator.state).all()):
+    for name, (_, is_finite, _) in zip(accumulators, found, strict=True):
+        if not is_finite:
             warn(
                 f"`{name}`: scores are NaN or infinite; those weights are skipped.", GradientWarning
             )
+    return any(has_scores for _, _, has_scores in found)
 
 
 def num_ranks() -> int:
@@ -237,45 +273,48 @@ def _all_reduce(tensor: Tensor) -> None:
         ) from error
 
 
-class Noise:
-    """Uniform 16-bit numbers: one tile, turned by another offset for every piece it is used on.
+@functools.cache
+def noise_on(device: torch.device) -> Tensor:
+    """Return uniform 16-bit numbers, int32, on a device: one tile, over and over.
 
-    Args:
-        seed: Seed of the tile and of the offsets.
-        device: Where the tile lies.
+    Every number once in a tile, so that over all offsets an entry meets each equally often. All
+    scores of a device share it.
     """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        # Every number once, so that over all offsets an entry meets each equally often.
-        tile = torch.randperm(_TILE, dtype=torch.int32, generator=generator)
-        self._tile = torch.cat([tile, tile]).to(device)
-
-    def draw(self, size: int, key: str) -> Tensor:
-        """Return `size` numbers (int32, at most a tile) that depend on the key alone."""
-        first = Random(key).randrange(_TILE)
-        return self._tile[first : first + size]
+    generator = torch.Generator("cpu").manual_seed(0)
+    tile = torch.randperm(_TILE, dtype=torch.int32, generator=generator, device="cpu")
+    return tile.repeat(3).to(device)
 
 
-def add_rounded(target: Tensor, addend: Tensor, noise: Noise, key: str) -> None:
+def add_rounded(target: Tensor, addend: Tensor, key: str) -> None:
     """Add to a bfloat16 tensor in place, rounding stochastically.
 
     Args:
         target: bfloat16, contiguous.
         addend: Any float dtype, same number of entries.
-        noise: Where random bits come from.
-        key: What the bits depend on; the same key gives the same result.
+        key: What the random bits depend on; the same key gives the same result on any device.
     """
     flat, more = target.view(-1), addend.reshape(-1)
-    for first in range(0, flat.numel(), _TILE):
-        piece = flat[first : first + _TILE]
-        exact = piece.float().add_(more[first : first + _TILE])
-        piece.copy_(round_stochastically(exact, noise, f"{key}/{first}"))
+    offset = Random(key).randrange(_TILE)
+    size = _TILE * (_TILES_ON_CPU if target.is_cpu else _TILES_ELSEWHERE)
+    for first in range(0, flat.numel(), size):
+        piece = flat[first : first + size]
+        exact = piece + more[first : first + size].float()
+        piece.copy_(round_stochastically(exact, offset + first // _TILE))
 
 
-def round_stochastically(exact: Tensor, noise: Noise, key: str) -> Tensor:
-    """Return a float32 piece (at most a tile, overwritten) rounded to what bfloat16 can hold."""
-    bits = exact.view(torch.int32)
-    special = (bits & _INF_BITS) == _INF_BITS  # infinity and NaN stay as they are
-    rounded = (bits + noise.draw(bits.numel(), key).masked_fill(special, 0)) & -0x10000
-    return rounded.view(torch.float32)
+def round_stochastically(exact: Tensor, offset: int) -> Tensor:
+    """Return float32 numbers (any number, overwritten) rounded to what bfloat16 can hold.
+
+    Args:
+        exact: The numbers.
+        offset: Where the noise begins; that of each further tile of numbers begins one later.
+    """
+    unknown = exact.isnan()
+    bits, noise = exact.view(torch.int32), noise_on(exact.device)
+    tiles = bits.numel() // _TILE
+    whole = bits[: tiles * _TILE].view(tiles, _TILE)
+    whole.add_(noise.as_strided((tiles, _TILE), (1, 1), offset % _TILE))
+    rest = bits[tiles * _TILE :]
+    rest.add_(noise[(offset + tiles) % _TILE :][: rest.numel()])
+    bits.bitwise_and_(-0x10000)  # infinity has no lower bits, so that it stays what it is
+    return exact.masked_fill_(unknown, torch.nan)

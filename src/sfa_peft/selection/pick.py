@@ -6,27 +6,30 @@ And what it fills: a pool, at once without data, or round by round until it is f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import SelectionError
 from ..sparse.pool import Pool
-from .distribution import ScoreDistribution
 from .rules import SelectionRules
-from .topk import RandomSource, Ranks, Source, TensorSource, streaming_topk
+from .score_distribution import ScoreDistribution
+from .topk import TAKEN, RandomSource, Ranks, Source, TensorSource, streaming_topk, topk_of_each
 
 #: Over which weights scores are compared.
-RANKINGS = ("global", "layer")
+RANKINGS = ("global", "layer", "output")
 #: What is selected as one.
 GRANULARITIES = ("weight", "row")
+#: Tensors whose own picks are made together: half a MiB of counts for each.
+_TOGETHER = 16
 
 
 def pick(
     sources: Sequence[Source],
     quota: int,
-    selected: Sequence[Tensor],
+    before: Sequence[int] | None = None,
     *,
     ranking: str = "global",
     granularity: str = "weight",
@@ -37,19 +40,20 @@ def pick(
     """Return the flat positions to admit, for each tensor.
 
     Args:
-        sources: Scores of each tensor.
+        sources: Scores of each tensor; those of entries that were admitted before are `TAKEN`.
         quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
             they fit; the rest of the quota stays open for the next pick.
-        selected: For each tensor the positions admitted before (int64, strictly increasing).
+        before: For each tensor (on all ranks) how many were admitted before; None for none.
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
-            share of the quota that its size has of all sizes.
+            share of the quota that its size has of all sizes; "output" fills up the rows with the
+            fewest weights admitted first, so that all rows of all tensors end with as many.
         granularity: "weight", or "row": all weights of one output feature (channel) together,
             ranked by the mean of their absolute scores.
-        row_sizes: For "row" the number of weights in a row of each tensor.
+        row_sizes: For "row" and "output" the number of weights in a row of each tensor.
         distribution: Gets the scores that are compared (of weights, or of rows) and the smallest
             one that is admitted.
         ranks: Where each rank has a part of every tensor (whole rows), the ranks. The quota is for
-            all of them, positions are those in the part.
+            all of them, positions are those in the part. Not for "output".
 
     Returns:
         For each tensor positions, int64, strictly increasing.
@@ -57,17 +61,27 @@ def pick(
     Raises:
         SelectionError: If too few weights have a finite score.
     """
+    quotas = None
+    if ranking == "layer":
+        sizes = [source.numel for source in sources]
+        sizes = sizes if ranks is None else ranks.table(sizes).sum(0).tolist()
+        quotas = layer_quotas(quota, sizes, before or [0] * len(sources))
     if granularity == "row":
         if row_sizes is None:
             raise SelectionError("pick: granularity='row' needs row_sizes.")
-        return _pick_rows(sources, quota, selected, ranking, row_sizes, distribution, ranks)
-    if ranking == "global":
-        return streaming_topk(sources, quota, selected, distribution, ranks)
-    quotas = _quotas(quota, sources, selected, ranks)
-    return [
-        streaming_topk([source], own, [before], distribution, ranks)[0]
-        for source, own, before in zip(sources, quotas, selected, strict=True)
-    ]
+        return _pick_rows(sources, quota, quotas, row_sizes, distribution, ranks)
+    if ranking == "output":
+        if row_sizes is None:
+            raise SelectionError("pick: ranking='output' needs row_sizes.")
+        return _pick_by_output(sources, quota, row_sizes, distribution)
+    if quotas is None:
+        return streaming_topk(sources, quota, distribution, ranks)
+    chosen: list[Tensor] = []
+    for first in range(0, len(sources), _TOGETHER):
+        groups = [[source] for source in sources[first : first + _TOGETHER]]
+        found = topk_of_each(groups, quotas[first : first + _TOGETHER], distribution, ranks)
+        chosen += [own for (own,) in found]
+    return chosen
 
 
 def select_without_data(pool: Pool, rules: SelectionRules) -> None:
@@ -84,7 +98,6 @@ def select_without_data(pool: Pool, rules: SelectionRules) -> None:
         pick(
             sources,
             pool.values.numel(),
-            [pool.slots[:0].long()] * len(weights),
             ranking=rules.ranking,
             granularity=rules.granularity,
             row_sizes=row_sizes(weights),
@@ -152,33 +165,19 @@ def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> lis
     return quotas
 
 
-def _quotas(
-    quota: int, sources: Sequence[Source], selected: Sequence[Tensor], ranks: Ranks | None
-) -> list[int]:
-    sizes, before = [s.numel for s in sources], [s.numel() for s in selected]
-    if ranks is not None:
-        sizes, before = (ranks.table(own).sum(0).tolist() for own in (sizes, before))
-    return layer_quotas(quota, sizes, before)
-
-
 def _pick_rows(
     sources: Sequence[Source],
     quota: int,
-    selected: Sequence[Tensor],
-    ranking: str,
+    quotas: Sequence[int] | None,
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
     ranks: Ranks | None,
 ) -> list[Tensor]:
-    parts = [
-        _row_scores(source, size, before)
-        for source, size, before in zip(sources, row_sizes, selected, strict=True)
-    ]
+    parts = _row_scores(sources, row_sizes)
     scores = parts if ranks is None else [ranks.concatenated(part) for part in parts]
-    if ranking == "global":
+    if quotas is None:
         rows = _best_rows(scores, row_sizes, quota)
     else:
-        quotas = _quotas(quota, sources, selected, ranks)
         rows = [
             _best_rows([score], [size], own)[0]
             for score, size, own in zip(scores, row_sizes, quotas, strict=True)
@@ -191,7 +190,7 @@ def _pick_rows(
     return [
         (chosen[:, None] * size + torch.arange(size, device=chosen.device))
         .reshape(-1)
-        .to(source.device)
+        .to(source.device, non_blocking=True)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
     ]
 
@@ -203,18 +202,22 @@ def _own_rows(rows: Sequence[Tensor], counts: list[int], ranks: Ranks) -> list[T
     return [r[(r >= 0) & (r < count)] for r, count in zip(own, counts, strict=True)]
 
 
-def _row_scores(source: Source, size: int, selected: Tensor) -> Tensor:
-    """Return the mean absolute score of each row, -1 where it is selected or not finite; on CPU."""
-    rows = source.numel // size
-    step = max(1, (1 << 20) // size)
-    parts = [
-        source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
-        for first in range(0, rows, step)
-    ]
-    means = torch.cat(parts).cpu() if parts else torch.zeros(0)
-    means[~torch.isfinite(means)] = -1
-    means[(selected[::size] // size).cpu()] = -1
-    return means
+def _row_scores(sources: Sequence[Source], sizes: Sequence[int]) -> list[Tensor]:
+    """Return the mean absolute score of each row, -1 where it is not finite; on the CPU."""
+    means, counts = [], []
+    for source, size in zip(sources, sizes, strict=True):
+        rows = source.numel // size
+        step = max(1, (1 << 20) // size)
+        means += [
+            source.read(first * size, min(first + step, rows) * size).abs().view(-1, size).mean(1)
+            for first in range(0, rows, step)
+        ]
+        counts.append(rows)
+    if not means:  # a rank may have no row of any tensor
+        return [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(sources)
+    joined = torch.cat([part.to(means[0].device) for part in means]).cpu()  # one wait for all
+    joined[~torch.isfinite(joined)] = -1
+    return list(joined.split(counts))
 
 
 def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> list[Tensor]:
@@ -232,3 +235,85 @@ def _best_rows(scores: Sequence[Tensor], sizes: Sequence[int], quota: int) -> li
         chosen[a:b] - start
         for a, b, start in zip(cuts[:-1], cuts[1:], starts[:-1].tolist(), strict=True)
     ]
+
+
+def _pick_by_output(
+    sources: Sequence[Source],
+    quota: int,
+    row_sizes: Sequence[int],
+    distribution: ScoreDistribution | None,
+) -> list[Tensor]:
+    """Admit the best of each row until all rows have as many, the last ones by their scores."""
+    tensors = list(zip(sources, row_sizes, strict=True))
+    have, room = zip(*(_counts(*tensor, distribution) for tensor in tensors), strict=True)
+    level = _level(torch.cat(have), torch.cat(room), quota)
+    ranked = [
+        _ranked_rows(*tensor, level - 1 - own) for tensor, own in zip(tensors, have, strict=True)
+    ]
+    left = quota - sum(sure.numel() for sure, _, _, _ in ranked)
+    chosen = streaming_topk([scores for _, _, _, scores in ranked], left)
+    if distribution is not None:
+        for (_, scores, _, last), own in zip(ranked, chosen, strict=True):
+            distribution.add_scores(scores[:0].cpu(), torch.cat((scores, last[own])).cpu())
+    return [
+        torch.cat((sure, last[own])).sort().values
+        for (sure, _, last, _), own in zip(ranked, chosen, strict=True)
+    ]
+
+
+def _some_rows(source: Source, size: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield (first row, absolute scores of some rows)."""
+    step = max(1, (1 << 20) // size)
+    for first in range(0, source.numel // size, step):
+        scores = source.read(first * size, min((first + step) * size, source.numel)).abs()
+        yield first, scores.view(-1, size)
+
+
+def _counts(
+    source: Source, size: int, distribution: ScoreDistribution | None
+) -> tuple[Tensor, Tensor]:
+    """Return how many entries each row has given, and how many more it may give, on the CPU."""
+    have, room = [], []
+    for _, scores in _some_rows(source, size):
+        have.append((scores == TAKEN).sum(1).cpu())
+        is_open = torch.isfinite(scores)
+        room.append(is_open.sum(1).cpu())
+        if distribution is not None:
+            distribution.add_scores(scores[is_open].cpu(), scores[0, :0].cpu())
+    return torch.cat(have), torch.cat(room)
+
+
+def _level(have: Tensor, room: Tensor, quota: int) -> int:
+    """Return how many entries the fullest rows have after a pick that evens all rows out."""
+    if quota > int(room.sum()):
+        raise SelectionError(
+            f"Cannot select {quota} weights: only {int(room.sum())} have a finite score and are "
+            "not selected yet. Are gradients NaN or infinite?"
+        )
+    highest = int((have + room).max())
+    return bisect_left(
+        range(highest + 1),
+        quota,
+        key=lambda level: int((level - have).clamp(min=0).minimum(room).sum()),
+    )
+
+
+def _ranked_rows(source: Source, size: int, ranks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return positions and scores before a rank in each row, and those at it; ties by position."""
+    found: list[list[Tensor]] = [[], [], [], []]
+    for first, rows_of_scores in _some_rows(source, size):
+        scores = rows_of_scores.masked_fill(~torch.isfinite(rows_of_scores), -1)
+        rows = torch.arange(first, first + len(scores), device=scores.device)[:, None]
+        ordered = scores.sort(dim=1, descending=True, stable=True)
+        places, column = ordered.indices + rows * size, torch.arange(size, device=scores.device)
+        limit = ranks.to(scores.device)[rows]
+        is_open = ordered.values >= 0
+        before, at = (column < limit) & is_open, (column == limit) & is_open
+        for parts, tensor in zip(
+            found,
+            (places[before], ordered.values[before], places[at], ordered.values[at]),
+            strict=True,
+        ):
+            parts.append(tensor)
+    sure, scores, last, last_scores = (torch.cat(parts) for parts in found)
+    return sure, scores, last, last_scores

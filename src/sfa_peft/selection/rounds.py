@@ -23,14 +23,13 @@ from ..errors import (
 from ..sparse.gradient import Observer
 from ..sparse.optimizer import LateEntries, check_unseen_step
 from ..sparse.pool import Pool
-from .accumulators import Accumulator, num_ranks, warn_of_gaps
+from .accumulators import Accumulator, check_scores, num_ranks
 from .candidates import Candidates
-from .distribution import ScoreDistribution
 from .pick import pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
+from .score_distribution import ScoreDistribution
 from .scores import find_score
-from .topk import TensorSource
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,8 @@ class Rounds:
         rules: How to score and pick.
         pool: The pool that is filled.
         schedule: When to pick how many.
-        loss_scale: Returns the present factor of a gradient scaler; None without one.
+        loss_scale: Multiplies a tensor by the present factor of a gradient scaler, without looking
+            at it; None without one.
         can_skip: Whether a step's gradients are kept apart, so that `skip` can drop them.
     """
 
@@ -51,7 +51,7 @@ class Rounds:
         rules: SelectionRules,
         pool: Pool,
         schedule: Schedule,
-        loss_scale: Callable[[], float] | None = None,
+        loss_scale: Callable[[Tensor], Tensor] | None = None,
         can_skip: bool = False,
     ) -> None:
         self.rules, self.pool, self.schedule = rules, pool, schedule
@@ -122,6 +122,11 @@ class Rounds:
             )
         self._is_late = self.pool.values.grad is not None
         self.is_cut = self.pool.shard is not None
+        if self.is_cut and self.rules.ranking == "output":
+            raise SelectionError(
+                "SFAConfig.ranking='output' is not there under fully_shard (FSDP2). Use 'global' "
+                "or 'layer', or train with DistributedDataParallel."
+            )
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()
@@ -291,9 +296,8 @@ class Rounds:
         """Pick by the scores of the round, if there are any, and begin the next one."""
         for accumulator in self.accumulators.values():
             accumulator.reduce()
-        warn_of_gaps(self.accumulators)
-        if self._has_scores():
-            self._pick([accumulator.source() for accumulator in self.accumulators.values()])
+        if self._is_anywhere(check_scores(self.accumulators)):
+            self._pick(list(self.accumulators.values()))
         else:
             self._warn_of_no_scores()
         for accumulator in self.accumulators.values():
@@ -303,42 +307,43 @@ class Rounds:
         if self.update_steps == self.schedule.last_pick:
             self.stop()
 
-    def _has_scores(self) -> bool:
-        """Whether any rank has any."""
-        found = any(bool(a.state.any()) for a in self.accumulators.values())
+    def _is_anywhere(self, has_scores: bool) -> bool:
+        """Whether any rank has scores."""
         ranks = self.pool.ranks
-        return found if ranks is None else bool(ranks.table([int(found)]).any())
+        return has_scores if ranks is None else bool(ranks.table([int(has_scores)]).any())
 
-    def _pick(self, sources: list[TensorSource]) -> None:
+    def _pick(self, accumulators: list[Accumulator]) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
-        first = self.pool.num_assigned
+        pool, first = self.pool, self.pool.num_selected
         if first != self.chosen:
             raise SelectionError(
-                f"Update step {self.update_steps}: adapter `{self.pool.adapter_name}` has {first} "
+                f"Update step {self.update_steps}: adapter `{pool.adapter_name}` has {first} "
                 f"selected weights, but this run selected {self.chosen}. Was the adapter loaded "
                 "anew meanwhile? Load the selector's state of that moment too, or make a new "
                 "selector."
             )
+        for ordinal, accumulator in enumerate(accumulators):
+            accumulator.exclude(pool.slices[ordinal].indices())
         distribution = ScoreDistribution()
-        self.pool.assign(
+        pool.assign(
             pick(
-                sources,
+                [accumulator.source() for accumulator in accumulators],
                 self.schedule.selected_after(self.update_steps) - first,
-                [part.indices().sort().values for part in self.pool.slices],
+                [pool.count(ordinal) for ordinal in range(len(accumulators))],
                 ranking=self.rules.ranking,
                 granularity=self.rules.granularity,
-                row_sizes=row_sizes([weight.tensor for weight in self.pool.weights]),
+                row_sizes=row_sizes([weight.tensor for weight in pool.weights]),
                 distribution=distribution,
-                ranks=self.pool.ranks,
+                ranks=pool.ranks,
             )
         )
         self.scores = distribution.summary()
-        if self.pool.num_assigned > first:
-            self.joined.append((first, self.pool.num_assigned, self.update_steps))
+        if pool.num_selected > first:
+            self.joined.append((first, pool.num_selected, self.update_steps))
         logger.info(
             "Step %d: %d weights selected; smallest score admitted: %.4g (median of all: %.4g).",
             self.update_steps,
-            self.pool.num_assigned,
+            pool.num_selected,
             self.scores.get("threshold", float("nan")),
             self.scores["p50"],
         )

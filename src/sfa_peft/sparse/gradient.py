@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import SFAError
 from .delta import Spans, span_length
 
 
@@ -65,7 +66,17 @@ class Observer:
         _OBSERVERS[self.handle] = self
 
     def __call__(self, gradient: Tensor) -> None:
-        """Show a gradient."""
+        """Show a gradient.
+
+        Raises:
+            SFAError: While a CUDA graph is recorded, which would not show it when it is played.
+        """
+        if gradient.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise SFAError(
+                "A backward that adds to the scores of a selection is being recorded as a CUDA "
+                "graph, which would leave out all scores but those of the recording. Record after "
+                "the last pick; or use torch.compile without a mode, or from torch 2.9 on with any."
+            )
         self.function(gradient)
 
 
@@ -73,7 +84,14 @@ _handles = itertools.count()
 _OBSERVERS: weakref.WeakValueDictionary[int, Observer] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("sfa_peft::hand_over", mutates_args=())
+#: Not to become part of a CUDA graph, which calls the observer while it is recorded, and never when
+#: it is played. Older releases of torch cannot be told; there the observer refuses.
+_TAGS: Any = {}
+if hasattr(torch.Tag, "cudagraph_unsafe"):
+    _TAGS = {"tags": (torch.Tag.cudagraph_unsafe,)}  # pyright: ignore
+
+
+@torch.library.custom_op("sfa_peft::hand_over", mutates_args=(), **_TAGS)
 def hand_over(gradient: Tensor, indices: Tensor, handle: int) -> Tensor:
     """Show a gradient to an observer and return its entries at flat positions: one graph node."""
     observer = _OBSERVERS.get(handle)
@@ -105,7 +123,7 @@ class LiveWeight(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, taps: Sequence[Tap], *slices: Tensor) -> Tensor:
         """Return an alias of the weight that depends on the slices."""
         ctx.taps = taps
-        ctx.dtypes = [s.dtype for s in slices]
+        ctx.kinds = [(s.device, s.dtype) for s in slices]
         return weight.view_as(weight)
 
     @staticmethod
@@ -113,12 +131,12 @@ class LiveWeight(torch.autograd.Function):
         """Return the gathered gradient of each slice."""
         flat = grad.reshape(-1)
         slice_grads = []
-        for tap, dtype in zip(ctx.taps, ctx.dtypes, strict=True):
+        for tap, kind in zip(ctx.taps, ctx.kinds, strict=True):
             if torch.compiler.is_compiling() and tap.observer is not None:
                 gathered = hand_over(grad, tap.indices, tap.observer.handle)
             else:
                 if tap.observer is not None:
                     tap.observer(grad)
                 gathered = flat.index_select(0, tap.indices)
-            slice_grads.append(gathered.to(dtype))
+            slice_grads.append(gathered.to(*kind))  # the pool may be on another device
         return (grad if ctx.needs_input_grad[0] else None, None, *slice_grads)

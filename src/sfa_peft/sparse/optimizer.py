@@ -16,8 +16,8 @@ taken is exchanged for the one with the entry's own age:
 
 from __future__ import annotations
 
-import math
 import sys
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +96,7 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
             if not pool.is_trained_by(optimizer.optim):
                 pool.optimizer_steps += 1
                 pool.withdraw()
+            pool.optimizer = weakref.ref(optimizer)
             continue
         ratio = ratio_by_slot(pool, group)
         with torch.no_grad():
@@ -104,11 +105,13 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
             if not pool.keep_before:
                 pool.before = None
             if pool.decay_weight and group.get("weight_decay") and is_decoupled(optimizer, group):
-                rate = float(group["lr"]) * group["weight_decay"]
-                pool.held.detach().sub_(pool.originals().mul_(ratio), alpha=rate)
+                decay = pool.originals().mul_(ratio).mul_(group["weight_decay"])
+                decay.mul_(group["lr"])  # no number where it is a tensor
+                pool.held.detach().sub_(decay)
         if pool.optimizer_steps == 0:
             _warn_of_group(pool, group, optimizer.param_groups)
         pool.optimizer_steps += 1
+        pool.optimizer = weakref.ref(optimizer)
         pool.end_step()
 
 
@@ -275,9 +278,10 @@ class LateEntries:
         if group is not None:
             state = optimizer.state.get(self.pool.values, {})
             if self._is_adam(optimizer, group, state, late):
-                for first, last, age in late:
-                    if max(group["betas"]) ** age >= _NEGLIGIBLE:
-                        _exchange(self.pool, group, state, first, last, age)
+                largest = max(group["betas"])
+                late = [(a, b, age) for a, b, age in late if largest**age >= _NEGLIGIBLE]
+                if late:
+                    _exchange(self.pool, group, state, late)
         if divided is not optimizer and ages:
             _send_from_owner(divided, self.pool)
 
@@ -311,26 +315,45 @@ def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _update(group: Any, state: Any, first: int, last: int, count: float) -> Tensor:
-    """Return what Adam subtracts from slots first to last - 1 if its step count is `count`."""
-    beta1, beta2 = group["betas"]
-    squares = _second_moment(group, state)[first:last]
-    divisor = (squares.sqrt() / math.sqrt(1 - beta2**count)).add_(group["eps"])
-    rate = float(group["lr"]) / (1 - beta1**count)
-    return local(state["exp_avg"])[first:last].div(divisor).mul_(rate)
+def _exchange(pool: Pool, group: Any, state: Any, late: Ranges) -> None:
+    """Put what Adam would have subtracted at each age in the place of what it did subtract.
 
-
-def _exchange(pool: Pool, group: Any, state: Any, first: int, last: int, age: int) -> None:
-    """Put what Adam would have subtracted at this age in the place of what it did subtract."""
-    shared, (beta1, beta2) = float(state["step"]), group["betas"]
-    rate = float(group["lr"])
+    Late entries are the last ones of the pool, so the shared update is taken back from all at once.
+    """
+    first, last = late[0][0], late[-1][1]
     with torch.no_grad():
         part = pool.held.detach()[first:last]
-        mean = local(state["exp_avg"])[first:last] * _ratio_of(pool, group, first, last)
+        ratio = _ratio_of(pool, group, first, last)
+        mean = local(state["exp_avg"])[first:last]
+        mean = mean if _is_one(ratio) else mean * ratio
         root = _second_moment(group, state)[first:last].sqrt()
-        for count, sign in ((shared, 1), (age, -1)):  # take one update back, make the other
-            divisor = (root / math.sqrt(1 - beta2**count)).add_(group["eps"])
-            part.addcdiv_(mean, divisor, value=sign * rate / (1 - beta1**count))
+        part.add_(_update(group, mean, root, state["step"]))
+        for a, b, age in late:
+            own = slice(a - first, b - first)
+            part[own].sub_(_update(group, mean[own], root[own], age))
+
+
+def _update(group: Any, mean: Tensor, root: Tensor, count: float | Tensor) -> Tensor:
+    """Return what Adam subtracts if its step count is `count`.
+
+    A fused optimizer counts on its device: to read the number would be to wait for it.
+
+    Args:
+        group: Of the optimizer.
+        mean: First moments.
+        root: Square roots of the second moments.
+        count: The step count, a number or a tensor of one.
+    """
+    beta1, beta2 = group["betas"]
+    if isinstance(count, Tensor):
+        count = float(count) if count.is_cpu else count.to(_exact_type(count.device))
+    divisor = root.div((1 - beta2**count) ** 0.5).add_(group["eps"])
+    return torch.div(mean, divisor, out=divisor).mul_(group["lr"] / (1 - beta1**count))
+
+
+def _exact_type(device: torch.device) -> torch.dtype:
+    """Return the widest float of a device, for 1 - beta**count."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _ratio_of(pool: Pool, group: Any, first: int, last: int) -> Ratio:
@@ -358,7 +381,8 @@ def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool |
     first, last = late[0][0], late[-1][1]
     start, after = before[first:last], pool.held.detach()[first:last]
     ratio = _ratio_of(pool, group, first, last)
-    update = _update(group, state, first, last, float(state["step"])) * ratio
+    mean, root = state["exp_avg"][first:last], _second_moment(group, state)[first:last].sqrt()
+    update = _update(group, mean, root, state["step"]) * ratio
     if not bool(update.any()):
         return None
     slack = _TOLERANCE * update.abs().max() + torch.finfo(start.dtype).eps * start.abs().max()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -21,21 +21,8 @@ from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, 
 from .gradient import Cut
 from .shards import Joined, Ranks, Shard, local, whole
 from .slices import PoolSlice
+from .stores import Store
 from .weight import Weight, version
-
-
-class Store(Protocol):
-    """Where a pool's two tensors lie, and whether they are still there."""
-
-    # ruff: disable[D102]
-    @property
-    def values(self) -> Any: ...
-    @property
-    def slots(self) -> Tensor: ...
-    @property
-    def is_there(self) -> bool: ...
-
-    # ruff: enable[D102]
 
 
 class Pool:
@@ -79,6 +66,7 @@ class Pool:
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
+        self.optimizer: weakref.ref[Any] | None = None  # the one that stepped last
         self.stepped_by_grad_scaler = False
         self.keep_before = False  # whether the values before the next step are wanted
         self.before: Tensor | None = None
@@ -91,7 +79,8 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        none = ("_layout", "_cut", "_spread", "_gathered", "before", "driver", "source", "seen")
+        none = ("_layout", "_cut", "_spread", "_gathered", "before", "driver", "optimizer")
+        none += ("source", "seen")
         return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
@@ -191,12 +180,15 @@ class Pool:
 
     def layout(self) -> list[Spans]:
         """Return for each weight the (first, last + 1) ranges of slots that belong to it."""
-        slots = self.slots
-        stamp = version(slots)
-        if self._layout is None or self._layout[0] is not slots or self._layout[1] != stamp:
-            self._layout = (slots, stamp, find_spans(slots, self.starts))
-            self._buffers, self._spread = {}, None
-        return self._layout[2]
+        slots, known = self.slots, self._layout
+        if known is None or known[0] is not slots or known[1] != version(slots):
+            known = self._lay_out(find_spans(slots, self.starts))
+        return known[2]
+
+    def _lay_out(self, spans: list[Spans]) -> tuple[Tensor, int, list[Spans]]:
+        self._layout = (self.slots, version(self.slots), spans)
+        self._buffers, self._spread = {}, None
+        return self._layout
 
     def indices(self, ordinal: int) -> Tensor:
         """Return a weight's selected flat positions, int64, in slot order."""
@@ -214,15 +206,17 @@ class Pool:
 
         It is 1 where a slot is not assigned. Kept until slots or numbers are others.
         """
-        spans, values = self.layout(), self.held
+        self.layout()  # drops what was kept for other slots
+        slots, values = self.slots, self.held
         dtype = torch.promote_types(values.dtype, torch.float32)
         key = (tuple(numbers), dtype, values.device)
         if self._spread is None or self._spread[0] != key:
-            found = torch.ones(self.size, dtype=dtype, device=values.device)
-            for number, own in zip(numbers, spans, strict=True):
-                for a, b in own:
-                    found[a:b] = number
-            self._spread = (key, found if self.shard is None else self.shard.part(found).clone())
+            table = torch.tensor([1.0, *numbers], dtype=dtype, device="cpu")
+            bounds = torch.tensor(self.starts[:-1], dtype=slots.dtype, device="cpu")
+            table, bounds = (t.to(values.device, non_blocking=True) for t in (table, bounds))
+            slots = slots if self.shard is None else self.shard.part(slots)
+            weights = torch.bucketize(slots.to(values.device), bounds, right=True)
+            self._spread = (key, table[weights])
         return self._spread[1]
 
     def deltas(self) -> dict[str, Delta]:
@@ -239,21 +233,31 @@ class Pool:
             selected: For each weight flat positions, int64, strictly increasing; where weights are
                 cut over ranks, those in this rank's part.
         """
-        slots, first, ranks = self.slots, self.num_assigned, self.ranks
+        slots, first = self.slots, self.num_selected
         positions = [
-            s.to(slots.device) + start for s, start in zip(selected, self._firsts(), strict=True)
+            s.to(slots.device, non_blocking=True) + start
+            for s, start in zip(selected, self.starts, strict=False)
         ]
+        if self.ranks is not None:
+            positions = self._of_all_ranks(positions)
         joined = torch.cat(positions)
-        if ranks is not None:
-            joined = ranks.concatenated(joined).sort().values
+        spans = [list(own) for own in self.layout()]
+        for own, part in zip(spans, positions, strict=True):
+            if part.numel():
+                own.append((first, first + part.numel()))
+                first += part.numel()
         with torch.no_grad():
-            slots[first : first + joined.numel()] = joined
-        self.known, self.owns = slots.clone() if ranks is None else None, True
+            slots[first - joined.numel() : first] = joined
+        self._lay_out(spans)  # known, so nobody has to ask the device
+        self.known, self.owns = None if self.ranks else slots.clone(), True
 
-    def _firsts(self) -> list[int]:
-        """Return the position of the first entry of each weight that lies on this rank."""
-        starts = zip(self.weights, self.starts, strict=False)
-        return [start + (w.shard.first if w.shard else 0) for w, start in starts]
+    def _of_all_ranks(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Return the positions that all ranks selected, out of those in this rank's parts."""
+        parts = zip(positions, self.weights, strict=True)
+        own = torch.cat([p + (w.shard.first if w.shard else 0) for p, w in parts])
+        joined = Ranks(cast(Shard, self.shard)).concatenated(own).sort().values
+        cuts = torch.searchsorted(joined, joined.new_tensor(self.starts[1:-1]))
+        return list(joined.tensor_split(cuts.cpu()))
 
     def fill(self, deltas: Deltas, *, with_values: bool) -> None:
         """Give the slots of an empty pool to the entries of a change.
@@ -302,7 +306,10 @@ class Pool:
         All weights share one buffer: many small ones, made in the course of a forward, would lie
         between its activations and keep the allocator from using their memory again.
         """
-        counts = [span_length(spans) for spans in self.layout()]
+        counts = [
+            span_length(spans) if weight.tensor.device == device else 0
+            for weight, spans in zip(self.weights, self.layout(), strict=True)
+        ]
         if (dtype, device) not in self._buffers:
             self._buffers[dtype, device] = torch.empty(sum(counts), dtype=dtype, device=device)
         first = sum(counts[:ordinal])
@@ -408,39 +415,3 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 def every_pool() -> list[Pool]:
     """Return all pools that there are, for those who see no model but an optimizer."""
     return list(_POOLS)
-
-
-class OwnStore:
-    """Values and slots that never train and are in no module and no file.
-
-    Args:
-        deltas: The change of each weight, in the order of positions.
-        starts: First position of each weight, and the end.
-        weight: Whose device they follow: no module moves what is no part of it.
-    """
-
-    is_there = True
-
-    def __init__(self, deltas: Sequence[Delta], starts: Sequence[int], weight: Weight) -> None:
-        positions = [d.indices + start for d, start in zip(deltas, starts, strict=False)]
-        few = starts[-1] <= torch.iinfo(torch.int32).max
-        self._slots = torch.cat(positions).to(torch.int32 if few else torch.int64)
-        self._values = torch.cat([delta.change for delta in deltas]).float()
-        self._weight = weight
-
-    @property
-    def values(self) -> Tensor:
-        """The change of each weight, float32 (size,), without a gradient."""
-        self._follow()
-        return self._values
-
-    @property
-    def slots(self) -> Tensor:
-        """Position of each value, int32 or int64 (size,)."""
-        self._follow()
-        return self._slots
-
-    def _follow(self) -> None:
-        device = self._weight.tensor.device
-        if self._values.device != device and device.type != "meta":
-            self._values, self._slots = self._values.to(device), self._slots.to(device)

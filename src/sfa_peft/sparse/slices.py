@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .delta import Spans
 from .shards import Shard
-from .writing import is_stand_in
+from .write_lock import is_stand_in
 
 
 def _small(numbers: Tensor) -> Tensor:

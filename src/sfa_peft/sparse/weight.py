@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from .delta import Spans, adapt
 from .gradient import Observer, Tap
 from .shards import Shard, whole
-from .writing import exclusively, is_stand_in
+from .write_lock import exclusively, is_stand_in
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256

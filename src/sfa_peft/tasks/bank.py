@@ -16,9 +16,8 @@ from torch import nn
 from ..errors import SFAError
 from ..tuner.adapter import check_name
 from ..tuner.layer import SFALayer
-from .claims import Claim, Claims
 from .memory import TaskMemory, count_bytes, measure, tensors_of
-from .sharing import (
+from .shared_backbone import (
     adapted_layers,
     find_shareable,
     guard_forward,
@@ -28,6 +27,7 @@ from .sharing import (
     remove_adapter,
     share,
 )
+from .thread_claims import Claim, Claims
 
 
 class TaskBank:

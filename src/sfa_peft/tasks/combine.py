@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..config import SFAConfig
 from ..errors import AdapterFileError, SFAError
-from ..files.record import Resolved
+from ..files.adapter_config import Resolved
 from ..sparse.delta import METHODS, Deltas, count, unite
+from ..tuner.adapted_layers import find_adapter, find_pool
 from ..tuner.adapter import check_name
-from ..tuner.layers import find_adapter, find_pool
-from ..tuner.reading import SavedAdapter, check_function, read_saved
-from ..tuner.upstream.files import fill_adapter
-from ..tuner.upstream.rollback import unchanged_on_error
-from ..tuner.weighted import union_config
+from ..tuner.load_adapter import SavedAdapter, check_function, read_saved
+from ..tuner.upstream.failed_load import unchanged_on_error
+from ..tuner.upstream.save_and_load import fill_adapter
+from ..tuner.weighted_adapter import union_config
 
 OVERLAPS = ("error", "first")
 _PREFIX = "base_model.model."

@@ -22,10 +22,10 @@ from ..errors import ConfigError, SFAError
 from ..selection.pick import pick, row_sizes
 from ..selection.topk import TensorSource
 from ..sparse.delta import Delta, change_to
-from ..tuner.layers import find_pool
-from ..tuner.plan import make_plan
-from ..tuner.upstream.heads import settle_heads
-from .sharing import refuse_tuned
+from ..tuner.adapted_layers import find_pool
+from ..tuner.injection_plan import make_plan
+from ..tuner.upstream.task_heads import settle_heads
+from .shared_backbone import refuse_tuned
 
 State = Mapping[str, Tensor]
 
@@ -148,7 +148,6 @@ def _largest(changes: State, quota: int, config: SFAConfig) -> dict[str, Tensor]
     chosen = pick(
         [TensorSource(change) for change in changes.values()],
         quota,
-        [torch.empty(0, dtype=torch.int64, device=c.device) for c in changes.values()],
         ranking=config.ranking,
         granularity=config.granularity,
         row_sizes=row_sizes(list(changes.values())),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..tuner.layers import adapter_layers, find_pool
+from ..tuner.adapted_layers import adapter_layers, find_pool
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..errors import ResumedRunWarning, SelectionError, warn
 from ..files.folder import check_complete
 from ..selection.pick import is_unfinished
-from ..tuner.layers import find_pool
+from ..tuner.adapted_layers import find_pool
 from .selector import SFASelector
 from .state_files import move_into_checkpoints, read_state, write_state
 from .trainer import (

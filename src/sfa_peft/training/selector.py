@@ -16,12 +16,12 @@ from ..selection.rules import SelectionRules, check_resumed
 from ..selection.schedule import Schedule, make_schedule, share_by_rates
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
+from ..tuner.adapted_layers import find_adapter
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer
-from ..tuner.layers import find_adapter
 from ..tuner.report import stage_shares
 from ..tuner.sharding import take_shards
-from .rates import planned_rates
+from .planned_rates import planned_rates
 from .state_files import check_state
 
 
@@ -101,7 +101,7 @@ class SFASelector:
 
     def _new_rounds(self, schedule: Schedule, pool: Pool) -> Rounds:
         scaler = self._scaler
-        scale = scaler.get_scale if scaler is not None and scaler.is_enabled() else None
+        scale = scaler.scale if scaler is not None and scaler.is_enabled() else None
         rules = replace(self.config.rules, select_until=schedule.select_until)
         return Rounds(rules, pool, schedule, scale, self._can_skip)
 

@@ -13,11 +13,13 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import LossScaleWarning, ResumedRunWarning, warn
+
+# `transformers.trainer` has a name for it too, but brings datasets and pandas along: 80 MB.
+STATE_NAME = "trainer_state.json"
 
 
 def calling_trainer() -> Any:
@@ -67,7 +69,7 @@ def _newest_whole(output_dir: Path, check: Callable[[Path, int], Any]) -> str | 
     for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
         folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         try:
-            TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+            TrainerState.load_from_json(str(folder / STATE_NAME))
             check(folder, step)
         except (OSError, TypeError, ValueError) as error:
             broken = broken or f"{folder} is not whole ({error})"

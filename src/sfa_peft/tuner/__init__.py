@@ -5,8 +5,8 @@ from ..config import SFAConfig
 from ..sparse import optimizer
 from .layer import SFALayer as SFALayer
 from .model import SFAModel as SFAModel
-from .upstream.files import install
 from .upstream.peft_type import register
+from .upstream.save_and_load import install
 
 register(SFAConfig, SFAModel)
 install()

@@ -18,19 +18,22 @@ from ..errors import (
     AdapterFileError,
     EmptySelectionWarning,
     OtherBaseWarning,
+    SelectionError,
     SFAError,
     UnfinishedSelectionWarning,
     warn,
 )
+from ..files.adapter_config import Resolved, SavedTensor, digests, type_name
 from ..files.packing import Entries, PackedSelection, pack, read_packed, with_manifest
-from ..files.record import Resolved, SavedTensor, digests, type_name
 from ..selection.pick import is_unfinished
-from ..sparse.averages import notice
+from ..selection.rounds import Rounds
+from ..selection.schedule import make_schedule, share_by_rates
 from ..sparse.delta import adapt, by_weight
 from ..sparse.optimizer import check_unseen_step
 from ..sparse.pool import Pool
 from ..sparse.shards import whole
 from ..sparse.weight import Weight
+from ..sparse.weight_averages import notice
 
 #: Training forwards with an unfinished selection after which a missing selector is reported.
 _PATIENCE = 3
@@ -171,6 +174,15 @@ class Adapter:
                 check_unseen_step(self.pool)
         self._in_steps = steps
 
+    def begin(self) -> None:
+        """Begin the selection of a loop that will call `count_step`, before its first forward."""
+        pool, length = self.pool, self.config.total_steps
+        if pool is None or length is None or pool.driver is not None or not self.needs_selector:
+            return
+        self.unpack()
+        if pool.values.requires_grad and pool.is_empty:
+            self._make_rounds(pool).start()
+
     def watch(self, weight: Weight) -> None:
         """Report once that a selection is being trained which nobody makes.
 
@@ -182,6 +194,8 @@ class Adapter:
             return
         if not pool.values.requires_grad:
             return
+        if isinstance(pool.driver, Rounds) and pool.driver.optimizer_steps == pool.optimizer_steps:
+            return  # each step was counted so far
         if self._idle_forwards >= _PATIENCE or not is_unfinished(pool, self.config.rules):
             return
         self._idle_forwards += 1
@@ -198,6 +212,54 @@ class Adapter:
                 "callbacks=[SFACallback()] to the Trainer, or call SFASelector.step() after "
                 "each optimizer.step() in an own loop.",
                 UnfinishedSelectionWarning if selected else EmptySelectionWarning,
+            )
+
+    def _make_rounds(self, pool: Pool) -> Rounds:
+        """Return the rounds of a run of which nothing but the config is known."""
+        schedule = make_schedule(
+            self.config.total_steps,
+            self.config.selection_steps,
+            quota=pool.size,
+            kind=self.config.schedule,
+            select_until=self.config.select_until,
+            default_until=share_by_rates(None),
+        )
+        rules = replace(self.config.rules, select_until=schedule.select_until)
+        return Rounds(rules, pool, schedule)
+
+    def count_step(self) -> None:
+        """Count an update step of a loop without a selector; pick at the end of a round.
+
+        Raises:
+            SelectionError: If the length of the run is not known, nothing was seen of its first
+                step, a selector makes the selection, or a gradient scaler stands between.
+        """
+        pool = self.pool
+        if pool is None or not self.config.selects_while_training:
+            return
+        if pool.driver is None and not pool.is_empty:  # finished, or trained on without its rounds
+            return
+        where = f"update_and_allocate, adapter `{self.name}`"
+        if not self.needs_selector:
+            raise SelectionError(
+                f"{where}: SFACallback or SFASelector makes its selection already. Use one of them."
+            )
+        if self.config.total_steps is None:
+            raise SelectionError(
+                f"{where}: the length of the run is unknown, so rounds cannot be planned. Give it "
+                "in optimizer updates: SFAConfig(total_steps=...)."
+            )
+        if pool.stepped_by_grad_scaler:
+            raise SelectionError(
+                f"{where}: the loss is scaled by a GradScaler, which scores must know of. Use "
+                "SFASelector(model, scaler=scaler) instead."
+            )
+        if isinstance(pool.driver, Rounds) and pool.optimizer is not None:
+            pool.driver.step(pool.optimizer())
+        elif pool.optimizer is not None:
+            raise SelectionError(
+                f"{where}: an optimizer has stepped, but no forward with gradients came before. "
+                "Call the whole model: what calls a part of it needs SFASelector."
             )
 
 

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from .stored import is_packed, stored
+from .weight_storage import is_packed, stored
 
 
 def output_features(layer: nn.Module) -> int:
@@ -48,9 +48,10 @@ def make_projections(
 
 def apply_bottleneck(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
     """Return Eq. 3 for features `x` (any shape the projections take), in the dtype of `x`."""
-    weight = cast(Tensor, down.weight)
-    change = up(torch.relu(down(x.to(weight.dtype))))
-    return x + change.to(x.dtype)
+    # Autocast casts the weights (it knows no meta device); features need not become float32 first.
+    is_cast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    features = x if is_cast else x.to(cast(Tensor, down.weight).dtype)
+    return x + up(torch.relu(down(features))).to(x.dtype)
 
 
 class AdaptedLayer(nn.Module):

@@ -13,18 +13,19 @@ from torch import nn
 
 from ..config import SFAConfig
 from ..errors import FrozenHeadWarning, TargetError, warn
-from ..files.record import Link
+from ..files.adapter_config import Link
 from ..selection.pick import select_without_data
-from ..sparse.pool import OwnStore, Pool
+from ..sparse.pool import Pool
+from ..sparse.stores import OwnStore
 from ..sparse.weight import Weight
 from .adapter import Adapter, check_name
+from .injection_plan import Plan, make_plan
 from .layer import SFALayer
-from .plan import Plan, make_plan
-from .reading import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
+from .load_adapter import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
 from .sharding import refuse_cut
-from .stored import refuse_offloaded
 from .targets import is_excluded, own_modules
-from .upstream.heads import check_heads, unmatched_heads
+from .upstream.task_heads import check_heads, unmatched_heads
+from .weight_storage import refuse_offloaded
 
 
 class Injection:

@@ -16,14 +16,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.averages import take_positions, undo_rounding
 from ..sparse.gradient import LiveWeight, Tap
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight, eager
-from ..sparse.writing import now_or_together
+from ..sparse.weight_averages import take_positions, undo_rounding
+from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
-from .stored import refuse_offloaded, stored
+from .weight_storage import fit_for_changes, refuse_offloaded, stored
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -169,11 +169,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return out
 
     def _bring(self, names: list[str]) -> None:
-        """Make the weights hold changes, or find that they do where nothing can be written.
-
-        Raises:
-            SFAError: While a graph is recorded (torch.export, torch.func), if they do not.
-        """
+        """Make the weights hold changes; SFAError while a graph is recorded and they do not."""
         if not torch.compiler.is_exporting() and not self._is_transformed():
             self.refresh(names)
         elif not all(weight.holds(names) for weight in self.weights.values()):
@@ -225,9 +221,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise SFAError(
-            "nn.DataParallel (the Trainer takes it where it sees several GPUs) copies the model to "
-            "each GPU for each forward, and copies would share one adapter's state. Start one "
-            "process per GPU: torchrun --nproc_per_node N script.py; or set CUDA_VISIBLE_DEVICES=0."
+            "nn.DataParallel (the Trainer's way with several GPUs) copies the model, and copies "
+            "would share one adapter's state. Start one process per GPU: torchrun "
+            "--nproc_per_node N script.py; or show it one GPU: CUDA_VISIBLE_DEVICES=0."
         )
 
     @eager  # a cut is kept between forwards, so no graph may own it
@@ -427,7 +423,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self._forget()
-        super()._apply(fn, recurse)
+        with fit_for_changes(self.sfa_pool, self.weights):
+            super()._apply(fn, recurse)
         if self.merged:
             self.refresh(self.merged_adapters)
         return self
@@ -443,8 +440,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         parts = [f"role={self.role}"]
         for parameter, weight in self.weights.items():
             of = f"of {weight.tensor.numel()} in {parameter} selected"
-            for name, part in weight.slices.items():
-                parts.append(f"{name}: {sum(b - a for a, b in part.spans)} {of}")
+            counts = {n: sum(b - a for a, b in part.spans) for n, part in weight.slices.items()}
+            parts += [f"{name}: {count} {of}" for name, count in counts.items()]
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.shards import whole
-from ..sparse.writing import together
-from . import layers
+from ..sparse.write_lock import together
+from . import adapted_layers
+from .adapted_layers import find_adapter, refuse_offloaded_weights
 from .adapter import pack_state
 from .injection import Injection
 from .layer import SFALayer
-from .layers import find_adapter, refuse_offloaded_weights
-from .reading import in_pool_type, unpack_state
+from .load_adapter import in_pool_type, unpack_state
 from .report import card_facts
 from .sharding import cut_alike
-from .upstream.checkpointing import prepare_checkpointing
-from .upstream.fits import check_fits
-from .upstream.heads import settle_heads
-from .weighted import LINEAR, add_weighted
+from .upstream.gradient_checkpointing import prepare_checkpointing
+from .upstream.shape_check import check_fits
+from .upstream.task_heads import settle_heads
+from .weighted_adapter import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
 _ALIGNMENT = 64
@@ -75,7 +75,7 @@ class SFAModel(BaseTuner):
         )
         self._injection.finish()
         del self._injection  # it holds what it read of other adapters
-        layers.install(model)
+        adapted_layers.install(model)
         prepare_checkpointing(model)
 
     def _create_and_replace(
@@ -139,6 +139,36 @@ class SFAModel(BaseTuner):
         """
         add_weighted(self, adapters, weights, adapter_name, combination_type, options)
 
+    # --- training ------------------------------------------------------------------------------
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Count an update step, and let the selection of active adapters grow at a round's end.
+
+        For loops made for PEFT's methods that act while training (AdaLoRA, AdaMSS), in place of a
+        `SFASelector`. Such a loop selects what that would, if it gets no `lr_scheduler`::
+
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+            optimizer.zero_grad()
+
+        The run's length is `SFAConfig.total_steps`. The selection begins before the first forward
+        of the whole model that a backward may follow; a call counts if an optimizer of torch
+        stepped since the last one. Where nothing is to be selected while training, it does nothing.
+
+        Args:
+            global_step: Not needed, since steps of the optimizer are counted: loops begin at 0 or
+                at 1, and call this after each micro-batch or after each step.
+
+        Raises:
+            SelectionError: If `total_steps` is not given, `SFASelector` or `SFACallback` makes the
+                selection already, or the loss is scaled by a GradScaler.
+        """
+        for name in self.active_adapters:
+            adapter = find_adapter(self.model, name)
+            if adapter is not None:
+                adapter.count_step()
+
     # --- which adapters act, on all layers together --------------------------------------------
 
     @contextmanager
@@ -191,7 +221,7 @@ class SFAModel(BaseTuner):
                 "class has no place for them: save the adapter before, and merge after loading.",
                 MergeWarning,
             )
-        layers.remove(self.model)
+        adapted_layers.remove(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     # --- files ---------------------------------------------------------------------------------

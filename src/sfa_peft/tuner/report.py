@@ -16,8 +16,8 @@ from ..config import SFAConfig
 from ..errors import TargetError
 from ..model_card import CardFacts, StageFacts
 from ..plots import draw_selection
+from .adapted_layers import adapter_layers, find_pool
 from .layer import SFALayer
-from .layers import adapter_layers, find_pool
 
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000

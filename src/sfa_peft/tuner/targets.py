@@ -31,7 +31,7 @@ from ..backbones import (
 )
 from ..config import SFAConfig
 from ..errors import TargetError
-from .stored import feature_sizes, holds_codes, is_packed
+from .weight_storage import feature_sizes, holds_codes, is_packed
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")

@@ -72,7 +72,11 @@ def test_of_several_recipes_the_last_holds(arguments: ModuleType, tmp_path: Path
         ("lr_scheduler_kwargs: high", "--lr_scheduler_kwargs: not json"),
         ("lr_scheduler_kwargs: '[1]'", "--lr_scheduler_kwargs: expected a json object"),
         ("selection_from: x\nmethod: lora", "--selection_from: needs --method sfa"),
-        ("adapter_dim: 3\nmethod: lora", "--adapter_dim: needs --method sfa or adaptformer"),
+        (
+            "adapter_dim: 3\nmethod: lora",
+            "--adapter_dim: needs --method sfa, adaptformer, adapter_p",
+        ),
+        ("method: linear", "--method: invalid choice: 'linear'"),
         ("layer_decay: 1.5", "--layer_decay: expected a factor in (0, 1], got 1.5"),
         ("no_decay: [norms, heads]", "--no_decay: expected some of ['norms', 'biases', 'embed"),
     ],

@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from sfa_peft.backbones import find_backbone, role_modules
+from sfa_peft.backbones import find_backbone
 from tests.tiny import images, upernet
 
-METHODS = ("frozen", "sfa", "internal", "external", "lora", "adaptformer", "full")
+METHODS = (
+    *("frozen", "sfa", "internal", "external", "random", "gps", "lora", "shira", "super_tuning"),
+    *("bitfit", "ssf", "vpt", "adaptformer", "adapter_plus", "mona", "full"),
+)
+NOT_NEUTRAL = ("ssf", "vpt", "adapter_plus", "mona")  # as their authors start them
+SHARES = {"frozen": (0, 0), "full": (1, 1), "bitfit": (0.001, 0.1), "ssf": (0.001, 0.1)}
 
 
 @pytest.fixture
@@ -54,11 +59,11 @@ def test_a_method_trains_its_share_and_is_the_same_after_loading(
     with torch.no_grad():
         before = ready.model.eval()(batch["pixel_values"]).logits
         untouched = upernet().eval()(batch["pixel_values"]).logits
-    assert torch.equal(before, untouched)  # every adapter starts neutral
+    assert torch.equal(before, untouched) == (method not in NOT_NEUTRAL)
 
     train(ready)
 
-    limits = {"frozen": (0, 0), "full": (1, 1)}.get(method, (0.1, 0.2))
+    limits = SHARES.get(method, (0.1, 0.2))
     assert limits[0] <= ready.share <= limits[1]
     trained = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
     assert trained == sum(p.numel() for p in (*ready.head, *ready.adapted))
@@ -78,66 +83,73 @@ def test_a_method_trains_its_share_and_is_the_same_after_loading(
         methods.check_loaded_again(ready, upernet(), args, tmp_path, batch["pixel_values"])
 
 
-def test_a_file_of_another_model_is_refused(methods: ModuleType, tmp_path: Path) -> None:
-    args = arguments("frozen")
-    methods.save_method(methods.prepare_method(upernet(), args), args, tmp_path)
+def test_a_file_of_another_model_method_or_size_is_refused(
+    methods: ModuleType, tmp_path: Path
+) -> None:
+    def written(**options: Any) -> tuple[Any, Path]:
+        args = arguments(**options)
+        folder = tmp_path / "_".join(map(str, options.values()))
+        methods.save_method(methods.prepare_method(upernet(), args), args, folder)
+        return args, folder
+
+    frozen, folder = written(method="frozen")
     other = upernet()
     del other.decode_head.classifier
-    with pytest.raises(methods.SFAError, match="not of this model"):
-        methods.load_method(other, args, tmp_path)
+    narrow, _ = written(method="adapter_plus", adapter_dim=2)
+    _, wide = written(method="adapter_plus", adapter_dim=3)
+    for model, args, path in (
+        (other, frozen, folder),
+        (upernet(), narrow, folder),
+        (upernet(), frozen, wide),
+        (upernet(), narrow, wide),
+    ):
+        with pytest.raises(methods.SFAError, match="not of this model, method and budget"):
+            methods.load_method(model, args, path)
 
 
-@pytest.mark.parametrize("budget", [0.03, 0.1, 0.2, 0.5])
-def test_the_largest_rank_and_width_within_the_budget_are_taken(
-    budget: float, methods: ModuleType
-) -> None:
-    backbone = find_backbone(upernet())
-    assert backbone is not None
-    size = sum(p.numel() for p in backbone.module.parameters())
-    roles = role_modules(backbone)
-    layers = [backbone.module.get_submodule(r.name.removeprefix("backbone.")) for r in roles]
-    per_rank = sum(sum(layer.weight.shape) for layer in layers)
-    rank = methods.lora_config(backbone, budget, ["decode_head"]).r
-    assert rank * per_rank <= budget * size < (rank + 1) * per_rank
-
-    widths = [
-        layer.out_features for layer, r in zip(layers, roles, strict=True) if r.role == "mlp_out"
-    ]
-
-    def cost(width: int) -> int:
-        capped = [(features, min(width, features)) for features in widths]
-        return sum(2 * features * w + w + features for features, w in capped)
-
-    width = methods.adaptformer_width(backbone, budget)
-    assert cost(width) <= budget * size
-    assert width == max(widths) or cost(width + 1) > budget * size
+def test_every_method_of_the_scripts_is_tried(methods: ModuleType) -> None:
+    assert set(METHODS) == set(importlib.import_module("common.arguments").METHODS)
 
 
-def test_adaptformer_adds_a_scaled_branch_beside_the_mlp() -> None:
-    adaptformer = importlib.import_module("common.adaptformer")
-    model = upernet()
-    backbone = find_backbone(model)
-    assert backbone is not None
-    adaptformer.add_adapters(backbone, width=5)
-    block = model.backbone.encoder.layers[2].blocks[1]
-    adapter = block.output.dense
+def test_every_trained_number_gets_a_gradient(methods: ModuleType) -> None:
+    for method in METHODS:
+        torch.manual_seed(0)
+        ready = methods.prepare_method(upernet(), arguments(method))
+        if method in NOT_NEUTRAL:
+            ready.model(**images()).loss.backward()
+        else:  # behind a branch that starts at zero
+            train(ready, steps=2)
+            ready.model.train()(**images()).loss.backward()
+        silent = [
+            n for n, p in ready.model.named_parameters() if p.requires_grad and p.grad is None
+        ]
+        assert silent == [], method
+        assert all(p.grad is None for p in ready.model.parameters() if not p.requires_grad), method
+
+
+def test_gps_gives_each_output_feature_as_many_weights(methods: ModuleType) -> None:
+    import sfa_peft
+
     torch.manual_seed(0)
-    for parameter in (*adapter.down.parameters(), *adapter.up.parameters()):
-        torch.nn.init.normal_(parameter)
-    x = torch.randn(2, 7, adapter.down.in_features)
-
-    with torch.no_grad():
-        found = block.output(block.intermediate(x))
-        hidden = torch.nn.functional.gelu(block.intermediate.dense.base_layer(x))
-        mlp = adapter.base_layer(hidden)
-        inner = (x @ adapter.down.weight.T + adapter.down.bias).clamp_min(0)
-        branch = inner @ adapter.up.weight.T + adapter.up.bias
-
-    assert torch.allclose(found, mlp + 0.1 * branch, atol=1e-6)
-    assert adapter.down.out_features == 5
-    trained = {n for n, p in model.backbone.named_parameters() if p.requires_grad}
-    assert trained
-    assert all(".down." in name or ".up." in name for name in trained)
+    ready = methods.prepare_method(upernet(), arguments("gps"))
+    train(ready)
+    (module,) = [m for m in ready.model.modules() if isinstance(m, sfa_peft.SFALayer)][:1]
+    pool = module.adapters["default"].pool
+    counts = {}
+    for ordinal, name in enumerate(pool.names):
+        weight = pool.weights[ordinal].tensor
+        chosen = torch.zeros(weight.numel(), dtype=torch.int64)
+        for a, b in pool.layout()[ordinal]:
+            chosen[pool.slots[a:b] - pool.starts[ordinal]] = 1
+        counts[name] = chosen.view(weight.shape[0], -1).sum(1)
+    assert not any("norm" in name for name in counts)
+    assert all(c.min() == 1 for name, c in counts.items() if name.endswith("bias"))
+    wide = [c for name, c in counts.items() if name.endswith("weight") and "position" not in name]
+    rows = torch.cat(wide)
+    sizes = dict(zip(pool.names, [w.tensor[0].numel() for w in pool.weights], strict=True))
+    most = int(rows.max())
+    for name, count in counts.items():
+        assert (count >= min(most - 1, sizes[name])).all(), name
 
 
 def test_the_head_is_all_that_lies_beside_the_backbone(methods: ModuleType) -> None:
@@ -149,6 +161,6 @@ def test_the_head_is_all_that_lies_beside_the_backbone(methods: ModuleType) -> N
     head = sum(p.numel() for p in model.parameters()) - sum(
         p.numel() for p in backbone.module.parameters()
     )
-    for method in ("sfa", "lora", "frozen"):
+    for method in ("sfa", "lora", "mona", "frozen"):
         ready = methods.prepare_method(example.build_model(args, 3), arguments(method))
         assert sum(p.numel() for p in ready.head) == head

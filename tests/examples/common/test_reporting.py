@@ -51,6 +51,7 @@ def test_a_run_is_uploaded_without_its_checkpoints(
         "predictions.png",
         "results.json",
         "selection.png",
+        "task.json",
         "training.png",
     ]
 

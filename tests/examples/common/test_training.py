@@ -11,7 +11,7 @@ import torch
 from transformers import get_scheduler
 
 from tests.tiny import upernet
-from tests.tuner.test_rates import scale_of_the_source
+from tests.tuner.test_parameter_groups import scale_of_the_source
 
 
 def test_a_polynomial_course_ends_at_lr_end() -> None:
@@ -58,22 +58,33 @@ def groups_of(ready: Any, args: Any) -> dict[str, dict[str, Any]]:
         ("sfa", {"sfa_pool": 1e-5, "sfa_down": 1e-4, "sfa_up": 1e-4}),
         ("internal", {"sfa_pool": 1e-5}),
         ("external", {"sfa_down": 1e-4, "sfa_up": 1e-4}),
+        ("random", {"sfa_pool": 1e-5}),
+        ("gps", {"sfa_pool": 1e-5}),
         ("lora", {"lora_A": 1e-4, "lora_B": 1e-4}),
+        ("shira", {"shira_weight": 1e-5}),
+        ("super_tuning", {"supertuning_values": 1e-5}),
+        ("bitfit", {"backbone.": 1e-5}),
+        ("ssf", {".ssf.": 1e-4}),
+        ("vpt", {".prompts": 1e-4}),
         ("adaptformer", {".down.": 1e-4, ".up.": 1e-4}),
+        ("adapter_plus", {".adapter_plus.": 1e-4}),
+        ("mona", {".mona.": 1e-4}),
         ("full", {"backbone.": 1e-5}),
     ],
 )
 def test_pretrained_weights_and_new_layers_have_rates_of_their_own(
     method: str, rates: dict[str, float]
 ) -> None:
-    ready, args = prepared(method, learning_rate=1e-5, external_learning_rate=1e-4)
+    ready, args = prepared(
+        method, learning_rate=1e-5, external_learning_rate=1e-4, head_learning_rate=1e-3
+    )
     groups = groups_of(ready, args)
 
     seen = set()
     for name, group in groups.items():
         kinds = [kind for kind in rates if kind in name]
         assert len(kinds) == ("decode_head" not in name), name
-        assert group["lr"] == (rates[kinds[0]] if kinds else 3.0)
+        assert group["lr"] == (rates[kinds[0]] if kinds else 1e-3)
         seen.update(kinds)
     assert seen == set(rates)
 
@@ -123,7 +134,9 @@ def test_queries_are_spared_weight_decay_as_embeddings() -> None:
     }
 
 
-@pytest.mark.parametrize("method", ["sfa", "external", "lora", "adaptformer", "full"])
+@pytest.mark.parametrize(
+    "method", ["sfa", "external", "lora", "ssf", "vpt", "adaptformer", "mona", "full"]
+)
 def test_layer_decay_lowers_the_rates_of_every_method(method: str) -> None:
     ready, args = prepared(method, learning_rate=1.0, layer_decay=0.5)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sfa_peft.dense.data.files import IMAGE_SUFFIXES
-from sfa_peft.dense.data.library import library_rows, pick_column, split_of, undecoded
+from sfa_peft.dense.data.hf_datasets import library_rows, pick_column, split_of, undecoded
 from sfa_peft.dense.data.splits import (
     LibrarySplit,
     PairFolder,
@@ -91,7 +91,7 @@ def load_segmentation(
             json file does not have one of the shapes above.
     """
     folder = Path(name_or_dir)
-    names, stated_ignore = _classes(classes, folder)
+    names, stated_ignore = classes_of(classes, folder)
     if folder.is_dir() and any(folder.glob("*annot")):
         splits = _pair_splits(folder)
     else:
@@ -139,7 +139,7 @@ def read_classes(path: str | Path) -> tuple[tuple[str, ...], int | None]:
 
 def class_list(classes: str | Path | Sequence[str] | None, folder: Path) -> tuple[str, ...]:
     """Return class names as given, of a json file, or of one in the folder; raises SFAError."""
-    return _classes(classes, folder)[0]
+    return classes_of(classes, folder)[0]
 
 
 def _in_id_order(names: Mapping[str, Any], path: str | Path) -> list[Any]:
@@ -152,9 +152,10 @@ def _in_id_order(names: Mapping[str, Any], path: str | Path) -> list[Any]:
     return [by_id[i] for i in range(len(by_id))]
 
 
-def _classes(
+def classes_of(
     classes: str | Path | Sequence[str] | None, folder: Path
 ) -> tuple[tuple[str, ...], int | None]:
+    """Return class names as `class_list` does, and the ignore index where one is stated."""
     if isinstance(classes, (str, Path)):
         return read_classes(classes)
     if classes is not None:

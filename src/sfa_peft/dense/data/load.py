@@ -12,16 +12,25 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sfa_peft.dense.data.datasets import class_list, hold_out, load_segmentation
+from sfa_peft.dense.data.datasets import (
+    CLASS_FILES,
+    class_list,
+    classes_of,
+    hold_out,
+    load_segmentation,
+)
 from sfa_peft.dense.data.depth_folders import kitti, nyuv2
-from sfa_peft.dense.data.files import id_table, map_ids, metres_of
-from sfa_peft.dense.data.layouts import check_imagefolder
-from sfa_peft.dense.data.library import library_rows, pick_column, undecoded
+from sfa_peft.dense.data.files import id_table, map_ids, metres_of, read_depth, read_mask
+from sfa_peft.dense.data.folder_layouts import recognise
+from sfa_peft.dense.data.hf_datasets import library_rows, pick_column, undecoded
+from sfa_peft.dense.data.mask_folders import pair_folders
 from sfa_peft.dense.data.object_folders import OBJECT_COLUMNS, LibraryObjects, coco
 from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.data.segmentation_folders import ade20k, cityscapes
 from sfa_peft.dense.data.splits import Found, LibrarySplit, Split, SubSplit, name_of
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
+from sfa_peft.dense.data.voc import voc_boxes, voc_masks
+from sfa_peft.dense.data.yolo import yolo
 from sfa_peft.errors import DataWarning, SFAError, warn
 
 DEPTH_COLUMNS = ("depth", "depth_map", "label")
@@ -77,7 +86,7 @@ def load_dense(
     task: str,
     name_or_dir: str | Path,
     *,
-    dataset_format: str = "imagefolder",
+    dataset_format: str = "auto",
     on_error: str = "raise",
     classes: str | Path | Sequence[str] | None = None,
     image_column: str | None = None,
@@ -93,16 +102,19 @@ def load_dense(
     Args:
         task: ``segmentation``, ``depth``, ``detection`` or ``instances``.
         name_or_dir: Folder, or, for ``imagefolder``, the name of a Hub dataset.
-        dataset_format: One of ``FORMATS``: the layout of the folder. ``imagefolder`` is also
-            parquet, and what :func:`~sfa_peft.dense.data.datasets.load_segmentation` knows.
+        dataset_format: One of ``FORMATS``: the layout of the folder; "auto" looks what it is.
+            ``imagefolder`` is also parquet, and what
+            :func:`~sfa_peft.dense.data.datasets.load_segmentation` knows.
         on_error: ``raise`` stops at the first file that is missing or cannot be used, when it is
             come to. ``skip`` decodes every pair once, now, leaves out what cannot be used or has
             nothing labelled, and warns with the number.
-        classes: Class names or a json file of them, for ``imagefolder`` and ``ade20k``.
+        classes: Class names or a json file of them, for ``imagefolder``, ``folders``, ``ade20k``
+            and ``voc``.
         image_column: Column of the images, for ``imagefolder``.
         label_column: Column of the masks, depth or objects, for ``imagefolder``.
-        ignore_index: Id in the masks that means "not labelled", for ``imagefolder``.
-        depth_scale: Stored units per metre of integer depth, for ``imagefolder``.
+        ignore_index: Id in the masks that means "not labelled", for ``imagefolder`` and
+            ``folders``.
+        depth_scale: Stored units per metre of integer depth, for ``imagefolder`` and ``folders``.
         holdout: Share of the training pairs to validate on if there is no validation split, in
             ``[0, 1)``; 0 for none.
         config_name: Configuration of a Hub dataset.
@@ -134,16 +146,28 @@ def load_dense(
 
 def _reader(task: str, folder: Path, dataset_format: str) -> Callable[..., Found[Any]]:
     """Return what reads a format, once task, format and folder go together."""
-    if dataset_format not in FORMATS:
-        raise SFAError(f"dataset_format `{dataset_format}`: expected one of {sorted(FORMATS)}")
+    if dataset_format not in ("auto", *FORMATS):
+        known = ["auto", *sorted(FORMATS)]
+        raise SFAError(f"dataset_format `{dataset_format}`: expected one of {known}")
+    if dataset_format in ("auto", "imagefolder"):
+        dataset_format = _recognised(task, folder, dataset_format)
     tasks, read = FORMATS[dataset_format]
     if task not in tasks:
         raise SFAError(f"task `{task}`: {dataset_format} has {list(tasks)}")
     if dataset_format != "imagefolder" and not folder.is_dir():
         raise SFAError(f"`{folder}`: no such folder; {dataset_format} is read from a folder")
-    if dataset_format == "imagefolder" and folder.is_dir():
-        check_imagefolder(folder, task, [name for name in FORMATS if task in FORMATS[name][0]])
     return read
+
+
+def _recognised(task: str, folder: Path, dataset_format: str) -> str:
+    """Return the format of a folder; a name that is no folder is one of the Hub."""
+    formats = [name for name, (tasks, _) in FORMATS.items() if task in tasks]
+    if not folder.is_dir() or not formats:
+        return "imagefolder"
+    found = recognise(folder, task, formats)
+    if found != "imagefolder" and dataset_format == "imagefolder":
+        raise SFAError(f"`{folder}` looks like {found}'s folder; pass dataset_format={found!r}")
+    return found
 
 
 def _assemble(
@@ -279,6 +303,29 @@ class KnownIds:
         return image, map_ids(mask, self.table, self.name(index))
 
 
+def _folders(task: str, folder: Path, options: _Options) -> Found[Any]:
+    if task == "depth":
+        return pair_folders(folder, task, partial(read_depth, scale=options.depth_scale))
+    names, stated = classes_of(options.classes, folder)
+    chosen = next(i for i in (options.ignore_index, stated, IGNORE_INDEX) if i is not None)
+    table = id_table({class_id: class_id for class_id in range(len(names))}, (chosen,))
+    found = pair_folders(folder, task, read_mask)
+    splits: dict[str, Split[Any]] = {n: KnownIds(s, table) for n, s in found.splits.items()}
+    return Found(splits, names)
+
+
+def _voc(task: str, folder: Path, options: _Options) -> Found[Any]:
+    there = any((folder / name).is_file() for name in CLASS_FILES)
+    given = options.classes is not None or there
+    names = class_list(options.classes, folder) if given else None
+    if task == "detection":
+        return voc_boxes(folder, names)
+    found = voc_masks(folder, names)
+    table = id_table({i: i for i in range(len(found.class_names))}, (IGNORE_INDEX,))
+    found.splits = {name: KnownIds(split, table) for name, split in found.splits.items()}
+    return found
+
+
 def _metres(image: Image.Image, name: str, *, scale: float) -> Any:
     return metres_of(image, scale, name)
 
@@ -298,7 +345,13 @@ FORMATS: dict[str, tuple[tuple[str, ...], _Reader]] = {
         ("detection", "instances"),
         lambda task, folder, o: coco(folder, with_masks=task == "instances"),
     ),
+    "folders": (("segmentation", "depth"), _folders),
     "imagefolder": (("segmentation", "depth", "detection", "instances"), _library),
     "kitti": (("depth",), lambda task, folder, o: kitti(folder)),
     "nyuv2": (("depth",), lambda task, folder, o: nyuv2(folder)),
+    "voc": (("segmentation", "detection"), _voc),
+    "yolo": (
+        ("detection", "instances"),
+        lambda task, folder, o: yolo(folder, with_masks=task == "instances"),
+    ),
 }

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from sfa_peft.dense.coco_masks import coco_library
 from sfa_peft.dense.data.coco import CocoSplit, is_box, objects_of_entries
-from sfa_peft.dense.data.library import split_of
+from sfa_peft.dense.data.hf_datasets import split_of
 from sfa_peft.dense.data.objects import Objects
 from sfa_peft.dense.data.splits import Found, cell_name, decode_cell
 from sfa_peft.errors import SFAError

@@ -229,7 +229,7 @@ class ObjectResize:
     COCO counts in the image's own frame, so the labels also have boxes, areas and masks as they
     were before: ``orig_boxes``, float32 ``(N, 4)``: left, top, right, bottom in pixels,
     ``orig_area`` ``(N,)`` and ``orig_masks`` ``(N, H, W)`` of the size ``orig_size``.
-    :func:`~sfa_peft.dense.metrics.truth.true_objects` makes ground truth of them.
+    :func:`~sfa_peft.dense.metrics.ground_truth.true_objects` makes ground truth of them.
 
     Args:
         size: Side of the square result, or its height and width; or None to go by ``shortest``.

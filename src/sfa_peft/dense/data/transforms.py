@@ -25,8 +25,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 ImageLike = Image.Image | NDArray[Any]
 Transform = Callable[[ImageLike, ImageLike, np.random.Generator], dict[str, torch.Tensor]]
 
-_MEAN = np.array(IMAGENET_MEAN, np.float32)
-_STD = np.array(IMAGENET_STD, np.float32)
+Colour = tuple[float, float, float]
+
 # What a hole left by a crop is filled with: the mean colour, 0 after normalisation.
 FILL = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
 
@@ -114,10 +114,12 @@ def to_tensors(image: ImageLike, mask: ImageLike) -> dict[str, torch.Tensor]:
     return {"pixel_values": normalise(picture), "labels": _as_labels(ids)}
 
 
-def normalise(image: Image.Image) -> torch.Tensor:
-    """Return an RGB image as float32 ``(3, H, W)``, less ImageNet's mean, by its deviation."""
+def normalise(
+    image: Image.Image, mean: Colour = IMAGENET_MEAN, std: Colour = IMAGENET_STD
+) -> torch.Tensor:
+    """Return an RGB image as float32 ``(3, H, W)``, less a mean, by a deviation, of [0, 1]."""
     pixels = np.asarray(image, np.float32) / np.float32(255)
-    pixels = (pixels - _MEAN) / _STD
+    pixels = (pixels - np.array(mean, np.float32)) / np.array(std, np.float32)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 

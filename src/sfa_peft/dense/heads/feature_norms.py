@@ -7,7 +7,7 @@ transformers' SwinBackbone does; its Swinv2Backbone puts stages out as they are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -66,3 +66,47 @@ class NormedFeatures(nn.Module):
             )
         normed = [norm(features) for norm, features in zip(self.norms, hidden_states, strict=True)]
         return self.head(normed, *args, **kwargs)
+
+
+def find_norms(model: nn.Module) -> dict[str, list[int]]:
+    """Return where norms stand before parts of a model, for :func:`add_norms`.
+
+    Args:
+        model: A task model.
+
+    Returns:
+        By path of a :class:`NormedFeatures` the channels of its maps; by path of a sequence that
+        begins with a :class:`MapNorm` the channels of its one map.
+    """
+    found: dict[str, list[int]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, NormedFeatures):
+            norms = [norm for norm in module.norms if isinstance(norm, MapNorm)]
+            found[path] = [norm.normalized_shape[0] for norm in norms]
+            continue
+        first = next(module.children(), None) if isinstance(module, nn.Sequential) else None
+        if isinstance(first, MapNorm):
+            found[path] = [first.normalized_shape[0]]
+    return found
+
+
+def add_norms(model: nn.Module, norms: Mapping[str, Sequence[int]]) -> None:
+    """Put norms before parts of a model, in place; what :func:`find_norms` found in one like it.
+
+    Args:
+        model: The task model, without them.
+        norms: Channels by path. A part that is a sequence gets its norm inside, first; another
+            one becomes a :class:`NormedFeatures`.
+
+    Raises:
+        SFAError: If the model has no part of that path.
+    """
+    for path, channels in norms.items():
+        try:
+            part = model.get_submodule(path)
+        except AttributeError as error:
+            raise SFAError(f"norms of `{path}`: {type(model).__name__} has no such part") from error
+        if isinstance(part, nn.Sequential):
+            model.set_submodule(path, nn.Sequential(MapNorm(channels[0]), *part))
+        else:
+            model.set_submodule(path, NormedFeatures(part, channels))

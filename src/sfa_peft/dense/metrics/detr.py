@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sfa_peft.dense.metrics.truth import true_objects
+from sfa_peft.dense.metrics.ground_truth import true_objects
 from sfa_peft.errors import SFAError
 
 Objects = list[dict[str, Any]]

@@ -60,7 +60,7 @@ def mask_query_results(
         Masks are compared, and objects called small or large, at the size of ``mask_labels``: that
         of the model's input. For the image's own frame, in which COCO counts, run
         :func:`~sfa_peft.dense.inference_instances.instances_from_queries` in a loop, with
-        :func:`~sfa_peft.dense.metrics.truth.true_objects`.
+        :func:`~sfa_peft.dense.metrics.ground_truth.true_objects`.
 
         It raises SFAError without ``inputs``, because Trainer cuts instances out of ``label_ids``
         as :func:`~sfa_peft.dense.metrics.detr.detr_results` explains, and if the numbers of images

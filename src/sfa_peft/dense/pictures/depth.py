@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sfa_peft.dense.pictures.figures import (
+from sfa_peft.dense.pictures.picture_grid import (
     add_legend,
     check_rows,
     is_rgb,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sfa_peft.dense.pictures.figures import check_rows, is_rgb, picture_grid, write_figure
+from sfa_peft.dense.pictures.picture_grid import check_rows, is_rgb, picture_grid, write_figure
 from sfa_peft.dense.pictures.sheets import class_palette
 from sfa_peft.errors import SFAError
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MASK_OPACITY = 0.55
 # The palette begins with sky and ground: objects take the colours after those.
-_FIRST_COLOUR = 2
+FIRST_COLOUR = 2
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def object_sheet(
             another kind, or a class id has no name.
     """
     check_rows(rows, titles)
-    palette = class_palette(255)[_FIRST_COLOUR:] / 255.0
+    palette = class_palette(255)[FIRST_COLOUR:] / 255.0
 
     def draw(axis: Axes, picture: NDArray[np.uint8] | ObjectPicture) -> None:
         _draw(axis, picture, class_names, palette)

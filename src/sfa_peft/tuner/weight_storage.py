@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the weights of a layer are stored: quantised, offloaded, or plain; and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import TargetError
+from ..sparse.weight import Weight
+
+#: Bytes of the smallest type in which a change of a single weight means something (16 bits).
+_SMALLEST = 2
+
+
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor stores codes (int8, packed 4-bit, 8-bit floats) instead of weights.
+
+    Some quantisers hide the codes in a tensor that calls itself float32; its parts tell.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        names = tensor.__tensor_flatten__()[0]
+        parts = [getattr(tensor, name, None) for name in names]
+        return any(is_packed(part) for part in parts if isinstance(part, Tensor))
+    return not tensor.is_floating_point() or tensor.element_size() < _SMALLEST
+
+
+def stored(layer: nn.Module) -> Iterator[Tensor]:
+    """Yield the tensors of a layer, its weight first."""
+    own = layer._parameters | layer._buffers
+    weight = own.pop("weight", None)
+    found = chain([weight], own.values(), layer.parameters(), layer.buffers())
+    return (tensor for tensor in found if tensor is not None)
+
+
+def feature_sizes(layer: nn.Module) -> tuple[int, int] | None:
+    """Return (inputs, outputs) of a linear layer or 2-D convolution; None for other modules.
+
+    Quantised linear layers need not be `nn.Linear`; that they say their sizes is enough.
+    """
+    kind = "channels" if isinstance(layer, nn.Conv2d) else "features"
+    sizes = getattr(layer, f"in_{kind}", None), getattr(layer, f"out_{kind}", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # pyright: ignore
+
+
+def holds_codes(layer: nn.Module) -> bool:
+    """Whether a linear layer has a packed weight, or none of that name."""
+    if feature_sizes(layer) is None or isinstance(layer, nn.Conv2d):
+        return False
+    weight = getattr(layer, "weight", None)
+    return not isinstance(weight, Tensor) or is_packed(weight)
+
+
+def own_sizes(layer: nn.Module) -> Iterator[tuple[Tensor | nn.Module, int]]:
+    """Yield what of a layer counts as parameters, and how many weights each stands for.
+
+    A packed weight counts with its logical size, not with that of its codes; the layer stands for
+    it, since it may be kept in several tensors.
+    """
+    sizes = feature_sizes(layer)
+    if sizes is not None and holds_codes(layer):
+        yield layer, sizes[0] * sizes[1]
+        bias = getattr(layer, "bias", None)
+        if isinstance(bias, Tensor):
+            yield bias, bias.numel()
+        return
+    for tensor in layer._parameters.values():
+        if tensor is not None:
+            yield tensor, tensor.numel()
+
+
+@contextmanager
+def fit_for_changes(values: nn.ParameterDict, weights: Mapping[str, Weight]) -> Iterator[None]:
+    """Keep what `model.to` must not take from values and adapted weights while it converts them.
+
+    Values keep float32 where the model is made 16-bit: they are added to weights in float32, and
+    steps on them would be lost in fewer bits. Weights keep C order (under channels_last), in which
+    positions in them count.
+
+    Args:
+        values: Those of the layer's adapters.
+        weights: Those of the layer that carry changes.
+    """
+    before = {name: own.data for name, own in values.items()}
+    yield
+    for name, was in before.items():
+        now = values[name]
+        if now.dtype.itemsize < torch.float32.itemsize <= was.dtype.itemsize:
+            now.data = was.to(now.device, torch.float32)
+    for weight in weights.values():
+        if not weight.tensor.is_contiguous():
+            weight.tensor.data = weight.tensor.data.contiguous()
+
+
+def refuse_offloaded(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Refuse layers whose weights accelerate keeps elsewhere (CPU, disk) between forwards.
+
+    Such a layer has its weights while it computes, as new tensors each time. What is written into
+    them is thrown away, and at any other time there is nothing to write into.
+
+    Args:
+        root: The model, or a module in which the hooks that do it are looked for.
+        layers: The layers by path.
+
+    Raises:
+        TargetError: Naming the first one.
+    """
+    away: set[nn.Module] = set()
+    for module in root.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in (hook, *getattr(hook, "hooks", ())):
+            if isinstance(part, AlignDevicesHook) and part.offload:
+                away.update(module.modules() if part.place_submodules else [module])
+    # PEFT takes the hooks away before it loads, and not all weights come back then.
+    mapped = {"cpu", "disk"} & {str(place) for place in getattr(root, "hf_device_map", {}).values()}
+    for path, layer in layers.items():
+        gone = mapped and any(tensor.is_meta for tensor in layer.parameters(recurse=False))
+        if layer in away or gone:
+            raise TargetError(
+                f"`{path}`: accelerate offloads its weights (cpu_offload, disk_offload, or a "
+                "device_map with a part on the CPU or disk): between forwards they are not in the "
+                "model, so no adapter can be put on them. Load the model without offloading; or "
+                "merge the adapter on such a model (merge_and_unload) and offload that one."
+            )
