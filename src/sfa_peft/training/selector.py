@@ -20,7 +20,7 @@ from ..tuner.adapted_layers import find_adapter
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer
 from ..tuner.report import stage_shares
-from ..tuner.sharding import take_shards
+from ..tuner.weight_storage import take_shards
 from .planned_rates import planned_rates
 from .state_files import check_state
 

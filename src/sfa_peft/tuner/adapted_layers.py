@@ -19,8 +19,7 @@ from ..sparse.pool import Pool
 from ..sparse.weight import eager
 from .adapter import Adapter
 from .layer import SFALayer
-from .sharding import take_shards
-from .weight_storage import refuse_offloaded
+from .weight_storage import refuse_offloaded, take_shards
 
 #: Name under which the hooked model keeps its pass.
 _ATTRIBUTE = "_sfa_compiled_pass"

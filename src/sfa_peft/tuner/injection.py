@@ -22,10 +22,9 @@ from .adapter import Adapter, check_name
 from .injection_plan import Plan, make_plan
 from .layer import SFALayer
 from .load_adapter import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
-from .sharding import refuse_cut
 from .targets import is_excluded, own_modules
 from .upstream.task_heads import check_heads, unmatched_heads
-from .weight_storage import refuse_offloaded
+from .weight_storage import refuse_cut, refuse_offloaded
 
 
 class Injection:

@@ -20,10 +20,10 @@ from .injection import Injection
 from .layer import SFALayer
 from .load_adapter import in_pool_type, unpack_state
 from .report import card_facts
-from .sharding import cut_alike
 from .upstream.gradient_checkpointing import prepare_checkpointing
 from .upstream.shape_check import check_fits
 from .upstream.task_heads import settle_heads
+from .weight_storage import cut_alike
 from .weighted_adapter import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
