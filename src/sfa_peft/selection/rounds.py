@@ -251,7 +251,8 @@ class Rounds:
         """Count a step that no hook saw: weights are written anew, as if the values moved."""
         check_unseen_step(self.pool)
         self.pool.foreign_writes += 1
-        if self.joined and self.late_entries is not None and not self._has_warned:
+        late = self.joined and self.late_entries is not None and not self._has_warned
+        if late and bool(self.pool.held.any()):  # somebody did step them
             self._has_warned = True
             warn(
                 f"Adapter `{self.pool.adapter_name}`: what steps its values is no torch optimizer "
