@@ -16,7 +16,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help .venv demo test pretended coverage e2e wheel-test lint types imports docs house conformance conformance-quick versions format check clean
+.PHONY: help .venv demo test pretended coverage e2e wheel-test lint types imports docs house benchmarks conformance conformance-quick versions test-torchvision format check clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,16 @@ conformance-quick: $(STAMP)  ## the two quick suites of it, on SFA
 
 versions: $(STAMP)  ## the tests on the oldest and newest PEFT and transformers, in .venvs
 	@$(BIN)/python -m tests.versions
+
+test-torchvision: $(STAMP)  ## the tests with torchvision and the torch that it was built for (5.5 GB), in .venvs
+	@$(BIN)/python -m tests.versions --only torchvision
+
+benchmarks: $(STAMP)  ## measure every figure of docs/benchmarks.md anew; about 20 minutes on two idle cores
+	@mkdir -p out
+	@for name in cost host_time switching scores trained_size; do \
+		echo "== $$name"; $(BIN)/python benchmarks/$$name.py --output out/$$name.json || exit 1; done
+	@echo "== file_size"
+	@$(BIN)/python benchmarks/file_size.py
 
 format: $(STAMP)  ## let ruff repair what it can
 	@$(BIN)/ruff check --quiet --fix .

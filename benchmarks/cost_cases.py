@@ -24,17 +24,20 @@ SFA_METHODS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "sfa_internal_every4": ({"rho": 0.0, "score_every": 4}, ("scoring",)),
     "sfa_both": ({}, ("scoring", "after")),
     "sfa_external": ({"rho": 1.0}, ("after",)),
+    "sfa_internal_uniform": ({"rho": 0.0}, ("after",)),
     "pick": ({"rho": 0.0}, ("pick",)),
 }
+#: Its positions are spread evenly; those of the others are like trained ones.
+UNIFORM = "sfa_internal_uniform"
 #: Methods that ignore the budget.
-FIXED_METHODS = ("frozen", "full")
+FIXED_METHODS = ("frozen", "full", "lora_r16")
 PEERS = ("lora", "shira", "super_tuning")
 METHODS = (*FIXED_METHODS, *PEERS, *SFA_METHODS)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table, measured in a process of its own.
+    """One row of the table.
 
     Attributes:
         method: One of `METHODS`.
@@ -76,36 +79,6 @@ def make_cases(methods: list[str], budgets: list[float]) -> list[Case]:
             for phase in phases
         ]
     return cases
-
-
-def in_groups(cases: list[Case], size: int) -> list[list[Case]]:
-    """Cut the cases so that at most `size` models are alive; each group has its own references.
-
-    Ratios are taken within a group, so full fine-tuning and the SHiRA of the same budgets come
-    along where they were asked for.
-
-    Args:
-        cases: All rows.
-        size: Largest number of rows in a group; 0 for no limit.
-    """
-    if not size or len(cases) <= size:
-        return [cases]
-    groups: list[list[Case]] = []
-    group: list[Case] = []
-    for case in (c for c in cases if c.method not in ("full", "shira")):
-        if group and len(_with_references([*group, case], cases)) > size:
-            groups.append(_with_references(group, cases))
-            group = []
-        group.append(case)
-    return [*groups, _with_references(group, cases)]
-
-
-def _with_references(group: list[Case], cases: list[Case]) -> list[Case]:
-    budgets = {case.budget for case in group}
-    references = [
-        c for c in cases if c.method == "full" or (c.method == "shira" and c.budget in budgets)
-    ]
-    return [*references, *group]
 
 
 def window_of(resolution: int) -> int:

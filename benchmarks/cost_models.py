@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from cost_cases import BACKBONES, window_of
 from peft import LoraConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from selections import Measured, fill
 from torch import Tensor, nn
 from transformers import Swinv2Backbone, Swinv2Config
 
@@ -71,7 +72,7 @@ def prepare(task: Task, case: dict[str, Any]) -> nn.Module:
     if method in ("frozen", "full"):
         task.backbone.requires_grad_(method == "full")
         return task
-    if method in ("lora", "shira", "super_tuning"):
+    if method in ("lora", "lora_r16", "shira", "super_tuning"):
         return get_peft_model(task, _peer_config(task, method, budget))
     missing = set(case["options"]) - {f.name for f in fields(SFAConfig)}
     if missing:
@@ -102,6 +103,8 @@ def _peer_config(task: Task, method: str, budget: float) -> Any:
     if backbone is None:
         raise RuntimeError("the benchmark's own model has no backbone that sfa_peft knows")
     names = [role.name for role in role_modules(backbone)]
+    if method == "lora_r16":
+        return LoraConfig(r=16, target_modules=names, modules_to_save=["head"])
     shapes = [task.get_submodule(name).weight.shape for name in names]
     wanted = budget * sum(p.numel() for p in backbone.module.parameters())
     common: dict[str, Any] = {"target_modules": names, "modules_to_save": ["head"]}
@@ -118,17 +121,20 @@ def _peer_config(task: Task, method: str, budget: float) -> Any:
     return LoraConfig(r=rank, **common)
 
 
-def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector:
+def make_selector(
+    model: nn.Module, phase: str, total_steps: int, measured: list[Measured] | None
+) -> SFASelector:
     """Return the selector of a run that is in the given phase.
 
     "scoring" and "after" are runs resumed in the middle and after the last pick: what every step
     of a long run does (scores, entries of several picks, corrections of late ones), without the
-    run. So no earlier phase raises the peak either. The positions are random.
+    run. So no earlier phase raises the peak either.
 
     Args:
         model: A model with a fresh SFA adapter.
         phase: "scoring", "after" or "pick".
         total_steps: Length of the run for "pick", which starts at its beginning.
+        measured: What the selected positions shall be like; None for uniform ones.
     """
     if phase == "pick":
         return SFASelector(model, total_steps=total_steps)
@@ -148,19 +154,8 @@ def make_selector(model: nn.Module, phase: str, total_steps: int) -> SFASelector
         "num_added": dict.fromkeys(sums, 0),
         "joined": [(a, b, i * SELECTION_STEPS) for i, (a, b) in enumerate(pairwise(ends), 1)],
     }
-    fill(pool.slots, pool.starts[-1], ends)
+    fill(pool, ends, measured=measured)
     state["pool"] = pool.state_dict()
     resumed = SFASelector(model)
     resumed.load_state_dict(state)
     return resumed
-
-
-def fill(slots: Tensor, eligible: int, ends: list[int], seed: int = 0) -> None:
-    """Assign random positions as several picks would have: sorted within each of them."""
-    generator = torch.Generator().manual_seed(seed)
-    stride = eligible // len(slots)
-    positions = torch.arange(len(slots)) * stride  # one of each stretch: distinct, and cheap
-    positions += torch.randint(stride, positions.shape, generator=generator)
-    positions = positions[torch.randperm(len(slots), generator=generator)]
-    for first, last in pairwise(ends):
-        slots[first:last] = positions[first:last].sort().values.to(slots.device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows of `cost.py` to ratios, bars and an aligned table. Plain Python, no torch.
 
-Ratios are taken round by round, between blocks of steps that ran right after each other, and their
+Ratios are taken turn by turn, between blocks of steps that ran soon after each other, and their
 median is what counts: load from elsewhere then hits both sides.
 """
 
@@ -13,8 +13,15 @@ from typing import Any, NamedTuple
 
 GB, MB = 1e9, 1e6
 
-STEP_TO_FULL = {"scoring": 0.90, "after": 0.80}
+#: Step over that of full fine-tuning, by method (the others' is the last) and phase.
+STEP_TO_FULL = {
+    "sfa_internal": {"scoring": 0.90, "after": 0.70},
+    "sfa_both": {"scoring": 0.90, "after": 0.80},
+    "": {"scoring": 0.90, "after": 0.80},
+}
 STEP_TO_SHIRA = 0.95
+#: Step with bfloat16 scores over that with exact ones.
+STEP_TO_EXACT = 1.05
 PICK_EXTRA_BYTES = 64 * MB
 #: Peak memory in bytes, for what `memory_bars_hold` says.
 PEAK_BYTES = {
@@ -60,13 +67,21 @@ def add_ratios(rows: list[Row]) -> None:
             steps their work repeats.
     """
     for row in rows:
-        for name, reference in (("full", _find(rows, "full")), ("shira", _shira(rows, row))):
+        references = {
+            "full": _find(rows, "full"),
+            "shira": None if row["budget"] is None else _find(rows, "shira", row["budget"]),
+            "exact": _exact(rows, row),
+        }
+        for name, reference in references.items():
             if reference is None or not row.get("rounds") or not reference.get("rounds"):
                 continue
             turns = zip(turn_seconds(row), turn_seconds(reference), strict=True)
             ratios = [own / other for own, other in turns]
             row[f"to_{name}"] = median(ratios)
             row[f"to_{name}_spread"] = [min(ratios), max(ratios)]
+        lora = _find(rows, "lora_r16")
+        if lora is not None and "peak_bytes" in lora and "peak_bytes" in row:
+            row["peak_to_lora_r16"] = row["peak_bytes"] / lora["peak_bytes"]
 
 
 def turn_seconds(row: Row) -> list[float]:
@@ -82,8 +97,11 @@ def _find(rows: Iterable[Row], method: str, budget: float | None = None) -> Row 
     return next((r for r in rows if r["method"] == method and r["budget"] == budget), None)
 
 
-def _shira(rows: list[Row], row: Row) -> Row | None:
-    return None if row["budget"] is None else _find(rows, "shira", row["budget"])
+def _exact(rows: list[Row], row: Row) -> Row | None:
+    """Return the row that scores exactly where this one does not."""
+    same = (r for r in rows if r["budget"] == row["budget"] and r["phase"] == "scoring")
+    is_cheaper = row["method"] == "sfa_internal_bf16"
+    return next((r for r in same if is_cheaper and r["method"] == "sfa_internal"), None)
 
 
 def memory_bars_hold(settings: dict[str, Any]) -> bool:
@@ -100,9 +118,14 @@ def bars_of(row: Row, settings: dict[str, Any]) -> list[Bar]:
         ]
     bars = []
     if row["method"].startswith("sfa_") and "to_full" in row:
-        bars.append(Bar("step/full", row["to_full"], STEP_TO_FULL[row["phase"]]))
+        limits = STEP_TO_FULL.get(row["method"], STEP_TO_FULL[""])
+        bars.append(Bar("step/full", row["to_full"], limits[row["phase"]]))
     if row["method"].startswith("sfa_internal") and "to_shira" in row:
         bars.append(Bar("step/SHiRA", row["to_shira"], STEP_TO_SHIRA))
+    if "to_exact" in row:
+        bars.append(Bar("step/exact", row["to_exact"], STEP_TO_EXACT))
+    if row["phase"] == "after" and "peak_to_lora_r16" in row:
+        bars.append(Bar("GB/LoRA r16", row["peak_to_lora_r16"], 1))
     limit = PEAK_BYTES.get((row["method"], row["phase"]))
     if limit and memory_bars_hold(settings) and row["budget"] <= MEMORY_BUDGET:
         bars.append(Bar("GB", row["peak_bytes"] / GB, limit / GB))

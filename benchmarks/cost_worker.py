@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One method in a process of its own: builds it and runs steps when `cost.py` asks.
+"""One row of `cost.py`: a model ready for its method, and what is measured on it.
 
-One JSON object per line: requests on standard input, replies on standard output. A process of its
-own makes the peak memory that of one method; staying alive lets the methods take turns.
+Times of all rows are taken in one process, in turns. The peak memory of a row is that of a process
+that does nothing else.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import multiprocessing
 import resource
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
+from cost_cases import UNIFORM
 from cost_models import (
     ROUNDS,
     NotAvailable,
@@ -26,6 +28,7 @@ from cost_models import (
     prepare,
     trained_parameters,
 )
+from selections import load
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
@@ -114,7 +117,9 @@ class Job:
         if case["method"].startswith(("sfa_", "pick")):
             # A pick per round, and one round behind the last.
             total_steps = max(ROUNDS, settings["rounds"] + WARM_UP_STEPS + 1)
-            self.selector = make_selector(self.model, self.phase, total_steps)
+            uniform = case["method"] == UNIFORM
+            measured = None if uniform else load(case["budget"], case["options"].get("rho", 0.5))
+            self.selector = make_selector(self.model, self.phase, total_steps, measured)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, **trainers_optimizer())
         side, generator = settings["resolution"], torch.Generator().manual_seed(0)
@@ -198,12 +203,18 @@ class Job:
         return seconds, self.memory.peak() - before
 
     def _time(self, action: Callable[[], object]) -> float:
-        self._wait()
-        return _seconds(lambda: (action(), self._wait()))
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        """Return the seconds that an action takes, on CUDA by events there."""
+        if self.device != "cuda":
+            start = time.perf_counter()
+            action()
+            return time.perf_counter() - start
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        first.record()
+        action()
+        last.record()
+        torch.cuda.synchronize()
+        return first.elapsed_time(last) / 1e3
 
 
 def _seconds(action: Callable[[], object]) -> float:
@@ -217,45 +228,36 @@ def _plain_topk(sums: list[Tensor], count: int) -> Tensor:
     return torch.cat([s.reshape(-1) for s in sums]).abs_().topk(count, sorted=False).indices
 
 
-def build(case: dict[str, Any], settings: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
-    """Return the job and what is known before it is timed."""
-    memory = Memory("cpu")
-    imports = memory.now()
+def measure_memory(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the peak memory of a row and what else is known of it; in a fresh process."""
+    imports = Memory("cpu").now()
     torch.set_num_threads(settings["threads"])
-    job = Job(case, settings)
-    is_cuda = settings["device"] == "cuda"
-    return job, {
+    try:
+        job = Job(case, settings)
+        found = job.pick() if job.phase == "pick" else {}
+    except NotAvailable as error:
+        return {"failure": f"not run: {error}"}
+    except Exception as error:  # whatever a library raises becomes a row that says so
+        traceback.print_exc()
+        return {"failure": f"FAILED: {type(error).__name__}: {error}"}
+    return {key: n for key, n in found.items() if not key.endswith("_seconds")} | {
         "imports_bytes": imports,
         "trained": trained_parameters(job.model),
         "backbone": job.size,
-        "device_name": torch.cuda.get_device_name() if is_cuda else "cpu",
         "optimizer": trainers_optimizer(),
         "backend": backend_settings(),
+        **job.peak(),
     }
 
 
-def serve(requests: TextIO, replies: TextIO) -> None:
-    """Answer requests until there are no more."""
-    job: Job | None = None
-    for line in requests:
-        request = json.loads(line)
-        name, arguments = request["do"], request["with"]
+def in_process(case: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """Do that in a process of its own, which has imported everything already where that works."""
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
+        context.set_forkserver_preload(["cost_worker"])
+    with ProcessPoolExecutor(1, mp_context=context) as process:
         try:
-            if name == "build":
-                job, reply = build(**arguments)
-            else:
-                reply = getattr(job, name)(**arguments)
-        except NotAvailable as error:
-            reply = {"not_available": str(error)}
-        except Exception as error:  # whatever a library raises becomes a row that says so
-            traceback.print_exc()
-            reply = {"error": f"{type(error).__name__}: {error}"}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    # Libraries may print: only replies go to the pipe.
-    pipe = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    serve(sys.stdin, pipe)
+            return process.submit(measure_memory, case, settings).result()
+        except BrokenProcessPool:
+            return {"failure": "FAILED: the process ended (out of memory?)"}

@@ -26,7 +26,6 @@ OTHERS = {
     "int32 position and bf16 value": 6,
     "16-bit column, row starts and bf16 value": 4,
 }
-INDEX_SECTIONS = 5
 
 
 def parse() -> argparse.Namespace:
@@ -93,9 +92,9 @@ def main() -> None:
             p = entries / sum(sizes)
             entropy = (-p * log2(p) - (1 - p) * log2(1 - p)) / p
             blob = encode_entries(tensors, mode)
-            stored = read_blob(blob).section_nbytes
-            index_bits = 8 * sum(stored[:INDEX_SECTIONS]) / entries
-            value_bits = 8 * sum(stored[INDEX_SECTIONS:]) / entries
+            read = read_blob(blob)
+            index_bits = 8 * read.index_nbytes / entries
+            value_bits = 8 * sum(read.section_nbytes) / entries - index_bits
             encode = seconds(lambda t=tensors, m=mode: encode_entries(t, m))
             decode = seconds(
                 lambda b=blob, s=sizes, o=bases: decode_entries(

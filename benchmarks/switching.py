@@ -8,7 +8,8 @@ layers, with as many parameters) and against copying a full checkpoint that lies
 
 Time is from task A active to task B ready: SFA's includes every write, which is checked. Everything
 takes turns, so that load from elsewhere hits all of it. Models are SwinV2 with random weights:
-nothing is downloaded. Selections are random, in as many picks as a training run makes (`--picks`).
+nothing is downloaded. Selections are like trained ones (see `selections.py`), in as many picks as a
+training run makes (`--picks`); one row has uniform ones.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ def measure_switches(args: argparse.Namespace, budget: float) -> list[Row]:
     makers: dict[str, Callable[[], Any]] = {
         "dense copy": lambda: Dense(new_task()),
         "sfa_internal": lambda: Sparse(new_task(), budget, 0.0, args.picks),
-        "sfa_internal, 1 pick": lambda: Sparse(new_task(), budget, 0.0, 1),
         "sfa_both": lambda: Sparse(new_task(), budget, 0.5, args.picks),
+        "sfa_internal, uniform": lambda: Sparse(new_task(), budget, 0.0, args.picks, uniform=True),
         **{peer: lambda peer=peer: Merged(new_task(), peer, budget) for peer in PEERS},
     }
     rows, pairs = [], []
@@ -267,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(
         f"{device}, {about['cores']} cores, {args.threads} threads; {versions}\n"
         f"SwinV2 {args.backbone}, {args.resolution} px, batch {args.batch_size}, {args.dtype}; "
-        f"random selections in {args.picks} picks\n$ {about['command']}\n"
+        f"selections in {args.picks} picks\n$ {about['command']}\n"
     )
     print(render(switches, exact, forwards, args))
     rows = {"switches": switches, "exactness": exact, "forwards": forwards}

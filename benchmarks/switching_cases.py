@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cost_models import Task, fill, prepare
+from cost_models import Task, prepare
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from selections import fill, load
 from torch import Tensor, nn
 
 from sfa_peft import SFALayer
@@ -24,22 +25,27 @@ TASKS = ("a", "b")
 class Sparse:
     """SFA: both tasks are adapters, `set_adapter` writes their entries.
 
-    Positions are random, so they touch more cache lines than a trained selection of that size, and
-    lie in the pool as `picks` picks leave them: sorted within each.
+    Positions are like those of a trained adapter, or `uniform`: one in each stretch, which touches
+    far more cache lines. They lie in the pool as `picks` picks leave them: sorted within each. Both
+    adapters are as after loading: for inference.
     """
 
-    def __init__(self, task: Task, budget: float | None, rho: float, picks: int) -> None:
+    def __init__(
+        self, task: Task, budget: float, rho: float | None, picks: int, *, uniform: bool = False
+    ) -> None:
         case = {"method": "sfa", "phase": "", "budget": budget, "options": {"rho": rho}}
         model = prepare(task, case)
         assert isinstance(model, PeftModel)
+        model.peft_config["default"].inference_mode = True
+        measured = None if uniform else load(budget, 0.5 if rho is None else rho)
         self.model = model
         model.add_adapter("b", model.peft_config["default"])
         self.names = dict(zip(TASKS, ("default", "b"), strict=True))
         for seed, name in enumerate(self.names.values()):
             pool = find_pool(model, name)
             if pool is not None:
-                size, eligible = len(pool.slots), pool.starts[-1]
-                fill(pool.slots, eligible, [size * i // picks for i in range(picks + 1)], seed)
+                ends = [pool.size * i // picks for i in range(picks + 1)]
+                fill(pool, ends, measured=measured, seed=seed)
                 with torch.no_grad():
                     generator = torch.Generator().manual_seed(seed)
                     pool.values.normal_(std=CHANGE, generator=generator)

@@ -38,9 +38,8 @@ from sfa_peft.files.packing import Entries, pack
 from sfa_peft.sparse.pool import Pool
 from sfa_peft.tuner.adapted_layers import find_pool
 
-INDEX_SECTIONS = 5  # table, skips, lengths and their low bits; planes of values follow
 #: Bars at a share of selected weights from: bytes per changed weight, by type of the base.
-BARS = {"bfloat16": ((0.1, 1.4), (0.0, 1.7)), "float32": ((0.0, 3.9),)}
+BARS = {"bfloat16": ((0.05, 0.85), (0.0, 1.7)), "float32": ((0.0, 3.1),)}
 
 
 def parse() -> argparse.Namespace:
@@ -55,10 +54,10 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(share: float, args: argparse.Namespace) -> PeftModel:
-    """Return a model with this share of the eligible weights selected and trained."""
+def train(share: float, args: argparse.Namespace, *, rho: float = 0.0) -> PeftModel:
+    """Return a model that trained this share of the backbone, `rho` of it external adapters."""
     base = build_model(Arguments(seed=0), len(CLASS_NAMES))
-    config = SFAConfig(budget=share, rho=0, modules_to_save=["decode_head"])
+    config = SFAConfig(budget=share, rho=rho, modules_to_save=["decode_head"])
     model = get_peft_model(base, config).train()
     selector = SFASelector(model, total_steps=args.steps)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -90,11 +89,13 @@ def packed_as(pool: Pool, dtype: torch.dtype) -> bytes:
     """Return the packed selection on the backbone in a type."""
     entries = []
     for ordinal, spans in enumerate(pool.layout()):
-        weight = pool.weights[ordinal].pretrained().to(dtype).reshape(-1)
+        weight = pool.weights[ordinal].pretrained().to(dtype)
+        columns = weight.shape[-1] if weight.ndim == 2 else 0
+        weight = weight.reshape(-1)
         indices, order = pool.indices(ordinal).sort()
         parts = [pool.values.detach()[a:b] for a, b in spans]
         change = torch.cat(parts)[order] if parts else pool.values.detach()[:0]
-        entries.append(Entries(weight.numel(), indices, change, weight[indices]))
+        entries.append(Entries(weight.numel(), indices, change, weight[indices], columns))
     return pack(entries).numpy().tobytes()
 
 
@@ -107,8 +108,7 @@ def rows_of(share: float, model: PeftModel) -> list[dict[str, Any]]:
     rows = []
     for name in ("float32", "bfloat16"):
         blob = packed_as(pool, getattr(torch, name))
-        sections = read_blob(blob).section_nbytes
-        index = 8 * sum(sections[:INDEX_SECTIONS]) / pool.num_assigned
+        index = 8 * read_blob(blob).index_nbytes / pool.num_assigned
         size = len(blob) / pool.num_assigned
         bar = next(b for least, b in BARS[name] if share >= least)
         rows.append(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Instance segmentation: a SwinV2 with a Mask2Former head, adapted within a budget.
+"""Instance segmentation: a SwinV2 with a Mask2Former or Mask R-CNN head, within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
 of one core, to a mask AP of about 0.27 (AP50 0.59)::
@@ -12,13 +12,14 @@ Your own data, in COCO's layout or another (docs/dense-data.md)::
         --backbone microsoft/swinv2-base-patch4-window12-192-22k --image_size 1024 1024 \
         --hidden_size 256 --num_queries 100 --max_steps 90000 --learning_rate 1e-4
 
-What the paper trained, as far as transformers has it:
-`--recipe examples/recipes/coco_instances.yaml`. Several methods side by side:
-`compare_methods.py`. Scores need faster-coco-eval: `pip install '.[examples,detection]'`.
+What the paper trained: `--recipe examples/recipes/coco_mask_rcnn.yaml`, or without torchvision
+`coco_instances.yaml`. Several methods side by side: `compare_methods.py`. Scores need
+faster-coco-eval, `--head mask_rcnn` torchvision: `pip install '.[examples,detection,torchvision]'`.
 """
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -34,6 +35,7 @@ from common.mask2former import (
     check_width,
 )
 from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
+from common.rcnn import RCNNOptions, check_rcnn, make_rcnn, score_rcnn
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -47,9 +49,13 @@ from sfa_peft.dense import collate_instances, instances_from_queries
 
 
 @dataclass
-class Arguments(Mask2FormerOptions, ObjectArguments):
+class Arguments(RCNNOptions, Mask2FormerOptions, ObjectArguments):
     """Options of instance segmentation."""
 
+    head: Literal["mask2former", "mask_rcnn"] = field(
+        default="mask2former",
+        metadata={"help": "Task head: Mask2Former, or Mask R-CNN with the paper's necks."},
+    )
     output_dir: str = field(
         default="out/instance_segmentation",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
@@ -61,7 +67,9 @@ class Arguments(Mask2FormerOptions, ObjectArguments):
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
         super().check()
-        check_width(self)
+        check_rcnn(self, is_used=self.head == "mask_rcnn")
+        if self.head == "mask2former":
+            check_width(self)
 
 
 def load_data(args: Arguments) -> Data:
@@ -71,6 +79,8 @@ def load_data(args: Arguments) -> Data:
 
 def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     """Return the head on the pretrained backbone, the same for every method."""
+    if args.head == "mask_rcnn":
+        return make_rcnn(args, len(data.class_names), masks=True)
     backbone = load_backbone(args)
     set_seed(args.seed)
     kind = Mask2FormerForUniversalSegmentation
@@ -101,6 +111,9 @@ def rates(args: Arguments) -> Rates:
 
 def scoring(args: Arguments, data: Data) -> ObjectScoring:
     """Return the average precision of masks, and their pictures."""
+    if args.head == "mask_rcnn":
+        workers = args.dataloader_num_workers
+        return score_rcnn(data.class_names, masks=True, num_workers=workers)
     return ObjectScoring(
         headers={"mask AP": "segm_map", "AP50": "segm_map_50", "AP75": "segm_map_75"},
         class_names=data.class_names,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Object detection: a SwinV2 with an RT-DETR head, adapted within a budget.
+"""Object detection: a SwinV2 with an RT-DETR or Faster R-CNN head, adapted within a budget.
 
 Runs with no argument: rendered scenes and a small SwinV2 that ships with the examples, four minutes
 of one core, to a box AP of about 0.26 (AP50 0.51; measured with `--select_until 1`)::
@@ -12,13 +12,15 @@ Your own data, in COCO's layout or another (docs/dense-data.md)::
         --backbone microsoft/swinv2-base-patch4-window12-192-22k --image_size 640 640 \
         --hidden_size 256 --num_queries 300 --max_steps 90000 --learning_rate 1e-4
 
-What the paper trained, as far as transformers has it:
-`--recipe examples/recipes/coco_detection.yaml`. Several methods side by side:
-`compare_methods.py`. Scores need faster-coco-eval: `pip install '.[examples,detection]'`.
+What the paper trained has masks too: `instance_segmentation.py --head mask_rcnn`. RT-DETR's recipe
+is `--recipe examples/recipes/coco_detection.yaml`. Several methods side by side:
+`compare_methods.py`. Scores need faster-coco-eval, `--head faster_rcnn` torchvision:
+`pip install '.[examples,detection,torchvision]'`.
 """
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve small machines
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -27,6 +29,7 @@ import torch
 from common.backbones import STAGES, load_backbone
 from common.data import Data
 from common.objects import ObjectArguments, ObjectScoring, load_objects, preprocessing
+from common.rcnn import RCNNOptions, check_rcnn, make_rcnn, score_rcnn
 from common.reporting import Result
 from common.task import Task, run_task
 from common.training import Rates, pick_rates, run_script
@@ -46,9 +49,13 @@ STRIDES = {"stage1": 4, "stage2": 8, "stage3": 16, "stage4": 32}
 
 
 @dataclass
-class Arguments(ObjectArguments):
+class Arguments(RCNNOptions, ObjectArguments):
     """Options of object detection."""
 
+    head: Literal["rt_detr", "faster_rcnn"] = field(
+        default="rt_detr",
+        metadata={"help": "Task head: RT-DETR, or Faster R-CNN with the paper's necks."},
+    )
     output_dir: str = field(
         default="out/object_detection",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
@@ -56,8 +63,8 @@ class Arguments(ObjectArguments):
     stages: list[str] = field(
         default_factory=lambda: ["stage2", "stage3"],
         metadata={
-            "help": "Feature maps that the head takes: stage2 to stage4 (strides 8 to 32) in "
-            "RT-DETR's paper; images of 64 pixels have only 2 x 2 cells in the last."
+            "help": "Feature maps that RT-DETR takes: stage2 to stage4 (strides 8 to 32) in its "
+            "paper; images of 64 pixels have only 2 x 2 cells in the last."
         },
     )
     hidden_size: int = field(
@@ -73,6 +80,11 @@ class Arguments(ObjectArguments):
     def check(self) -> None:
         """Refuse what cannot work whatever the data."""
         super().check()
+        check_rcnn(self, is_used=self.head == "faster_rcnn")
+        if self.head == "rt_detr":
+            self._check_detr()
+
+    def _check_detr(self) -> None:
         if sorted(set(self.stages)) != self.stages or not set(self.stages) <= set(STAGES):
             raise SFAError(f"--stages: expected some of {list(STAGES)} in order: {self.stages}")
         if any(side % 32 for side in (*self.image_size, *self.eval_size)):
@@ -90,6 +102,8 @@ def load_data(args: Arguments) -> Data:
 
 def make_model(args: Arguments, data: Data) -> PreTrainedModel:
     """Return the head on the pretrained backbone, the same for every method."""
+    if args.head == "faster_rcnn":
+        return make_rcnn(args, len(data.class_names), masks=False)
     backbone = load_backbone(args, args.stages)
     set_seed(args.seed)
     levels = len(args.stages)
@@ -153,6 +167,9 @@ def rates(args: Arguments) -> Rates:
 
 def scoring(args: Arguments, data: Data) -> ObjectScoring:
     """Return the average precision of boxes, and their pictures."""
+    if args.head == "faster_rcnn":
+        workers = args.dataloader_num_workers
+        return score_rcnn(data.class_names, masks=False, num_workers=workers)
     return ObjectScoring(
         headers={"box AP": "bbox_map", "AP50": "bbox_map_50", "AP75": "bbox_map_75"},
         class_names=data.class_names,

@@ -303,6 +303,13 @@ def _hsdp():
     return lambda: SFASelector(model, total_steps=STEPS)
 
 
+def _layers_by_themselves():
+    model = adapted()
+    fully_shard(model.get_base_model().second.get_base_layer(), mesh=init_device_mesh("cpu", (1,)))
+    sharded(model).train()
+    return lambda: SFASelector(model, total_steps=STEPS)
+
+
 def _by_output():
     model = adapted(ranking="output")
     sharded(model).train()
@@ -337,6 +344,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "an adapter added after fully_shard": _added_afterwards,
     "an SFASelector made before fully_shard": _made_before,
     "FSDP2 of the whole in one group without model.train()": _without_train,
+    "FSDP2 of an adapted layer by itself": _layers_by_themselves,
     "FSDP2, ranking='output'": _by_output,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,
     "nn.DataParallel": _data_parallel,

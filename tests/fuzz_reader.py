@@ -25,6 +25,7 @@ import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +39,16 @@ from safetensors.torch import load_file, save_file
 
 from sfa_peft import AdapterFileError, SelectionError, SFAConfig, SFASelector
 from sfa_peft.errors import SFAError
-from sfa_peft.files.container import SelectedEntries, decode_entries, encode_entries, read_blob
+from sfa_peft.files.container import (
+    SelectedEntries,
+    assemble,
+    decode_entries,
+    encode_entries,
+    read_blob,
+)
+from sfa_peft.files.entropy import expand, squeeze
 from sfa_peft.files.folder import WEIGHTS_NAME, read_adapter
+from sfa_peft.files.indices import pack_indices
 from sfa_peft.files.values import ValueMode, check_finite
 from sfa_peft.training.state_files import STATE_NAME, read_state, write_state
 from sfa_peft.tuner.adapted_layers import find_pool
@@ -47,7 +56,8 @@ from tests.tiny import MLP
 
 SECONDS = 2.0  # of processor time for one input
 MEMORY = 200 << 20  # bytes for one input
-SIZES = [300, 1, 64, 5000]
+SIZES = [300, 1, 64, 20_000]
+COLUMNS = [0, 0, 8, 100]  # of a row; the last tensor is selected in some rows and columns
 BLOB_MEMORY = 8 << 20  # bytes: many times what the sizes above take
 
 #: What a forged field holds.
@@ -126,20 +136,29 @@ def forge_tensor(tensor: torch.Tensor, rng: random.Random) -> Any:
 
 
 def blobs() -> Target:
-    """Return the reader of packed selections, with a valid one of every mode."""
-    generator, valid = np.random.default_rng(0), []
+    """Return the reader of packed selections, with valid ones of every mode and version."""
+    generator, valid, bases_of = np.random.default_rng(0), [], {}
     for mode in ValueMode:
-        tensors = []
-        for size in SIZES:
-            indices = np.flatnonzero(generator.random(size) < 0.2)
-            values, base = (generator.normal(size=indices.size).astype("f4") for _ in range(2))
-            if mode.dtype == np.uint16:
-                values, base = ((v.view(np.uint32) >> 18).astype(np.uint16) for v in (values, base))
-            tensors.append(SelectedEntries(size, indices, values, base))
-        valid.append((encode_entries(tensors, mode), [t.base for t in tensors]))
+        tensors = [
+            selected(size, columns, mode, generator)
+            for size, columns in zip(SIZES, COLUMNS, strict=True)
+        ]
+        blob = read_blob(encode_entries(tensors, mode))
+        if not len(blob.sections[1].data):
+            raise RuntimeError("no tensor has a grid")
+        lists = pack_indices([t.indices for t in tensors], SIZES)
+        old = [*(squeeze(parts) for parts in lists), *blob.sections[-mode.num_planes :]]
+        valid += [blob, replace(blob, version=1, sections=old)]
+        bases_of[mode] = [t.base for t in tensors]
 
     def make(rng: random.Random) -> bytes:
-        out = bytearray(mutate(rng.choice(valid)[0], rng))
+        blob = rng.choice(valid)
+        if rng.random() < 0.5:  # what is inside of the entropy stage
+            sections, place = [*blob.sections], rng.randrange(len(blob.sections) - 1)
+            raw = expand(sections[place], "part").tobytes()
+            sections[place] = squeeze([mutate(raw, rng)])
+            return assemble(replace(blob, sections=sections))
+        out = bytearray(mutate(assemble(blob), rng))
         if rng.random() < 0.5 and len(out) > 44:
             out[32:40] = struct.pack("<Q", len(out))
             out[-4:] = struct.pack("<I", zlib.crc32(out[:-4]))
@@ -149,7 +168,7 @@ def blobs() -> Target:
         tracemalloc.start()
         try:
             blob = read_blob(data)
-            bases = valid[list(ValueMode).index(blob.mode)][1]
+            bases = bases_of[blob.mode]
             found = decode_entries(
                 blob, SIZES, base_entries=lambda i, p: np.resize(bases[i], p.shape)
             )
@@ -161,6 +180,21 @@ def blobs() -> Target:
         check_whole(found, blob.mode)
 
     return Target(make, check, AdapterFileError)
+
+
+def selected(
+    size: int, columns: int, mode: ValueMode, generator: np.random.Generator
+) -> SelectedEntries:
+    """Return entries of a tensor, in some rows and columns of it where it has many."""
+    chosen = generator.random(size) < 0.2
+    if size == SIZES[-1]:
+        row, column = np.divmod(np.arange(size), columns)
+        chosen = (row % 13 < 3) & (column % 7 < 2) & (generator.random(size) < 0.8)
+    indices = np.flatnonzero(chosen)
+    values, base = (generator.normal(size=indices.size).astype("f4") for _ in range(2))
+    if mode.dtype == np.uint16:
+        values, base = ((v.view(np.uint32) >> 18).astype(np.uint16) for v in (values, base))
+    return SelectedEntries(size, indices, values, base, columns)
 
 
 def check_whole(found: list[SelectedEntries], mode: ValueMode) -> None:

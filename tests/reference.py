@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -117,7 +118,7 @@ class DenseReference:
                     kept[name][mask & ~self.before[name]] = 0
 
     def admit(self, scores: dict[str, Tensor], count: int) -> None:
-        """Admit `count` weights by what is given here; whole rows while they fit."""
+        """Admit `count` weights by what is given here; whole rows or blocks while they fit."""
         self.before = {n: m.clone() for n, m in self.mask.items()}
         if self.ranking == "global":
             self._admit_among(list(scores), scores, count)
@@ -131,6 +132,23 @@ class DenseReference:
         for name, own in zip(scores, layer_quotas(count, sizes, have), strict=True):
             self._admit_among([name], scores, own)
 
+    def _admit_blocks(self, names: list[str], scores: dict[str, Tensor], count: int) -> None:
+        """Admit blocks of 16 by a sort of all, while a whole one fits."""
+        blocks = []
+        for name in names:
+            shape = scores[name].shape if scores[name].ndim > 1 else (1, -1)
+            rows, mask = (t.view(shape).flatten(1) for t in (scores[name], self.mask[name]))
+            for row, column in itertools.product(range(len(rows)), range(0, rows.shape[1], 16)):
+                place = (row, slice(column, column + 16))
+                if not mask[place].any():
+                    norm = rows[place].double().square().sum().sqrt().float()
+                    blocks.append((float(norm), mask[place]))
+        for _, block in sorted(blocks, key=lambda b: -b[0]):  # ties by position
+            if count < 16:
+                return
+            block.fill_(True)
+            count -= block.numel()
+
     def _admit_into_an_emptiest_row(self, scores: dict[str, Tensor]) -> None:
         """Admit the best weight of those in rows that have the fewest and are not full."""
         rows = {n: m.reshape(len(m), -1) for n, m in self.mask.items()}
@@ -143,6 +161,9 @@ class DenseReference:
         self.mask[name].view(-1)[int(open_scores[name].argmax())] = True
 
     def _admit_among(self, names: list[str], scores: dict[str, Tensor], count: int) -> None:
+        if self.granularity == "block":
+            self._admit_blocks(names, scores, count)
+            return
         if self.granularity == "row":
             means = {n: _row_means(scores[n]).masked_fill(self.mask[n], -1) for n in names}
             while True:

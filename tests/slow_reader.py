@@ -16,7 +16,7 @@ def read(blob, base=None):
     magic, version, _, mode, num_sections, block, num_tensors, *_ = struct.unpack_from(
         "<8sHHBBHIIQQ", blob
     )
-    assert (magic, version) == (b"SFADELTA", 1)
+    assert magic == b"SFADELTA"
     assert struct.unpack("<I", blob[-4:])[0] == zlib.crc32(blob[:-4])
     sections, offset = [], 40 + 20 * num_sections
     for i in range(num_sections):
@@ -25,10 +25,41 @@ def read(blob, base=None):
         sections.append(zlib.decompress(data, -15) if codec == 1 else data)
         assert len(sections[-1]) == expanded
         offset += stored
-    table = [struct.unpack_from("<QQQQQBB", sections[0], 42 * i) for i in range(num_tensors)]
-    positions = _positions(table, *sections[1:5])
-    values = _values(mode, block, sections[5:], [len(p) for p in positions], base)
-    return mode, [(row[0], *pair) for row, *pair in zip(table, positions, values, strict=True)]
+    heads = {1: 0, 2: 2}[version]  # sections before those of lists
+    table = sections[heads]
+    table = [struct.unpack_from("<QQQQQBB", table, at) for at in range(0, len(table), 42)]
+    positions = _positions(table, *sections[heads + 1 : heads + 5])
+    sizes = [row[0] for row in table]
+    if version == 2:
+        tensors = [struct.unpack_from("<QQI", sections[0], 20 * i) for i in range(num_tensors)]
+        sizes = [size for size, _, _ in tensors]
+        positions = _joined(tensors, list(sections[1]), sizes, positions)
+    assert len(sizes) == len(positions) == num_tensors
+    values = _values(mode, block, sections[heads + 5 :], [len(p) for p in positions], base)
+    return mode, [(size, *pair) for size, *pair in zip(sizes, positions, values, strict=True)]
+
+
+def _joined(tensors, classes, sizes, lists):
+    """Return each tensor's positions: a list of its own, or out of the levels' lists."""
+    own = iter(lists)
+    found = [None if columns else next(own) for _, _, columns in tensors]
+    levels = [[] for _ in range(64)]  # (tensor, position) of all weights of a level
+    for ordinal, (size, entries, columns) in enumerate(tensors):
+        if columns:
+            rows = size // columns
+            of_rows, of_columns = classes[:rows], classes[rows : rows + columns]
+            classes = classes[rows + columns :]
+            found[ordinal] = []
+            for position in range(size):
+                row, column = of_rows[position // columns], of_columns[position % columns]
+                if row and column:
+                    level = max(0, min(63, (entries**2).bit_length() + 4 - row - column))
+                    levels[level].append((ordinal, position))
+    for level in filter(None, levels):
+        for place in next(own):
+            ordinal, position = level[place]
+            found[ordinal].append(position)
+    return [sorted(positions) for positions in found]
 
 
 def _positions(table, skip_symbols, skip_bits, length_symbols, length_bits):

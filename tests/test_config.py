@@ -32,7 +32,7 @@ from sfa_peft import ConfigError, SFAConfig
         ({"ranking": "local"}, "ranking: expected one of global, layer, output, got 'local'"),
         ({"ranking": None}, "ranking: expected one of"),
         ({"ranking": "output", "granularity": "row"}, "Leave one of them out"),
-        ({"granularity": "column"}, "granularity: expected one of weight, row"),
+        ({"granularity": "column"}, "granularity: expected one of weight, block, block64, row"),
         ({"schedule": "square"}, "schedule: expected one of linear, cubic, one_shot, literal"),
         ({"select_until": 0}, "0 < select_until <= 1, got 0"),
         ({"select_until": 1.01}, "0 < select_until <= 1"),

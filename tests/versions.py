@@ -4,7 +4,9 @@
 python -m tests.versions [--only NAME] [--python /usr/bin/python3.10]
 
 Each environment is created under .venvs/ and kept; delete the folder to get newer versions. torch
-is the version of constraints.txt. The exit status is 1 if anything failed.
+is the version of constraints.txt, but for `torchvision`, which needs the release that it was built
+for: that one brings CUDA's libraries along (5.5 GB), and runs on a CPU. The exit status is 1 if
+anything failed.
 """
 
 import argparse
@@ -39,29 +41,34 @@ FOLLOWERS = {
 # The rest of the tests (examples, benchmarks, dense) does not depend on PEFT's version.
 TESTS = ("tuner", "tasks", "training", "behaviour", "files", "selection", "sparse")
 # Without what they ask for in turn: timm wants torchvision, which may have no build for this torch.
-AVERAGES = (
-    "diffusers",
-    "einops",
-    "ema-pytorch",
-    "lightning",
-    "lightning-utilities",
-    "pytorch-lightning",
-    "timm",
-    "torch-ema",
-    "torchmetrics",
-)
+LIGHTNING = ("lightning", "lightning-utilities", "pytorch-lightning", "torchmetrics")
+AVERAGES = ("diffusers", "einops", "ema-pytorch", "timm", "torch-ema", *LIGHTNING)
+# A torch and what was built for it.
+TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1")
 PASSED = re.compile(r"^(?:\d+ failed, )?(\d+) passed", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A name, what pip is asked for, and a test that it is for where it is not for all."""
+    """A name, what pip is asked for, and what is tested.
+
+    Attributes:
+        name: Of the row and the folder.
+        peft: Which PEFT.
+        transformers: Which transformers.
+        others: Packages that are installed without what they ask for.
+        only: A test that the environment is for, where it is not for all.
+        torch: A torch, and what fits it, in place of that of constraints.txt.
+        more: Tests that it is for besides.
+    """
 
     name: str
     peft: str
     transformers: str
     others: tuple[str, ...] = ()
     only: str | None = None
+    torch: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
 
     def folder(self, python: str) -> Path:
         """Where the environment lives: one for each interpreter."""
@@ -74,18 +81,27 @@ ENVIRONMENTS = (
     Environment("oldest-transformers", "peft", OLDEST_TRANSFORMERS),
     Environment("newest", "peft", "transformers"),
     Environment("averages", "peft", "transformers", AVERAGES, "behaviour/test_average_packages.py"),
+    Environment(
+        "torchvision",
+        "peft",
+        "transformers",
+        LIGHTNING,
+        torch=TORCHVISION,
+        more=("dense", "examples"),
+    ),
 )
 
 
-def pins(constraints: str, *, same_python: bool) -> Iterator[str]:
+def pins(constraints: str, *, same_python: bool, torch: tuple[str, ...] = ()) -> Iterator[str]:
     """The lines of constraints.txt that hold in every environment.
 
-    The pins are for one version of Python; on others only torch's is kept.
+    The pins are for one version of Python; on others only torch's is kept, or another torch's.
     """
+    yield from torch
     for line in constraints.splitlines():
         name, separator, _ = line.partition("==")
         name = name.strip().lower().replace("_", "-")
-        if not separator or name in FOLLOWERS:
+        if not separator or name in FOLLOWERS or (torch and name == "torch"):
             continue
         if same_python or name == "torch":
             yield line
@@ -110,9 +126,11 @@ def create(environment: Environment, python: str) -> Path:
     pinned_for = re.search(r"Python (\d+\.\d+)", constraints)
     same = pinned_for is not None and minor(python) == pinned_for[1]
     kept = folder / "constraints.txt"
-    kept.write_text("\n".join(pins(constraints, same_python=same)) + "\n", "utf-8")
+    lines = pins(constraints, same_python=same, torch=environment.torch)
+    kept.write_text("\n".join(lines) + "\n", "utf-8")
     command = [str(inside), "-m", "pip", "install", "--quiet", "-c", str(kept)]
     command += ["-e", f"{ROOT}[test]", environment.peft, environment.transformers]
+    command += environment.torch
     subprocess.run(command, check=True)
     if environment.others:
         command = [str(inside), "-m", "pip", "install", "--quiet", "--no-deps"]
@@ -128,9 +146,11 @@ def installed(inside: Path, package: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
-def tests(inside: Path, log: Path, only: str | None) -> str:
+def tests(inside: Path, log: Path, environment: Environment) -> str:
     """Run our own tests: how many passed, or what the last line says."""
-    paths = [str(ROOT / "tests" / folder) for folder in ((only,) if only else TESTS)]
+    only = environment.only
+    folders = (only,) if only else (*TESTS, *environment.more)
+    paths = [str(ROOT / "tests" / folder) for folder in folders]
     if not only:
         paths += sorted(str(path) for path in (ROOT / "tests").glob("test_*.py"))
     command = [str(inside), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", *paths]
@@ -176,7 +196,7 @@ def check(environment: Environment, python: str) -> list[str]:
         ]
     versions = [installed(inside, package) for package in ("peft", "transformers")]
     folder = environment.folder(python)
-    ours = tests(inside, folder / "tests.log", environment.only)
+    ours = tests(inside, folder / "tests.log", environment)
     theirs = "ok, left out"
     if not environment.only:
         theirs = conformance(inside, folder / "conformance.log")

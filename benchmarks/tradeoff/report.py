@@ -12,6 +12,7 @@ from .ablations import ABLATIONS
 from .experiments import Experiment
 from .plan import Plan, is_first
 from .rows import Row, make_rows, shown, table
+from .store import score
 from .tasks import BACKBONE_RATES, HEAD_FACTORS, TaskSet
 
 PAGE, PICTURES = "tradeoff.md", "pictures"
@@ -33,7 +34,7 @@ def write_report(plan: Plan, folder: Path) -> str:
     pictures.mkdir(parents=True, exist_ok=True)
     found = {name: make_rows(plan, name, lambda e: not e.is_ablation) for name in plan.tasks}
     by_task = {name: rows for name, rows in found.items() if rows}
-    parts = [_intro(by_task), "## How far it is", _progress(plan)]
+    parts = [_intro(by_task), "## How far it is", _progress(plan), *_open_searches(plan)]
     if by_task:
         parts += ["## Within 5 %", _summary(by_task, is_first)]
         parts += ["## Within 20 %", _summary(by_task, lambda e: e.percent == 20)]
@@ -57,6 +58,27 @@ def _progress(plan: Plan) -> str:
         chosen = sum(bool(plan.chosen(name, e)) for e in own)
         lines.append([name, task.title, str(runs), str(chosen), str(len(own))])
     return table(lines)
+
+
+def _open_searches(plan: Plan) -> list[str]:
+    """Return the part on searches that have begun: the best validation scores so far."""
+    lines = [["task set", "experiment", "points tried", "best validation so far", "rates"]]
+    for name, task in plan.tasks.items():
+        for experiment in plan.experiments.values():
+            search = plan.search(name, experiment)
+            best = plan.run(name, experiment, search.best, 0)
+            if search.has_begun and search.missing and best in plan.results:
+                tried = sum(r[:2] == (name, experiment.id) and r.seed == 0 for r in plan.results)
+                value = score(plan.results[best], "valid", task.metric)
+                shown_value = "failed" if value is None else f"{value:.3f}"
+                rates = f"{best.backbone_rate:g}, {best.head_rate:g}"
+                lines.append([name, experiment.id, str(tried), shown_value, rates])
+    if len(lines) == 1:
+        return []
+    return [
+        "Searches that have not ended. One seed, rates not chosen: nothing to compare yet.",
+        table(lines),
+    ]
 
 
 def _intro(by_task: dict[str, list[Row]]) -> str:

@@ -54,14 +54,16 @@ class Runner:
         """Run until nothing is left or the time is up; return how many runs ended."""
         # Forked: torch and the scripts are imported once. No thread of torch's has begun yet.
         context, tqdm.monitor_interval = multiprocessing.get_context("fork"), 0
-        ended = 0
-        with tqdm(unit="run", smoothing=0.05) as bar:
+        ended: list[Run] = []
+        with tqdm(
+            bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} < {remaining}{postfix}"
+        ) as bar:
             while True:
                 plan = Plan(self.experiments, self.store.read())
                 for run in self._startable(plan):
                     self._start(run, context)
                 if not self._running:
-                    return ended
+                    return len(ended)
                 self._show(bar, plan, ended)
                 ended += self._wait()
 
@@ -95,8 +97,8 @@ class Runner:
             traceback.print_exc()
             raise SystemExit(1) from None
 
-    def _wait(self) -> int:
-        """Wait until a process ends; return how many did."""
+    def _wait(self) -> list[Run]:
+        """Wait until a process ends; return the runs that did."""
         while all(process.is_alive() for process in self._running.values()):
             time.sleep(_PAUSE)
         over = [run for run, process in self._running.items() if not process.is_alive()]
@@ -104,12 +106,13 @@ class Runner:
             if self._running.pop(run).exitcode != 0:
                 self.failed.add(run)
             self.store.give_up(run)
-        return len(over)
+        return over
 
-    def _show(self, bar: Any, plan: Plan, ended: int) -> None:
-        """Draw the bar: how many runs, how many of those that are known now, and which."""
-        left = len(plan.todo(self.only))
-        bar.total = ended + left
-        bar.n = ended
-        bar.set_postfix_str(", ".join(f"{r.task} {r.experiment}" for r in self._running))
-        bar.refresh()
+    def _show(self, bar: Any, plan: Plan, ended: list[Run]) -> None:
+        """Draw the bar: by the seconds that runs take, of the runs that are known now."""
+        left = [run for run in plan.todo(self.only) if run not in self.failed]
+        seconds = {task: plan.seconds(task) for task in {run.task for run in (*ended, *left)}}
+        bar.n = sum(seconds[run.task] for run in ended)
+        bar.total = bar.n + sum(seconds[run.task] for run in left)
+        now = ", ".join(f"{run.task} {run.experiment}" for run in self._running)
+        bar.set_postfix_str(f"{len(ended)} of {len(ended) + len(left)} runs; {now}")

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -346,7 +347,10 @@ def parse(kind: type[Arguments], argv: Sequence[str] | None, description: str) -
     given = list(sys.argv[1:] if argv is None else argv)
     first, unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
     if unknown:
-        parser.error(f"unknown options: {' '.join(unknown)}")
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = [c for u in unknown for c in get_close_matches(u.split("=")[0], known, n=1)]
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        parser.error(f"unknown options: {' '.join(unknown)}{hint}")
     try:
         options = read_recipes(first.recipe or [], set(vars(first)))
         (args,) = parser.parse_args_into_dataclasses([*options, *given])

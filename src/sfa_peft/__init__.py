@@ -28,7 +28,8 @@ from .errors import TargetError as TargetError
 from .errors import UnfinishedSelectionWarning as UnfinishedSelectionWarning
 from .model_card import set_card_metrics as set_card_metrics
 from .selection.scores import register_score as register_score
-from .tasks.folder import load_task as load_task
+from .sparse.pairs import limit_switch_memory as limit_switch_memory
+from .tasks.task_folder import load_task as load_task
 from .training import SFACallback as SFACallback
 from .training import SFASelector as SFASelector
 from .tuner import SFALayer as SFALayer
@@ -72,6 +73,7 @@ __all__ = [
     "budget_report",
     "find_backbone",
     "head_modules",
+    "limit_switch_memory",
     "load_task",
     "parameter_groups",
     "plot_selection",

@@ -101,8 +101,9 @@ class SFAConfig(PeftConfig):
             tensor the same share, for backbones whose gradients differ by orders of magnitude;
             "output" gives every output feature of every tensor as many weights, so that each can
             change, as GPS does.
-        granularity: "weight", or "row": all weights of one output feature together, which needs no
-            index per weight; for the smallest files.
+        granularity: "weight"; "block" and "block64": 16 and 64 neighbours in a row together, which
+            are written several times as fast; for frequent switching. "row": all weights of one
+            output feature together, which needs no index per weight; for the smallest files.
         schedule: "linear" picks equal shares after each round but the last; "cubic" picks most of
             them early, so that they train longer; "one_shot" picks once after the first round, for
             short runs; "literal" is the paper's loop as printed, which leaves 1/n of the budget

@@ -134,8 +134,8 @@ def accelerated(rank, world, folder):
         state["distributed_type"] = DistributedType.FSDP
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
-        auto_wrap_policy="size_based_wrap",
-        min_num_params=200,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["SFALayer"],
         cpu_ram_efficient_loading=False,
         state_dict_type="SHARDED_STATE_DICT",
     )
@@ -179,7 +179,7 @@ def held(rank, world, _folder):
         ),
         "slots": pool.slots.nbytes,
         "where gradients are gathered": sum(
-            s.everywhere(torch.int32, torch.device("cpu")).nbytes for s in pool.slices
+            s.everywhere(w.tensor).nbytes for s, w in zip(pool.slices, pool.weights, strict=True)
         ),
         "own entries: places, slots, originals": sum(t.nbytes for t in own),
     }
@@ -266,6 +266,16 @@ def test_a_run_resumed_on_as_many_ranks_ends_bit_for_bit_as_without_a_stop(ranks
     for found in (found for rank in ranks for found in (rank, rank["accelerated"])):
         for key, tensor in found["stopped"]["state"].items():
             assert torch.equal(found["resumed"]["state"][key], tensor)
+
+
+def test_accelerate_selects_and_learns_what_one_process_does(ranks):
+    model, selector, optimizer = begin(1, **MIXED)
+    train(model, selector, optimizer, 0, 1, slice(None))
+    alone = outcome(model)
+    for rank in ranks:
+        found = rank["accelerated"]["stopped"]
+        assert torch.equal(found["slots"], alone["slots"])
+        torch.testing.assert_close(found["values"], alone["values"], rtol=0, atol=1e-6)
 
 
 def test_an_adapter_saved_from_accelerates_state_dict_is_loaded_by_one_process(ranks):

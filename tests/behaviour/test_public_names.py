@@ -20,9 +20,9 @@ NAMES = {
         EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
         OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
         SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
-        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules load_task
-        parameter_groups plot_selection register_score role_modules selection_summary
-        set_card_metrics
+        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
+        limit_switch_memory load_task parameter_groups plot_selection register_score role_modules
+        selection_summary set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport DiffReport ExportReport ExtractReport LostTensor PairOverlap SavedPart
@@ -34,16 +34,17 @@ NAMES = {
         DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
         IMAGENET_STD MAX_DEPTH MapNorm Mask2FormerForSemanticSegmentation NormedFeatures
         ObjectPicture ObjectResize ObjectScaleCrop ObjectShortestEdge Objects Preprocessing
-        Pretrained SILogLoss Scene SceneDataset SceneSplit SegmentationData SegmentationMetrics
-        SegmentationSplit Split SubSplit THING_NAMES TaskProcessor TaskSpec TrainTransform
-        TransformedSplit argmax_logits as_image class_palette collate_detection collate_instances
-        collate_semantic_masks colour_jitter confusion_matrix contact_sheet curve_plot decode_mask
-        dense_maps depth_at_labels depth_sheet depth_to_tensors detr_outputs detr_results
-        encode_masks instances_from_queries kb_crop kitti_benchmark_crop load_dense
-        load_segmentation mask_query_outputs mask_query_results multi_scale_probabilities
-        nyu_border_crop object_sheet objects_to_tensors predict predict_depth predict_maps
-        read_classes render_scene resize_depth segmentation_scores silog_loss sliding_window_maps
-        task_processor to_tensors true_objects vertical_cut_depth write_predictions
+        Pretrained RCNNConfig RCNNForObjectDetection SILogLoss Scene SceneDataset SceneSplit
+        SegmentationData SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES
+        TaskProcessor TaskSpec TrainTransform TransformedSplit argmax_logits as_image class_palette
+        collate_detection collate_instances collate_semantic_masks colour_jitter confusion_matrix
+        contact_sheet curve_plot decode_mask dense_maps depth_at_labels depth_sheet depth_to_tensors
+        detr_outputs detr_results encode_masks instances_from_boxes instances_from_queries kb_crop
+        kitti_benchmark_crop load_dense load_segmentation mask_query_outputs mask_query_results
+        multi_scale_probabilities nyu_border_crop object_sheet objects_to_tensors predict
+        predict_depth predict_maps read_classes render_scene resize_depth segmentation_scores
+        silog_loss sliding_window_maps task_processor to_tensors true_objects vertical_cut_depth
+        write_predictions
     """,
 }
 

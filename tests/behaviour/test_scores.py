@@ -19,7 +19,7 @@ BETAS, EPS = (0.9, 0.999), 1e-3  # an eps that keeps rounding of tiny gradients 
 TOTAL, ROUND = 21, 4
 NAMES = ("first.weight", "first.bias", "second.weight")
 SCORES = (*DenseReference.SCORE_STEPS, "weight_difference", "largest")
-KINDS = [*itertools.product(("global", "layer"), ("weight", "row")), ("output", "weight")]
+KINDS = [*itertools.product(("global", "layer"), ("weight", "block", "row")), ("output", "weight")]
 
 
 def largest(weight, gradient, state):
@@ -89,7 +89,7 @@ def test_every_step_equals_the_dense_reference(score, ranking, granularity):
     if granularity == "weight":
         assert pool.num_assigned == pool.values.numel()
     else:
-        assert pool.num_assigned > pool.values.numel() - 3 * 16  # less than a row of each is open
+        assert pool.num_assigned > pool.values.numel() - 3 * 16  # less than a row (block) of each
 
 
 @pytest.mark.parametrize(("ranking", "granularity"), KINDS)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfa_peft.sparse import writing as together_module
+from sfa_peft.sparse import write_lock as together_module
 from sfa_peft.tuner.adapted_layers import find_pool
 from tests.switching_kit import (
     ACTIONS,

@@ -217,6 +217,8 @@ def test_resuming_without_the_callback_is_said(tmp_path):
     [
         {},
         {"granularity": "row"},
+        {"granularity": "block"},
+        {"ranking": "layer", "granularity": "block"},
         {"schedule": "literal"},
         {"ranking": "layer", "granularity": "row"},
     ],

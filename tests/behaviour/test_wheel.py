@@ -34,7 +34,10 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else():
         for path in source.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    found = {path.as_posix() for path in files("sfa-peft") or [] if path.suffix != ".pyc"}
+    listed = [path for path in files("sfa-peft") or [] if path.suffix != ".pyc"]
+    scripts = {path.name for path in listed if path.parts[0] == ".."}  # made by the installer
+    assert scripts == {"sfa-peft"}
+    found = {path.as_posix() for path in listed if path.parts[0] != ".."}
     kept = {path.removeprefix("sfa_peft/") for path in found if path.startswith("sfa_peft/")}
     assert kept == wanted
     assert "py.typed" in kept

@@ -145,8 +145,8 @@ def test_export(kind, root, answer, run, monkeypatch):
         seen[kind] = (args, options)
         return ExportReport("out", 1, ("logits",), 0.0)
 
-    monkeypatch.setattr("sfa_peft.tasks.export.export_onnx", write)
-    monkeypatch.setattr("sfa_peft.tasks.export.export_overwrites", write)
+    monkeypatch.setattr("sfa_peft.tasks.onnx_export.export_onnx", write)
+    monkeypatch.setattr("sfa_peft.tasks.onnx_export.export_overwrites", write)
     folder = str(root / "a")
     files = {"onnx": ["--onnx", "m"], "overwrites": ["--overwrites", "o", "--base_onnx", "b"]}
     assert answer("export", folder, *files[kind], "--batch_size", 2)["outputs"] == ["logits"]

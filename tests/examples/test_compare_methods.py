@@ -64,6 +64,7 @@ def test_every_run_gets_a_row_a_curve_and_a_column(
         (["--runs", "frozen", "sfa@lots"], "--budget: invalid float value: 'lots'"),
         (["--runs", "frozen", "lora@0.001"], "LoRA of rank 1 already has"),
         (["--steps", "3"], "unknown options: --steps 3"),
+        (["--learning_rat=3"], "unknown options: --learning_rat=3; did you mean --learning_rate?"),
         (["--task", "sorting"], "invalid choice: 'sorting'"),
     ],
 )

@@ -204,3 +204,38 @@ def test_the_detection_head_starts_with_the_image_in_sight_and_boxes_on_the_anch
         outputs = model.model(images)
     anchors, _ = model.model.generate_anchors(((8, 8), (4, 4)))
     assert torch.equal(outputs.enc_outputs_coord_logits, anchors.expand(4, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("instance_segmentation", ["--head", "mask_rcnn", "--neck", "fpn"]),
+        ("instance_segmentation", ["--head", "mask_rcnn", "--neck", "bifpn", "--cascade", "1"]),
+        ("object_detection", ["--head", "faster_rcnn", "--method", "full"]),
+    ],
+)
+def test_the_papers_detectors_leave_what_they_say(
+    task: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needs(task)
+    pytest.importorskip("torchvision")
+
+    result = run(task, *options, "--hidden_size", 16, "--num_samples", 8, "--output_dir", tmp_path)
+
+    assert f"loaded again from {tmp_path}: same outputs" in capsys.readouterr().out
+    wanted = {"bbox_map", "bbox_map_50"}
+    wanted |= {"segm_map", "segm_map_50"} if task == "instance_segmentation" else set()
+    assert set(result.headers.values()) == wanted
+    assert all(0 <= result.row["scores"][key] <= 1 for key in wanted)
+    with Image.open(tmp_path / "predictions.png") as image:
+        assert min(image.size) > 100
+
+
+@pytest.mark.parametrize("options", [["--cascade", "1"], ["--neck", "bifpn"]])
+def test_necks_are_refused_of_heads_that_have_none(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("instance_segmentation", *options)
+
+    assert "of --head faster_rcnn and mask_rcnn only" in capsys.readouterr().err

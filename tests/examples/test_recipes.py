@@ -67,7 +67,8 @@ def rates(args: Any) -> Any:
 
 def test_there_is_one_for_each_experiment() -> None:
     names = ["ade20k_mask2former", "cityscapes_from_ade20k", "coco_detection", "coco_instances"]
-    assert [path.stem for path in RECIPES] == [*names, "kitti_depth", "nyuv2_depth"]
+    names += ["coco_mask_rcnn", "kitti_depth", "nyuv2_depth"]
+    assert [path.stem for path in RECIPES] == names
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -90,9 +91,19 @@ def test_every_setting_has_a_source(path: Path) -> None:
             assert named <= sources, line
 
 
+def check_mask_rcnn(model: Any) -> None:
+    """The widths and anchors of its source."""
+    assert (model.config.hidden_size, model.config.num_samples) == (256, 512)
+    assert (model.config.neck, model.config.cascade, model.config.masks) == ("fpn", False, True)
+    assert model.rpn.anchor_generator.sizes == ((32,), (64,), (128,), (256,), (512,))
+    assert model.roi_heads.box_head.fc7.out_features == 1024
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_read_and_its_head_built(path: Path, tmp_path: Path) -> None:
     script, args = read(path)
+    if "mask_rcnn" in path.stem:
+        pytest.importorskip("torchvision")
     torch.manual_seed(0)
     tiny = swinv2_config(image_size=192, window_size=12)
     Swinv2ForImageClassification(tiny).save_pretrained(tmp_path)
@@ -109,6 +120,8 @@ def test_a_recipe_is_read_and_its_head_built(path: Path, tmp_path: Path) -> None
         assert (model.config.num_queries, model.config.decoder_layers) == (300, 6)
         assert (model.config.d_model, model.config.num_denoising) == (256, 100)
         backbone = model.model.backbone.model
+    elif "mask_rcnn" in path.stem:
+        check_mask_rcnn(model)
     elif "depth" not in path.stem:
         assert (model.config.encoder_layers, model.config.decoder_layers) == (6, 10)
         assert model.config.train_num_points == 12544
@@ -163,7 +176,32 @@ def test_every_variant_is_tried() -> None:
         *("swinv2_base_sfa_s", "swinv2_large_sfa_b", "swinv2_large_sfa_s", "swinv2_base_1k"),
         *("swinv2_base_adaptformer", "swinv2_large_adaptformer", "swinv2_large_instances"),
         *("adapter_dim_64", "adapter_dim_128"),
+        *("mask_rcnn_bifpn", "mask_rcnn_bifpn_cascade"),
     }
+
+
+@pytest.mark.parametrize(
+    ("variants", "column"),
+    [
+        ([], ("fpn", False)),
+        (["mask_rcnn_bifpn"], ("bifpn", False)),
+        (["mask_rcnn_bifpn_cascade"], ("bifpn", True)),
+    ],
+    ids=lambda value: "+".join(map(str, value)),
+)
+@pytest.mark.parametrize("size", [[], ["swinv2_base_sfa_s"]], ids=["sfa_b", "sfa_s"])
+def test_the_columns_of_table_2_differ_in_neck_and_heads_alone(
+    variants: list[str], column: tuple[str, bool], size: list[str]
+) -> None:
+    path = EXAMPLES / "recipes" / "coco_mask_rcnn.yaml"
+    more = [str(VARIANTS / f"{name}.yaml") for name in (*variants, *size)]
+
+    plain, varied = vars(read(path)[1]), vars(read(path, *more)[1])
+
+    assert (varied["neck"], varied["cascade"]) == column
+    assert varied["budget"] == (0.048 if size else 0.195)
+    changed = {name for name in plain if plain[name] != varied[name]}
+    assert changed <= {"recipe", "neck", "neck_layers", "cascade", "budget"}
 
 
 def swinv2_22k(size: str) -> torch.nn.Module:
@@ -256,6 +294,7 @@ def test_nothing_is_selected_when_less_than_a_quarter_of_the_rates_is_left(path:
         ("cityscapes_from_ade20k", 0.1),
         ("coco_instances", 0.1),
         ("coco_detection", 0.1),
+        ("coco_mask_rcnn", 1.0),
         ("nyuv2_depth", 1.0),
         ("kitti_depth", 1.0),
     ],
@@ -329,6 +368,16 @@ def test_instances_fall_where_mask2former_has_its_steps() -> None:
     assert [rate(step) for step in (10, 200_000, 327_777)] == pytest.approx([1e-4] * 3)
     assert 1e-6 < rate(355_092) < rate(327_900) < 1e-4
     assert rate(368_750) == pytest.approx(1e-6)
+
+
+def test_mask_rcnn_falls_in_its_last_nine_of_36_epochs() -> None:
+    rate, epoch = rates(recipe("coco_mask_rcnn")), -(-118287 // 16)
+
+    assert recipe("coco_mask_rcnn").max_steps == 36 * epoch
+    assert [rate(step) for step in (1000, 27 * epoch)] == pytest.approx([1e-4] * 2)
+    assert rate(500) == pytest.approx(5e-5, rel=0.02)
+    assert 1e-6 < rate(33 * epoch) < 5e-5
+    assert rate(36 * epoch) == pytest.approx(1e-6)
 
 
 def test_detection_has_72_epochs() -> None:

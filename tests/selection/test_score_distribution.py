@@ -52,7 +52,7 @@ def test_selected_and_not_finite_scores_are_not_counted():
 
 
 @pytest.mark.parametrize("ranking", ["global", "layer"])
-@pytest.mark.parametrize("granularity", ["weight", "row"])
+@pytest.mark.parametrize("granularity", ["weight", "block", "row"])
 def test_every_kind_of_pick_reports_what_it_compared_and_the_smallest_admitted(
     ranking, granularity
 ):
@@ -65,19 +65,21 @@ def test_every_kind_of_pick_reports_what_it_compared_and_the_smallest_admitted(
     ]
     chosen = pick(
         [TensorSource(t) for t in left],
-        21,
+        38,
         [old.numel() for old in before],
         ranking=ranking,
         granularity=granularity,
         row_sizes=row_sizes(tensors),
         distribution=found,
     )
-    by_row = granularity == "row"
+    by_row = granularity != "weight"  # rows here are shorter than a block: each is one
     admitted, compared = [], 0
     for tensor, own, old in zip(tensors, chosen, before, strict=True):
         size = tensor.shape[1]
-        scores = tensor.abs().mean(1) if by_row else tensor.abs().flatten()
+        scores = tensor.abs().flatten()
+        if by_row:
+            scores = tensor.abs().mean(1) if granularity == "row" else tensor.double().norm(dim=1)
         admitted.append(scores[own[::size] // size if by_row else own])
         compared += scores.numel() - (1 if by_row else old.numel())
-    assert found.threshold == torch.cat(admitted).min().item()
+    assert found.threshold == torch.cat(admitted).float().min().item()
     assert int(found.counts.sum()) == compared

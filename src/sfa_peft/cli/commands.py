@@ -14,7 +14,7 @@ from typing import Any
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..files.packing import SAVED_VALUES
-from ..tasks import export, folder, plan, saved
+from ..tasks import onnx_export, saved_adapters, task_folder, training_plan
 from ..tasks.extract import extract
 from .parser import Command, did_you_mean
 
@@ -53,7 +53,7 @@ def _out(parser: ArgumentParser, what: str) -> None:
 
 
 def _inspect(args: Namespace) -> Answer:
-    report = saved.inspect(args.folder)
+    report = saved_adapters.inspect(args.folder)
     return report.to_dict(), str(report)
 
 
@@ -63,7 +63,7 @@ def _diff_arguments(parser: ArgumentParser) -> None:
 
 
 def _diff(args: Namespace) -> Answer:
-    report = saved.diff(args.first, args.second)
+    report = saved_adapters.diff(args.first, args.second)
     return report.to_dict(), str(report)
 
 
@@ -73,7 +73,7 @@ def _plot_arguments(parser: ArgumentParser) -> None:
 
 
 def _plot(args: Namespace) -> Answer:
-    shares = saved.plot_saved(args.folders, args.out)
+    shares = saved_adapters.plot_saved(args.folders, args.out)
     pairs = [{"first": a, "second": b, "share": share} for (a, b), share in shares.items()]
     lines = [f"{p['first']} and {p['second']}: {p['share']:.1%} of the smaller" for p in pairs]
     return {"path": args.out, "overlaps": pairs}, "\n".join([*lines, f"drawn in {args.out}"])
@@ -85,7 +85,7 @@ def _verify_arguments(parser: ArgumentParser) -> None:
 
 
 def _verify(args: Namespace) -> Answer:
-    report = folder.verify(args.folder, args.base)
+    report = task_folder.verify(args.folder, args.base)
     return asdict(report), str(report)
 
 
@@ -97,13 +97,20 @@ def _budget_arguments(parser: ArgumentParser) -> None:
     add("--adapter_dim", type=int, help="Width of external adapters, instead of --rho.")
     add("--image_size", type=int, nargs="+", help="Height and width; the model's own.")
     add("--batch_size", type=int, default=1, help="Images in a micro-batch (1).")
-    add("--optimizer", choices=plan.OPTIMIZERS, default="adamw", help="What trains (adamw).")
-    add("--dtype", choices=plan.DTYPES, default="float32", help="Of all weights (float32).")
+    add(
+        "--optimizer",
+        choices=training_plan.OPTIMIZERS,
+        default="adamw",
+        help="What trains (adamw).",
+    )
+    add(
+        "--dtype", choices=training_plan.DTYPES, default="float32", help="Of all weights (float32)."
+    )
 
 
 def _plan(args: Namespace) -> Answer:
     config = SFAConfig(budget=args.budget, rho=args.rho, adapter_dim=args.adapter_dim)
-    found = plan.plan_training(
+    found = training_plan.plan_training(
         args.model,
         config,
         image_size=_as_size(args.image_size),
@@ -161,7 +168,7 @@ def _predict_arguments(parser: ArgumentParser) -> None:
 def _predict(args: Namespace) -> Answer:
     from ..dense.prediction.output import write_predictions  # needs pillow
 
-    model = folder.load_task(args.folder, backbone=args.base, device=args.device)
+    model = task_folder.load_task(args.folder, backbone=args.base, device=args.device)
     sizes = {"batch_size": args.batch_size, "threshold": args.threshold}
     content = write_predictions(model, args.images, args.out, **sizes)
     count, task = len(args.images), model.task_spec.task
@@ -178,7 +185,7 @@ def _merge_arguments(parser: ArgumentParser) -> None:
 
 
 def _merge(args: Namespace) -> Answer:
-    folder.merge(args.folder, args.out, args.base)
+    task_folder.merge(args.folder, args.out, args.base)
     return {"out": args.out}, f"merged model in {args.out}"
 
 
@@ -194,11 +201,11 @@ def _extract_arguments(parser: ArgumentParser) -> None:
 
 
 def _extract(args: Namespace) -> Answer:
-    model = folder.load_like(args.checkpoint, args.base)
+    model = task_folder.load_like(args.checkpoint, args.base)
     config = SFAConfig(budget=args.budget, rho=0, modules_to_save="auto")
     adapted, report = extract(model, args.checkpoint, config)
     adapted.save_pretrained(args.out)
-    folder.copy_spec(args.checkpoint, args.out)
+    task_folder.copy_spec(args.checkpoint, args.out)
     return {**asdict(report), "out": args.out}, f"{report}\nadapter in {args.out}"
 
 
@@ -210,7 +217,7 @@ def _convert_arguments(parser: ArgumentParser) -> None:
 
 
 def _convert(args: Namespace) -> Answer:
-    nbytes = folder.convert(args.folder, args.out, args.values, args.base)
+    nbytes = task_folder.convert(args.folder, args.out, args.values, args.base)
     return {"out": args.out, "nbytes": nbytes}, f"{nbytes:,} bytes in {args.out}"
 
 
@@ -233,9 +240,11 @@ def _export(args: Namespace) -> Answer:
         raise SFAError("export: give --onnx FILE, or both --overwrites FILE and --base_onnx FILE")
     options = {"size": _size(args), "batch_size": args.batch_size, "base": args.base}
     if args.onnx:
-        report = export.export_onnx(args.folder, args.onnx, **options)
+        report = onnx_export.export_onnx(args.folder, args.onnx, **options)
     else:
-        report = export.export_overwrites(args.folder, args.base_onnx, args.overwrites, **options)
+        report = onnx_export.export_overwrites(
+            args.folder, args.base_onnx, args.overwrites, **options
+        )
     return asdict(report), str(report)
 
 
@@ -246,7 +255,7 @@ def _as_size(numbers: list[int] | None) -> tuple[int, int] | None:
 
 
 def _size(args: Namespace) -> tuple[int, int]:
-    size = _as_size(args.size) or folder.image_size(args.folder)
+    size = _as_size(args.size) or task_folder.image_size(args.folder)
     if size is None:
         raise SFAError(f"--size: needed, since {args.folder} does not say how large images are")
     return size

@@ -39,8 +39,10 @@ from sfa_peft.dense.data.transforms import (
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import MapNorm, NormedFeatures
 from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
+from sfa_peft.dense.heads.rcnn import RCNNConfig, RCNNForObjectDetection
 from sfa_peft.dense.inference import DenseMaps, dense_maps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
+from sfa_peft.dense.inference_boxes import instances_from_boxes
 from sfa_peft.dense.inference_instances import instances_from_queries
 from sfa_peft.dense.losses import SILogLoss, resize_depth, silog_loss
 from sfa_peft.dense.metrics.coco import CocoMetrics
@@ -91,6 +93,8 @@ __all__ = [
     "Objects",
     "Preprocessing",
     "Pretrained",
+    "RCNNConfig",
+    "RCNNForObjectDetection",
     "SILogLoss",
     "Scene",
     "SceneDataset",
@@ -122,6 +126,7 @@ __all__ = [
     "detr_outputs",
     "detr_results",
     "encode_masks",
+    "instances_from_boxes",
     "instances_from_queries",
     "kb_crop",
     "kitti_benchmark_crop",

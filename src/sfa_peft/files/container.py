@@ -12,19 +12,28 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import AdapterFileError
 from .entropy import Section, check_section, expand, squeeze
-from .indices import RECORD, pack_indices, read_table, stream_lengths, unpack_indices
+from .grids import (
+    TENSOR,
+    list_sizes,
+    pack_positions,
+    read_grids,
+    read_tensors,
+    unpack_positions,
+)
+from .indices import RECORD, Record, read_table, stream_lengths, unpack_indices
 from .values import BLOCK, BLOCKS, ValueMode, decode_values, encode_values, plane_lengths
 
 MAGIC = b"SFADELTA"
-VERSION = 1
+VERSION = 2
 
 # Magic, version, flags, mode, sections, block, tensors, CRC-32 of the base entries, entries, bytes.
 _HEADER = struct.Struct("<8sHHBBHIIQQ")
@@ -32,7 +41,9 @@ _SECTION = struct.Struct("<QQI")  # stored bytes, expanded bytes, codec
 _CHECKSUM = struct.Struct("<I")
 _LENGTH = slice(32, 40)  # of the whole blob, in its header
 _WEIGHTS = 1  # flag: values are adapted weights, not changes; of the modes that need the base
-_INDEX_SECTIONS = ("table", "skips", "low bits of skips", "lengths", "low bits of lengths")
+_LIST_SECTIONS = ("table", "skips", "low bits of skips", "lengths", "low bits of lengths")
+#: Names of the sections that hold positions, by version.
+_INDEX_SECTIONS = {1: _LIST_SECTIONS, VERSION: ("tensors", "classes", *_LIST_SECTIONS)}
 
 BaseEntries = Callable[[int, NDArray[np.int64]], NDArray[Any]]
 
@@ -46,12 +57,15 @@ class SelectedEntries:
         indices: Flat C-order positions, int64 (count,), strictly increasing.
         values: One per position: float32, or uint16 codes of bfloat16 or float16.
         base: Base weights at the positions in the type of `values`, where the mode needs them.
+        columns: Number of weights in a row, 0 where it has none: what is selected in rows and
+            columns takes fewer bytes.
     """
 
     size: int
     indices: NDArray[np.int64]
     values: NDArray[Any]
     base: NDArray[Any] | None = None
+    columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,8 @@ class Blob:
         num_entries: Number of selected entries of all tensors.
         block: Values per block of `ValueMode.INT8`, otherwise 0.
         base_crc: Checksum of the base weights at the positions, 0 where the mode needs none.
-        sections: Table, four streams of positions, the planes of values.
+        sections: Those of positions, then the planes of values.
+        version: Of the format.
     """
 
     mode: ValueMode
@@ -73,11 +88,17 @@ class Blob:
     block: int
     base_crc: int
     sections: Sequence[Section]
+    version: int = VERSION
 
     @property
     def section_nbytes(self) -> tuple[int, ...]:
         """Stored bytes of each section."""
         return tuple(len(section.data) for section in self.sections)
+
+    @property
+    def index_nbytes(self) -> int:
+        """Stored bytes of all that says where entries are."""
+        return sum(self.section_nbytes[: len(_INDEX_SECTIONS[self.version])])
 
 
 def encode_entries(tensors: Sequence[SelectedEntries], mode: ValueMode) -> bytes:
@@ -99,9 +120,11 @@ def encode_entries(tensors: Sequence[SelectedEntries], mode: ValueMode) -> bytes
     values = _joined([t.values for t in tensors], mode)
     bases = [t.base for t in tensors if t.base is not None]
     base = _joined(bases, mode) if mode.needs_base else None
-    packed = pack_indices([t.indices for t in tensors], [t.size for t in tensors])
+    positions = pack_positions(
+        [t.indices for t in tensors], [t.size for t in tensors], [t.columns for t in tensors]
+    )
     planes = encode_values(mode, values, base, counts)
-    sections = [squeeze(raw) for raw in (*packed, *planes)]
+    sections = [*positions, *(squeeze(parts) for parts in planes)]
     block = BLOCK if mode is ValueMode.INT8 else 0
     return assemble(Blob(mode, len(tensors), sum(counts), block, _crc(base), sections))
 
@@ -112,7 +135,7 @@ def assemble(blob: Blob) -> bytes:
     total = _HEADER.size + len(sections) * _SECTION.size + _CHECKSUM.size
     header = _HEADER.pack(
         MAGIC,
-        VERSION,
+        blob.version,
         _flags(blob.mode),
         blob.mode,
         len(sections),
@@ -188,7 +211,7 @@ def decode_indices(
         AdapterFileError: If the blob is damaged or of another model.
     """
     try:
-        return _expand(blob, sizes)[2]
+        return _expand(blob, sizes).indices
     except AdapterFileError as error:
         raise AdapterFileError(f"{where}: {error}") from error.__cause__
 
@@ -235,9 +258,10 @@ def _read_blob(data: memoryview) -> Blob:
     fields = _HEADER.unpack(data[: _HEADER.size])
     version, flags, mode_number, num_sections, block = fields[1:6]
     num_tensors, base_crc, num_entries, nbytes = fields[6:]
-    if version != VERSION:
+    if version not in _INDEX_SECTIONS:
+        known = ", ".join(map(str, _INDEX_SECTIONS))
         raise AdapterFileError(
-            f"format version {version} is not known; this version of sfa-peft reads {VERSION}. "
+            f"format version {version} is not known; this version of sfa-peft reads {known}. "
             "Upgrade sfa-peft, or save the adapter again if the file is damaged."
         )
     if nbytes != len(data):
@@ -248,12 +272,13 @@ def _read_blob(data: memoryview) -> Blob:
     first = _HEADER.size + num_sections * _SECTION.size
     if first + _CHECKSUM.size > nbytes or _CHECKSUM.unpack(data[-4:])[0] != zlib.crc32(data[:-4]):
         raise AdapterFileError("the checksum does not match; damaged. Copy or save it again.")
-    mode = _checked_mode(mode_number, flags, block, num_sections)
+    num_planes = num_sections - len(_INDEX_SECTIONS[version])
+    mode = _checked_mode(mode_number, flags, block, num_planes)
     sections = _cut(data, first)
-    return Blob(mode, num_tensors, num_entries, block, base_crc, sections)
+    return Blob(mode, num_tensors, num_entries, block, base_crc, sections, version)
 
 
-def _checked_mode(number: int, flags: int, block: int, num_sections: int) -> ValueMode:
+def _checked_mode(number: int, flags: int, block: int, num_planes: int) -> ValueMode:
     try:
         mode = ValueMode(number)
     except ValueError as error:
@@ -262,11 +287,10 @@ def _checked_mode(number: int, flags: int, block: int, num_sections: int) -> Val
             f"{', '.join(str(int(known)) for known in ValueMode)}. Upgrade sfa-peft."
         ) from error
     is_block = block in BLOCKS if mode is ValueMode.INT8 else block == 0
-    whole = num_sections == len(_INDEX_SECTIONS) + mode.num_planes
-    if not is_block or flags != _flags(mode) or not whole:
+    if not is_block or flags != _flags(mode) or num_planes != mode.num_planes:
         raise AdapterFileError(
-            f"flags {flags}, block {block} and {num_sections} sections do not go with mode "
-            f"{mode.name}; damaged, or written by a later version."
+            f"flags {flags}, block {block} and {num_planes} planes do not go with mode {mode.name};"
+            " damaged, or written by a later version."
         )
     return mode
 
@@ -288,46 +312,94 @@ def _cut(data: memoryview, first: int) -> list[Section]:
     ]
 
 
-def _expand(
-    blob: Blob, sizes: Sequence[int]
-) -> tuple[list[int], list[NDArray[np.uint8]], list[NDArray[np.int64]]]:
-    """Return the entries of each tensor, the planes of values, and positions, all checked."""
-    mode, sections = blob.mode, blob.sections
+class _Expanded(NamedTuple):
+    """What a blob holds, all checked."""
+
+    counts: list[int]  # entries of each tensor
+    columns: list[int]  # of each tensor
+    planes: list[NDArray[np.uint8]]  # of values
+    indices: list[NDArray[np.int64]]  # positions in each tensor
+
+
+def _expand(blob: Blob, sizes: Sequence[int]) -> _Expanded:
+    mode = blob.mode
     if blob.num_tensors != len(sizes):
         raise AdapterFileError(
             f"written for {blob.num_tensors} tensors, the model has {len(sizes)}. Load the adapter "
             "onto the model it was trained on."
         )
-    check_section(sections[0], RECORD.itemsize * len(sizes), "table")
-    records = read_table(expand(sections[0], "table"), sizes)
-    counts = [record.entries for record in records]
-    if sum(counts) != blob.num_entries:
+    layout = _read_layout(blob, sizes)
+    counts, num_heads = layout.counts, layout.num_heads
+    if sum(counts) != blob.num_entries or sum(r.entries for r in layout.records) != sum(counts):
         raise AdapterFileError(
-            f"{blob.num_entries} entries in the header, {sum(counts)} in the table; damaged. Save "
-            "the adapter again."
+            f"{blob.num_entries} entries in the header, {sum(counts)} of the tensors, "
+            f"{sum(r.entries for r in layout.records)} in the table; damaged. Save the adapter "
+            "again."
         )
-    lengths = [*stream_lengths(records), *plane_lengths(mode, counts, blob.block)]
-    names = [*_INDEX_SECTIONS[1:], *(f"plane {i}" for i in range(mode.num_planes))]
+    lengths = [*stream_lengths(layout.records), *plane_lengths(mode, counts, blob.block)]
+    names = [*_LIST_SECTIONS[1:], *(f"plane {i}" for i in range(mode.num_planes))]
+    rest = blob.sections[num_heads:]
     # All sections are checked before the first is expanded.
-    for section, expected, name in zip(sections[1:], lengths, names, strict=True):
+    for section, expected, name in zip(rest, lengths, names, strict=True):
         check_section(section, expected, name)
-    raw = [expand(s, name) for s, name in zip(sections[1:], names, strict=True)]
-    return counts, raw[4:], unpack_indices(records, raw[:4])
+    raw = [expand(s, name) for s, name in zip(rest, names, strict=True)]
+    return _Expanded(counts, layout.columns, raw[4:], layout.positions(raw[:4]))
 
 
 def _decode(
     blob: Blob, sizes: Sequence[int], base_entries: BaseEntries | None
 ) -> list[SelectedEntries]:
     mode = blob.mode
-    counts, planes, indices = _expand(blob, sizes)
+    counts, columns, planes, indices = _expand(blob, sizes)
     bases = _read_bases(blob, indices, base_entries) if mode.needs_base else None
     base = None if bases is None else _joined(bases, mode)
     values = decode_values(mode, planes, base, counts, blob.block)
     edges = pairwise(accumulate(counts, initial=0))
     return [
-        SelectedEntries(sizes[i], indices[i], values[a:b], None if bases is None else bases[i])
+        SelectedEntries(
+            sizes[i],
+            indices[i],
+            values[a:b],
+            None if bases is None else bases[i],
+            columns[i],
+        )
         for i, (a, b) in enumerate(edges)
     ]
+
+
+class _Layout(NamedTuple):
+    """What the first sections say of all others."""
+
+    num_heads: int  # those sections
+    counts: list[int]  # entries of each tensor
+    columns: list[int]  # of each tensor
+    records: list[Record]  # of the lists
+    positions: Callable[[Sequence[NDArray[np.uint8]]], list[NDArray[np.int64]]]  # of the streams
+
+
+def _read_layout(blob: Blob, sizes: Sequence[int]) -> _Layout:
+    if blob.version == 1:  # each tensor is a list
+        records = _read_table(blob.sections[0], sizes)
+        counts = [record.entries for record in records]
+        return _Layout(1, counts, [0] * len(sizes), records, partial(unpack_indices, records))
+    heads = blob.sections
+    check_section(heads[0], TENSOR.itemsize * len(sizes), "tensors")
+    tensors = read_tensors(expand(heads[0], "tensors"), sizes)
+    check_section(heads[1], sum(tensor.num_classes for tensor in tensors), "classes")
+    grids = read_grids(tensors, expand(heads[1], "classes"))
+    records = _read_table(heads[2], list_sizes(tensors, grids))
+    return _Layout(
+        3,
+        [tensor.entries for tensor in tensors],
+        [tensor.columns for tensor in tensors],
+        records,
+        partial(unpack_positions, tensors, grids, records),
+    )
+
+
+def _read_table(section: Section, sizes: Sequence[int]) -> list[Record]:
+    check_section(section, RECORD.itemsize * len(sizes), "table")
+    return read_table(expand(section, "table"), sizes)
 
 
 def _read_bases(

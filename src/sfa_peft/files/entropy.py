@@ -8,6 +8,7 @@ the stored bytes can hold.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ DEFLATE = 1  # RFC 1951, no zlib or gzip wrapper
 CODECS = {STORED: "stored", DEFLATE: "deflate"}
 MAX_RATIO = 1032  # deflate's shortest code for 258 bytes is two bits
 
+#: About what a Huffman code takes in a file: on the whole, and for each symbol.
+_CODE_BITS, _LENGTH_BITS = 240, 4.5
 _SMALL = 1 << 16  # bytes up to which a search for matches costs nothing worth saving
 
 
@@ -31,23 +34,35 @@ class Section(NamedTuple):
     data: bytes | memoryview  # as stored
 
 
-def squeeze(raw: bytes) -> Section:
+def squeeze(parts: Sequence[bytes]) -> Section:
     """Return the smallest form of a byte string.
 
     Args:
-        raw: Any bytes. Symbols without structure get Huffman codes (a new table every 32,768
-            symbols); runs and small strings are searched for matches too.
+        parts: It, cut where its symbols may begin to come with other frequencies: there, or every
+            32,768 symbols, a Huffman code ends. Runs and small strings are searched for matches
+            too.
 
     Returns:
         The section; the same bytes in give the same bytes out with one version of zlib.
     """
+    raw = b"".join(parts)
     best = Section(STORED, len(raw), raw)
-    for strategy in _strategies(np.frombuffer(raw, dtype=np.uint8)):
+    strategies = _strategies(np.frombuffer(raw, dtype=np.uint8))
+    pieces = _pieces(parts) if strategies else []
+    for strategy in strategies:
         packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
-        data = packer.compress(raw) + packer.flush()
+        ends = [zlib.Z_BLOCK] * (len(pieces) - 1) + [zlib.Z_FINISH]
+        done = [packer.compress(p) + packer.flush(e) for p, e in zip(pieces, ends, strict=True)]
+        data = b"".join(done)
         if len(data) < len(best.data):
             best = Section(DEFLATE, len(raw), data)
     return best
+
+
+def entropy(counts: NDArray[np.int64]) -> float:
+    """Return the bits that symbols take which come so often, in all."""
+    counts = counts[counts > 0]
+    return float((counts * np.log2(counts.sum() / counts)).sum())
 
 
 def check_section(section: Section, expected: int, what: str) -> None:
@@ -119,10 +134,25 @@ def _strategies(raw: NDArray[np.uint8]) -> list[int]:
 
 def _entropy(raw: NDArray[np.uint8]) -> float:
     """Return bits per byte, taken over parts, as each block of a stream has its own table."""
-    bits = 0.0
-    for first in range(0, raw.size, _SMALL):
-        part = raw[first : first + _SMALL]
-        counts = np.bincount(part)
-        counts = counts[counts > 0]
-        bits += part.size * np.log2(part.size) - float((counts * np.log2(counts)).sum())
-    return bits / raw.size
+    parts = (raw[first : first + _SMALL] for first in range(0, raw.size, _SMALL))
+    return sum(entropy(np.bincount(part)) for part in parts) / raw.size
+
+
+def _pieces(parts: Sequence[bytes]) -> list[bytes]:
+    """Join neighbours that are smaller with one Huffman code than with one each."""
+    found: list[list[bytes]] = []
+    counts = np.zeros(256, dtype=np.int64)
+    for part in parts:
+        own = np.bincount(np.frombuffer(part, dtype=np.uint8), minlength=256)
+        if found and _with_code(counts + own) <= _with_code(counts) + _with_code(own):
+            found[-1].append(part)
+            counts += own
+        elif part:
+            found.append([part])
+            counts = own
+    return [b"".join(group) for group in found]
+
+
+def _with_code(counts: NDArray[np.int64]) -> float:
+    """Estimate the bits of symbols that come so often, with the code itself."""
+    return entropy(counts) + _CODE_BITS + _LENGTH_BITS * np.count_nonzero(counts)

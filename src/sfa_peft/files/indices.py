@@ -96,13 +96,13 @@ class Record(NamedTuple):
 
 
 class PackedIndices(NamedTuple):
-    """Positions of all tensors, ready for the entropy stage."""
+    """Positions of all tensors, ready for the entropy stage, each in parts: of one tensor each."""
 
-    table: bytes  # one RECORD per tensor
-    skips: bytes  # symbols; tensors with many runs per weight first
-    skip_bits: bytes  # bit planes in the same order
-    lengths: bytes
-    length_bits: bytes
+    table: list[bytes]  # one RECORD per tensor
+    skips: list[bytes]  # symbols; tensors with many runs per weight first
+    skip_bits: list[bytes]  # bit planes in the same order
+    lengths: list[bytes]
+    length_bits: list[bytes]
 
 
 def pack_indices(indices: Sequence[Indices], sizes: Sequence[int]) -> PackedIndices:
@@ -122,8 +122,8 @@ def pack_indices(indices: Sequence[Indices], sizes: Sequence[int]) -> PackedIndi
     skips: list[NumberList] = []
     lengths: list[NumberList] = []
     for ordinal, (positions, size) in enumerate(zip(indices, sizes, strict=True)):
-        _check_positions(ordinal, positions, size)
-        tensor_skips, tensor_lengths = _runs(positions)
+        check_positions(ordinal, positions, size)
+        tensor_skips, tensor_lengths = runs(positions)
         skips.append(_pack_numbers(tensor_skips))
         lengths.append(_pack_numbers(tensor_lengths))
         head = (size, positions.size, tensor_skips.size)
@@ -134,11 +134,11 @@ def pack_indices(indices: Sequence[Indices], sizes: Sequence[int]) -> PackedIndi
         )
     order = _stream_order(records)
     return PackedIndices(
-        np.array(records, dtype=RECORD).tobytes(),
-        b"".join(skips[i].symbols for i in order),
-        b"".join(skips[i].low_bits for i in order),
-        b"".join(lengths[i].symbols for i in order),
-        b"".join(lengths[i].low_bits for i in order),
+        [np.array(records, dtype=RECORD).tobytes()],
+        [skips[i].symbols for i in order],
+        [skips[i].low_bits for i in order],
+        [lengths[i].symbols for i in order],
+        [lengths[i].low_bits for i in order],
     )
 
 
@@ -229,7 +229,8 @@ def _unpack_tensor(ordinal: int, record: Record, skips: Streams, lengths: Stream
     return skipped
 
 
-def _check_positions(ordinal: int, positions: Indices, size: int) -> None:
+def check_positions(ordinal: int, positions: Indices, size: int) -> None:
+    """Raise an AdapterFileError if positions are not flat int64, or cannot be in a tensor."""
     if positions.ndim != 1 or positions.dtype != np.int64 or not 0 <= size < MAX_SIZE:
         raise AdapterFileError(
             f"tensor {ordinal}: expected flat int64 positions in a tensor of less than 2^48 "
@@ -248,7 +249,7 @@ def _check_positions(ordinal: int, positions: Indices, size: int) -> None:
         )
 
 
-def _runs(positions: Indices) -> tuple[Indices, Indices]:
+def runs(positions: Indices) -> tuple[Indices, Indices]:
     """Return skips and lengths less one; no lengths where runs would not pay."""
     steps = np.diff(positions, prepend=-1) - 1  # unselected weights before each position
     first = steps > 0

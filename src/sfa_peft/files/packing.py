@@ -56,12 +56,14 @@ class Entries:
         indices: Flat positions, int64, strictly increasing.
         change: Change of each, in the type it is trained in (float32 by default).
         base: Pretrained weight of each, in the base's type.
+        columns: Number of weights in a row of the tensor, 0 where it has none.
     """
 
     size: int
     indices: Tensor
     change: Tensor
     base: Tensor
+    columns: int = 0
 
 
 def pack(tensors: Sequence[Entries], saved_values: str = "exact") -> Tensor:
@@ -98,7 +100,7 @@ def with_manifest(packed: Tensor, tensors: Sequence[SavedTensor]) -> Tensor:
 def _pack_changes(changes: Sequence[Tensor], tensors: Sequence[Entries], mode: ValueMode) -> bytes:
     return encode_entries(
         [
-            SelectedEntries(t.size, _numpy(t.indices), _numpy(change.float()))
+            SelectedEntries(t.size, _numpy(t.indices), _numpy(change.float()), columns=t.columns)
             for t, change in zip(tensors, changes, strict=True)
         ],
         mode,
@@ -117,7 +119,13 @@ def _pack_ulps(tensors: Sequence[Entries]) -> bytes | None:
             return None
     return encode_entries(
         [
-            SelectedEntries(t.size, _numpy(t.indices), _codes(weight, dtype), _codes(t.base, dtype))
+            SelectedEntries(
+                t.size,
+                _numpy(t.indices),
+                _codes(weight, dtype),
+                _codes(t.base, dtype),
+                t.columns,
+            )
             for t, weight in zip(tensors, adapted, strict=True)
         ],
         _ULPS[dtype],

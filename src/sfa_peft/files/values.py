@@ -61,7 +61,7 @@ class ValueMode(IntEnum):
 
 def encode_values(
     mode: ValueMode, values: Array, base: Array | None, counts: Sequence[int]
-) -> list[bytes]:
+) -> list[list[bytes]]:
     """Split values into byte planes.
 
     Args:
@@ -71,7 +71,7 @@ def encode_values(
         counts: Values of each tensor; blocks of `INT8` end with the tensor.
 
     Returns:
-        `mode.num_planes` byte strings.
+        `mode.num_planes` byte strings, each cut where the values' frequencies may change.
 
     Raises:
         AdapterFileError: If a value is NaN or infinite, or the type is not the mode's.
@@ -87,10 +87,11 @@ def encode_values(
     check_finite(values, mode)
     if mode is ValueMode.INT8:
         quotients, largest = _quantise(values, _block_lengths(counts, BLOCK))
-        return [quotients.tobytes(), *_split(_rotate_left(_bits(largest)))]
+        return [[quotients.tobytes()], *_split(_rotate_left(_bits(largest)))]
     if mode.needs_base:
         base_bits = _bits(cast(Array, base))
-        return _split(_ulps(base_bits, _bits(values))[_by_exponent(base_bits, mode)])
+        order, ends = _by_exponent(base_bits, mode)
+        return _split(_ulps(base_bits, _bits(values))[order], ends)
     return _split(_rotate_left(_bits(values)))
 
 
@@ -128,7 +129,7 @@ def decode_values(
     elif mode.needs_base:
         base_bits = _bits(cast(Array, base))
         distances = np.empty_like(base_bits)
-        distances[_by_exponent(base_bits, mode)] = _join(planes)
+        distances[_by_exponent(base_bits, mode)[0]] = _join(planes)
         values = _add_ulps(base_bits, distances).view(mode.dtype)
     else:
         values = _rotate_right(_join(planes)).view(mode.dtype)
@@ -177,11 +178,11 @@ def _bits(values: Array) -> Array:
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
-def _split(codes: Array) -> list[bytes]:
-    """Return byte planes of unsigned integers, lowest byte first."""
+def _split(codes: Array, ends: Sequence[int] = ()) -> list[list[bytes]]:
+    """Return byte planes of unsigned integers, lowest byte first, each cut at some places."""
     width = codes.dtype.itemsize
     octets = codes.astype(f"<u{width}", copy=False).view(np.uint8).reshape(-1, width)
-    return [octets[:, i].tobytes() for i in range(width)]
+    return [[part.tobytes() for part in np.split(octets[:, i], ends)] for i in range(width)]
 
 
 def _join(planes: Sequence[NDArray[np.uint8]]) -> Array:
@@ -194,46 +195,56 @@ def _join(planes: Sequence[NDArray[np.uint8]]) -> Array:
 
 def _rotate_left(codes: Array) -> Array:
     """Move the sign to the lowest bit, so that the exponent fills the highest byte."""
-    return codes << 1 | codes >> (8 * codes.dtype.itemsize - 1)
+    return codes << 1 | codes >> _sign_shift(codes)
 
 
 def _rotate_right(codes: Array) -> Array:
-    return codes >> 1 | codes << (8 * codes.dtype.itemsize - 1)
+    return codes >> 1 | codes << _sign_shift(codes)
+
+
+def _sign_shift(codes: Array) -> int:
+    return 8 * codes.dtype.itemsize - 1
 
 
 def _sign_bit(codes: Array) -> Any:
-    return codes.dtype.type(1 << (8 * codes.dtype.itemsize - 1))
+    return codes.dtype.type(1 << _sign_shift(codes))
 
 
 def _ordered(bits: Array) -> Array:
     """Return integers that order like the floats: -0 and +0 are neighbours."""
-    sign = _sign_bit(bits)
-    return np.where(bits & sign, ~bits, bits | sign)
+    return bits ^ (_all_if(bits >> _sign_shift(bits)) | _sign_bit(bits))
 
 
 def _ulps(base: Array, adapted: Array) -> Array:
     """Return steps from base to adapted, modulo 2^width, zigzag: 0, -1, 1, -2 as 0, 1, 2, 3."""
     steps = _ordered(adapted) - _ordered(base)
-    return steps << 1 ^ np.where(
-        steps & _sign_bit(steps), ~steps.dtype.type(0), steps.dtype.type(0)
-    )
+    return steps << 1 ^ _all_if(steps >> _sign_shift(steps))
 
 
 def _add_ulps(base: Array, zigzag: Array) -> Array:
-    steps = zigzag >> 1 ^ (~(zigzag & 1) + zigzag.dtype.type(1))
-    ordered = _ordered(base) + steps
-    sign = _sign_bit(ordered)
-    return np.where(ordered & sign, ordered ^ sign, ~ordered)
+    ordered = _ordered(base) + (zigzag >> 1 ^ _all_if(zigzag & 1))
+    return ordered ^ ((ordered >> _sign_shift(ordered)) - _one(ordered) | _sign_bit(ordered))
 
 
-def _by_exponent(base: Array, mode: ValueMode) -> NDArray[np.intp]:
-    """Return the order in which distances are stored: by the base weight's exponent, stable.
+def _all_if(bit: Array) -> Array:
+    """Return all bits where a number is 1, none where it is 0 (which is faster than a choice)."""
+    return ~bit + _one(bit)
 
-    A change of a given size is more units the smaller the base weight is; kept together, distances
-    of one scale share a Huffman table.
+
+def _one(codes: Array) -> Any:
+    return codes.dtype.type(1)
+
+
+def _by_exponent(base: Array, mode: ValueMode) -> tuple[NDArray[np.intp], list[int]]:
+    """Return the order in which distances are stored, and where another exponent begins in it.
+
+    By the base weight's exponent, stable. A change of a given size is more units the smaller the
+    base weight is; kept together, distances of one scale share a Huffman table.
     """
     shift = 10 if mode is ValueMode.ULPS_FLOAT16 else 7
-    return np.argsort(((base & _exponent_mask(mode)) >> shift).astype(np.uint8), kind="stable")
+    exponents = ((base & _exponent_mask(mode)) >> shift).astype(np.uint8)
+    ends = np.cumsum(np.bincount(exponents, minlength=1))[:-1]
+    return np.argsort(exponents, kind="stable"), ends.tolist()
 
 
 def _block_lengths(counts: Sequence[int], block: int) -> NDArray[np.int64]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pick: global or per tensor, single weights or output rows (Eq. 5, Alg. 1 line 10).
+"""One pick: global or per tensor; single weights, blocks or output rows (Eq. 5, Alg. 1 line 10).
 
 And what it fills: a pool, at once without data, or round by round until it is finished.
 """
@@ -7,10 +7,11 @@ And what it fills: a pool, at once without data, or round by round until it is f
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import SelectionError
 from ..sparse.pool import Pool
@@ -20,8 +21,12 @@ from .topk import TAKEN, RandomSource, Ranks, Source, TensorSource, streaming_to
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer", "output")
+#: Neighbours in a row that are selected as one.
+BLOCKS = {"block": 16, "block64": 64}
 #: What is selected as one.
-GRANULARITIES = ("weight", "row")
+GRANULARITIES = ("weight", *BLOCKS, "row")
+#: Entries that are read together.
+_PIECE = 1 << 20
 #: Tensors whose own picks are made together: half a MiB of counts for each.
 _TOGETHER = 16
 
@@ -42,18 +47,21 @@ def pick(
     Args:
         sources: Scores of each tensor; those of entries that were admitted before are `TAKEN`.
         quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
-            they fit; the rest of the quota stays open for the next pick.
+            they fit, blocks while a full one does; the rest of the quota stays open for the next
+            pick.
         before: For each tensor (on all ranks) how many were admitted before; None for none.
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
             share of the quota that its size has of all sizes; "output" fills up the rows with the
             fewest weights admitted first, so that all rows of all tensors end with as many.
         granularity: "weight", or "row": all weights of one output feature (channel) together,
-            ranked by the mean of their absolute scores.
-        row_sizes: For "row" and "output" the number of weights in a row of each tensor.
-        distribution: Gets the scores that are compared (of weights, or of rows) and the smallest
-            one that is admitted.
+            ranked by the mean of their absolute scores. "block" and "block64": 16 and 64
+            neighbours in a row (what is left of it at its end), ranked by the norm of their scores.
+        row_sizes: The number of weights in a row of each tensor; not needed for "weight", but for
+            "output".
+        distribution: Gets the scores that are compared (of weights, blocks or rows) and the
+            smallest one that is admitted.
         ranks: Where each rank has a part of every tensor (whole rows), the ranks. The quota is for
-            all of them, positions are those in the part. Not for "output".
+            all of them, positions are those in the part. Not for "output" and blocks.
 
     Returns:
         For each tensor positions, int64, strictly increasing.
@@ -66,14 +74,15 @@ def pick(
         sizes = [source.numel for source in sources]
         sizes = sizes if ranks is None else ranks.table(sizes).sum(0).tolist()
         quotas = layer_quotas(quota, sizes, before or [0] * len(sources))
+    if row_sizes is None and (granularity != "weight" or ranking == "output"):
+        raise SelectionError(f"pick: {granularity=}, {ranking=} needs row_sizes.")
     if granularity == "row":
-        if row_sizes is None:
-            raise SelectionError("pick: granularity='row' needs row_sizes.")
-        return _pick_rows(sources, quota, quotas, row_sizes, distribution, ranks)
+        return _pick_rows(sources, quotas or [quota], row_sizes or (), distribution, ranks)
+    if granularity in BLOCKS:
+        size = BLOCKS[granularity]
+        return _pick_blocks(sources, quotas or [quota], row_sizes or (), size, distribution)
     if ranking == "output":
-        if row_sizes is None:
-            raise SelectionError("pick: ranking='output' needs row_sizes.")
-        return _pick_by_output(sources, quota, row_sizes, distribution)
+        return _pick_by_output(sources, quota, row_sizes or (), distribution)
     if quotas is None:
         return streaming_topk(sources, quota, distribution, ranks)
     chosen: list[Tensor] = []
@@ -108,8 +117,8 @@ def select_without_data(pool: Pool, rules: SelectionRules) -> None:
 def is_unfinished(pool: Pool, rules: SelectionRules) -> bool:
     """Whether a run would certainly have selected more.
 
-    Rows may leave a part of the budget open, and the literal schedule always does. How large that
-    part is depends on the run, so the largest possible one passes for finished.
+    Rows and blocks may leave a part of the budget open, and the literal schedule always does. How
+    large that part is depends on the run, so the largest possible one passes for finished.
     """
     if not rules.selects_while_training:
         return False
@@ -123,6 +132,9 @@ def _most_left_open(pool: Pool, rules: SelectionRules) -> int:
     if rules.granularity == "row":  # less than the row that did not fit any more
         sizes = row_sizes([weight.tensor for weight in pool.weights])
         left = max(sizes) - 1 if rules.ranking == "global" else sum(sizes) - len(sizes)
+    elif rules.granularity in BLOCKS:
+        left = BLOCKS[rules.granularity] - 1
+        left *= 1 if rules.ranking == "global" else len(pool.weights)
     if rules.schedule == "literal":  # 1/n, and n is at least 2
         left += pool.size if rules.select_until not in (None, 1) else pool.size - pool.size // 2
     return left
@@ -165,23 +177,29 @@ def layer_quotas(quota: int, sizes: Sequence[int], before: Sequence[int]) -> lis
     return quotas
 
 
+def _best(
+    choose: Callable[..., list[Tensor]],
+    scores: Sequence[Tensor],
+    shapes: Sequence[Any],
+    quotas: Sequence[int],
+) -> list[Tensor]:
+    """Return for each tensor what comes first: among all for one quota, else among its own."""
+    if len(quotas) == 1:
+        return choose(scores, shapes, quotas[0])
+    each = zip(scores, shapes, quotas, strict=True)
+    return [choose([score], [shape], quota)[0] for score, shape, quota in each]
+
+
 def _pick_rows(
     sources: Sequence[Source],
-    quota: int,
-    quotas: Sequence[int] | None,
+    quotas: Sequence[int],
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
     ranks: Ranks | None,
 ) -> list[Tensor]:
     parts = _row_scores(sources, row_sizes)
     scores = parts if ranks is None else [ranks.concatenated(part) for part in parts]
-    if quotas is None:
-        rows = _best_rows(scores, row_sizes, quota)
-    else:
-        rows = [
-            _best_rows([score], [size], own)[0]
-            for score, size, own in zip(scores, row_sizes, quotas, strict=True)
-        ]
+    rows = _best(_best_rows, scores, row_sizes, quotas)
     if distribution is not None:
         for score, chosen in zip(scores, rows, strict=True):
             distribution.add_scores(score[score >= 0], score[chosen])
@@ -317,3 +335,66 @@ def _ranked_rows(source: Source, size: int, ranks: Tensor) -> tuple[Tensor, Tens
             parts.append(tensor)
     sure, scores, last, last_scores = (torch.cat(parts) for parts in found)
     return sure, scores, last, last_scores
+
+
+class _Grid(NamedTuple):
+    """How a tensor is cut into blocks, counted row after row; the last of a row may be shorter."""
+
+    length: int  # entries of a row
+    size: int  # most entries of a block
+
+    @property
+    def per_row(self) -> int:
+        return -(-self.length // self.size)
+
+    def positions_in(self, blocks: Tensor) -> Tensor:
+        """Return the entries of blocks, strictly increasing where these are."""
+        columns = (blocks % self.per_row * self.size)[:, None]
+        columns = columns + torch.arange(self.size, device=blocks.device)
+        rows = blocks // self.per_row * self.length
+        return (rows[:, None] + columns)[columns < self.length]
+
+
+def _pick_blocks(
+    sources: Sequence[Source],
+    quotas: Sequence[int],
+    row_sizes: Sequence[int],
+    size: int,
+    distribution: ScoreDistribution | None,
+) -> list[Tensor]:
+    # Single entries are rows of a vector: it is cut as one row.
+    lengths = [n if n > 1 else s.numel for n, s in zip(row_sizes, sources, strict=True)]
+    grids = [_Grid(length, size) for length in lengths]
+    scores = [_block_scores(source, grid) for source, grid in zip(sources, grids, strict=True)]
+    blocks = _best(_best_blocks, scores, grids, quotas)
+    if distribution is not None:
+        for score, chosen in zip(scores, blocks, strict=True):
+            distribution.add_scores(score[score.isfinite()].cpu(), score[chosen].cpu())
+    return [grid.positions_in(chosen) for grid, chosen in zip(grids, blocks, strict=True)]
+
+
+def _block_scores(source: Source, grid: _Grid) -> Tensor:
+    """Return the norm of each block's scores, float32; not finite where one of them is not."""
+    rows, step = source.numel // grid.length, max(1, _PIECE // grid.length)
+    parts = []
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        piece = source.read(first * grid.length, last * grid.length).view(-1, grid.length)
+        piece = nn.functional.pad(piece, (0, grid.per_row * grid.size - grid.length))
+        # Squares of small scores would vanish in float32.
+        norms = torch.linalg.vector_norm(piece.view(-1, grid.size), dim=1, dtype=torch.float64)
+        parts.append(norms.float())
+    return torch.cat(parts)
+
+
+def _best_blocks(scores: Sequence[Tensor], grids: Sequence[_Grid], quota: int) -> list[Tensor]:
+    """Return for each tensor the blocks that come first, while a full one fits into the quota."""
+    available = sum(int(score.isfinite().sum()) for score in scores)
+    count, left = 0, quota
+    found = [torch.empty(0, dtype=torch.int64, device=score.device) for score in scores]
+    while left >= grids[0].size and count < available:
+        count = min(count + left // grids[0].size, available)  # more where some are shorter
+        found = streaming_topk(scores, count)
+        pairs = zip(found, grids, strict=True)
+        left = quota - sum(grid.positions_in(chosen).numel() for chosen, grid in pairs)
+    return found

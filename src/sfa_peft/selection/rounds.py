@@ -25,7 +25,7 @@ from ..sparse.optimizer import LateEntries, check_unseen_step
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, check_scores, num_ranks
 from .candidates import Candidates
-from .pick import pick, row_sizes
+from .pick import BLOCKS, pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
 from .score_distribution import ScoreDistribution
@@ -122,10 +122,12 @@ class Rounds:
             )
         self._is_late = self.pool.values.grad is not None
         self.is_cut = self.pool.shard is not None
-        if self.is_cut and self.rules.ranking == "output":
+        is_lacking = self.rules.ranking == "output" or self.rules.granularity in BLOCKS
+        if self.is_cut and is_lacking:
             raise SelectionError(
-                "SFAConfig.ranking='output' is not there under fully_shard (FSDP2). Use 'global' "
-                "or 'layer', or train with DistributedDataParallel."
+                "SFAConfig.ranking='output' and blocks are not there under fully_shard (FSDP2). "
+                "Select 'weight' or 'row', 'global' or by 'layer', or train with "
+                "DistributedDataParallel."
             )
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
@@ -133,7 +135,7 @@ class Rounds:
 
     def _attach(self) -> None:
         """Take over the pool."""
-        self.pool.driver = self
+        self.pool.driver, self.pool.is_growing = self, bool(self.accumulators)
         self.observers = {
             name: Observer(partial(self._receive, accumulator))
             for name, accumulator in self.accumulators.items()
@@ -145,6 +147,8 @@ class Rounds:
     def stop(self) -> None:
         """Free the scores (not those of a selector that took over)."""
         self._observe(False)
+        if self.drives:
+            self.pool.is_growing = False
         if self.candidates is not None:
             self.candidates.remove()
             self.candidates = None

@@ -27,7 +27,7 @@ from .score_distribution import LOW_BITS, NUM_BINS, ScoreDistribution
 _LOW_MASK = (1 << LOW_BITS) - 1
 _INF_KEY = 0x7F800000  # bit pattern of infinity; larger patterns are NaN
 _CHUNK = 1 << 20  # entries looked at together: 4 MiB of keys, which stay in cache
-_DEVICE_CHUNK = 1 << 24  # the same where a launch costs more than a miss: 64 MiB of keys
+_DEVICE_CHUNK = 1 << 22  # the same where a launch costs more than a miss: 16 MiB of keys
 #: Score of an entry that must not be selected (again).
 TAKEN = float("inf")
 _RANDOM_BLOCK = 1 << 16
@@ -91,7 +91,8 @@ class TensorSource:
         piece = self.tensor.detach().reshape(-1)[first:last].float()
         if self.factor is None:
             return piece
-        return piece * self.factor.detach().reshape(-1)[first:last].float()
+        product = piece * self.factor.detach().reshape(-1)[first:last].float()
+        return product.masked_fill_(piece.isinf(), TAKEN)  # times 0 it would not be a number
 
 
 @dataclass(frozen=True)

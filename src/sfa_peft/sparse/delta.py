@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -104,6 +104,29 @@ def _joined(before: Tensor, taken: Tensor, change: Tensor, factor: float, method
     if method == "larger":
         return torch.where(change.abs() > before.abs(), change, before)
     return torch.where(taken, before, change)
+
+
+class Slice(Protocol):
+    """One adapter's change of one weight, while it lies in a pool (see `pool.PoolSlice`)."""
+
+    # ruff: disable[D102]
+    @property
+    def spans(self) -> Spans: ...
+    @property
+    def trains(self) -> bool: ...
+    @property
+    def is_stand_in(self) -> bool: ...
+    @property
+    def keeps_graph(self) -> bool: ...
+    def stamp(self) -> tuple[Any, ...]: ...
+    def indices(self) -> Tensor: ...
+    def change(self) -> Tensor: ...
+    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
+    def free_room(self) -> None: ...
+    def stand_in(self) -> Tensor: ...
+    def everywhere(self, weight: Tensor) -> Tensor: ...
+
+    # ruff: enable[D102]
 
 
 # --- slots -------------------------------------------------------------------------------------

@@ -235,6 +235,30 @@ def check_unseen_step(pool: Pool) -> None:
         )
 
 
+class MicroBatches:
+    """How many training forwards may come before a step of the optimizer must have been seen.
+
+    DeepSpeed's ZeRO, Apex and Megatron step copies of the values and write them through `.data`,
+    which neither hooks nor version counters tell. So a forward is trusted only if as many came
+    between two steps that were seen.
+    """
+
+    def __init__(self) -> None:
+        self._steps = self._since = self._most = 0
+
+    def expect(self, steps: int) -> bool:
+        """Count a forward; return whether steps seen so far account for it.
+
+        Args:
+            steps: Number of steps that were seen.
+        """
+        if steps != self._steps:
+            self._most = max(self._most, self._since)
+            self._steps, self._since = steps, 0
+        self._since += 1
+        return self._since <= self._most
+
+
 class LateEntries:
     """Gives the late entries of a pool the bias correction of their own age.
 

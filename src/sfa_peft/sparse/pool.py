@@ -23,6 +23,7 @@ from .shards import Joined, Ranks, Shard, local, whole
 from .slices import PoolSlice
 from .stores import Store
 from .weight import Weight, version
+from .write_lock import asked_once
 
 
 class Pool:
@@ -65,6 +66,7 @@ class Pool:
         self._spread: tuple[tuple[Any, ...], Tensor] | None = None
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
+        self.is_growing = False  # the driver will still give out slots
         self.optimizer_steps = 0  # steps of an optimizer that trains the values
         self.optimizer: weakref.ref[Any] | None = None  # the one that stepped last
         self.stepped_by_grad_scaler = False
@@ -81,7 +83,7 @@ class Pool:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
         none = ("_layout", "_cut", "_spread", "_gathered", "before", "driver", "optimizer")
         none += ("source", "seen")
-        return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}}
+        return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}, "is_growing": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
         twin = memo[id(self)] = type(self).__new__(type(self))
@@ -321,20 +323,32 @@ class Pool:
 
     def stand_ins(self) -> Sequence[Tensor]:
         """Return for each weight what stands for its slice of values, wired to their gradient."""
-        values, spans = self.values, self.layout()
-        key = (id(values), values.dtype, values.device, values.requires_grad, id(spans))
-        if self._cut is None or self._cut[0] != key:
+        if self._cut is None or not self.keeps(self._cut[1]):
+            values, spans = self.values, self.layout()
             with torch.inference_mode(False), torch.enable_grad():
                 every = values if self.shard is None else Joined.apply(values, self.shard)
                 # The parameter and the spans are kept alive by the cut, so their ids stay theirs.
-                self._cut = (key, Cut.apply(every, spans), (values, spans))
+                self._cut = (self._cut_key(), Cut.apply(every, spans), (values, spans))
         return self._cut[1]
+
+    def keeps(self, stand_ins: Sequence[Tensor]) -> bool:
+        """Whether these are still what `stand_ins` returns."""
+        return (
+            self._cut is not None and self._cut[1] is stand_ins and self._cut[0] == self._cut_key()
+        )
+
+    def _cut_key(self) -> tuple[Any, ...]:
+        values, spans = self.values, self.layout()
+        return (id(values), values.dtype, values.device, values.requires_grad, id(spans))
 
     def stamp(self) -> tuple[Any, ...]:
         """Return what changes whenever values or slots do.
 
         Fused optimizers write values without telling autograd, so their steps are counted too.
         """
+        return asked_once(self, self._stamp)
+
+    def _stamp(self) -> tuple[Any, ...]:
         values, slots = self.held, self.slots
         return (
             id(values),

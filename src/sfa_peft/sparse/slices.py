@@ -87,11 +87,12 @@ class PoolSlice:
         """Return flat positions, int64 (n,), in slot order."""
         return self.pool.indices(self.ordinal) if self.shard is None else self.entries[0].long()
 
-    def everywhere(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return flat positions in the whole weight, on every rank the same."""
-        known = self._everywhere
+    def everywhere(self, weight: Tensor) -> Tensor:
+        """Return flat positions in the whole weight, on its device; on every rank the same."""
+        known, device = self._everywhere, weight.device
         if known is None or known[0] is not self.spans or known[1].device != device:
-            room = self.pool.room(self.ordinal, dtype, device)
+            few = weight.numel() <= torch.iinfo(torch.int32).max
+            room = self.pool.room(self.ordinal, torch.int32 if few else torch.int64, device)
             known = (self.spans, room.copy_(self.pool.indices(self.ordinal)))
             self._everywhere = known
         return known[1]

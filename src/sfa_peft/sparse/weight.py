@@ -9,28 +9,22 @@ entries of the stack, and what was there before can be put back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .delta import Spans, adapt
-from .gradient import Observer, Tap
+from .delta import Slice, adapt
+from .entries import Entries
+from .gradient import Observer, Support, Tap, Tapped, eager, find_support
+from .pairs import PAIRS
 from .shards import Shard, whole
-from .write_lock import exclusively, is_stand_in
+from .write_lock import is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-
-def eager(function: _F) -> _F:
-    """Keep a function out of graphs that torch.compile makes."""
-    return cast(_F, torch.compiler.disable(function))
 
 
 def version(tensor: Tensor) -> int:
@@ -47,52 +41,14 @@ class Owner(Protocol):
         """Return the tensor that a parameter of the layer is now."""
         ...
 
+    def columns_worth(self, name: str) -> float | None:
+        """Return what `find_support` asks of the matrix of a linear layer; None of others."""
+        ...
+
     @property
     def merged(self) -> bool:
         """Whether changes stay in the layer's weights until they are unmerged."""
         ...
-
-
-class Slice(Protocol):
-    """One adapter's change of one weight, while it lies in a pool (see `pool.PoolSlice`)."""
-
-    # ruff: disable[D102]
-    @property
-    def spans(self) -> Spans: ...
-    @property
-    def trains(self) -> bool: ...
-    @property
-    def is_stand_in(self) -> bool: ...
-    @property
-    def keeps_graph(self) -> bool: ...
-    def stamp(self) -> tuple[Any, ...]: ...
-    def indices(self) -> Tensor: ...
-    def change(self) -> Tensor: ...
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
-    def free_room(self) -> None: ...
-    def stand_in(self) -> Tensor: ...
-    def everywhere(self, dtype: torch.dtype, device: torch.device) -> Tensor: ...
-
-    # ruff: enable[D102]
-
-
-@dataclass
-class _Entries:
-    """One adapter's entries in a weight: to be written, and what is put back.
-
-    Attributes:
-        indices: Flat positions, int32 (int64 in a huge weight).
-        undo: The weight's original entries there, in its dtype.
-        spans: Where they are in slot order: the slots they were read from.
-        stamp: Where they are finished: what the changes were when they were added.
-        adapted: Where they are finished: what the weight holds there while only they are on it.
-    """
-
-    indices: Tensor
-    undo: Tensor
-    spans: Spans | None = None
-    stamp: tuple[Any, ...] = ()
-    adapted: Tensor | None = None
 
 
 class Weight:
@@ -114,12 +70,12 @@ class Weight:
         self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
-        self.prepared: tuple[list[Tap], list[Tensor]] | None = None  # for a compiled forward
+        self.prepared: Tapped | None = None  # for a compiled forward
         self.shard: Shard | None = None  # this rank's part, where the weight is cut over ranks
         self.touched = True  # others may have written it since `is_untouched`
-        self._entries: dict[str, _Entries] = {}  # in slot order, for training
-        self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
-        self._written: list[_Entries] = []
+        self._entries: dict[str, Entries] = {}  # in slot order, for training
+        self._finished: dict[str, Entries] = {}  # in the weight's order, for switching
+        self._written: list[Entries] = []
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._tensor_stamp: tuple[Any, ...] | None = None
@@ -147,8 +103,9 @@ class Weight:
         self.shard = shard = Shard(tensor, f"{self.owner.name}.{self.parameter}")
         if known is None:
             for entries in self._written:  # of the whole weight, before it was cut
-                here = shard.places(entries.indices)
-                _put(shard.local, entries.indices[here] - shard.first, entries.undo[here])
+                flat = entries.flat_indices()
+                here = shard.places(flat)
+                put(shard.local, flat[here] - shard.first, entries.undo.flatten()[here])
             self.live, self._written, self._stamp = (), [], None
             self.forget()
 
@@ -168,25 +125,35 @@ class Weight:
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        stack = self._stack_of(names)
-        weight = self.held
-        if self._stamp == (stack, _stamp(weight), self._stamps(stack)):
+        if self.is_current(names):
             return
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        stack, weight = self._stack_of(names), self.held
+        with writable(weight):
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
                 return  # another thread was faster
-            self._withdraw(weight)
-            if self._tensor_stamp != _stamp(weight):
-                self.forget()  # somebody replaced or changed the weight
-            sparse = [name for name, whole in stack if not whole]
-            if len(stack) != 1 or not self._write_finished(sparse[0], stamps, weight, keep=keep):
-                self._write_stack(stack, weight)
-            self.live = tuple(sparse)
+            before = self._written
+            if not self._write_pair(stack, stamps, weight):
+                self._withdraw(weight)
+                if self._tensor_stamp != _stamp(weight):
+                    self.forget()  # somebody replaced or changed the weight
+                self._write_all(stack, stamps, weight, keep=keep)
+                PAIRS.note(before, self._written, weight)
+            self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
             if self.shard is not None:
                 self.shard.show(self.tensor)
+
+    def is_current(self, names: Sequence[str]) -> bool:
+        """Whether it holds the changes of the named adapters, as they are now: asked often."""
+        if self._stamp is None:
+            return False
+        stack = self._stack_of(names)
+        try:
+            return self._stamp == (stack, _stamp(self.held), self._stamps(stack))
+        except RuntimeError:  # stand-ins of a recording or transform have no address
+            return False
 
     def holds(self, names: Sequence[str]) -> bool:
         """Whether the changes of the named adapters, and no others, are on the weight."""
@@ -213,9 +180,9 @@ class Weight:
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
         weight, was_live = self.held, self.live
-        with exclusively(), torch.inference_mode(weight.is_inference()), torch.no_grad():
+        with writable(weight):
             self._withdraw(weight)
-            self._stamp, self.prepared = None, None
+            self._stamp = None
             if self.shard is not None and was_live:
                 self.shard.show(self.tensor)
 
@@ -243,6 +210,8 @@ class Weight:
 
     def _stack_of(self, names: Sequence[str]) -> tuple[tuple[str, bool], ...]:
         """Return (adapter, whether its candidates' change is meant), the lowest first."""
+        if not (self.earlier or self.candidates):
+            return tuple([(name, False) for name in names if name in self.slices])
         earlier = dict.fromkeys(e for name in names for e in self.earlier.get(name, ()))
         dense = [(name, True) for name in names if name in self.candidates]
         own = [(name, False) for name in names if name in self.slices]
@@ -261,7 +230,7 @@ class Weight:
         if len(self._written) != 1 or len(self.live) != 1 or self._pretrained is not None:
             return True
         own, weight = self._written[0], self.tensor.detach().view(-1)
-        entries = weight[own.indices[:_SAMPLE].long()]
+        entries = rows(weight, own.undo)[own.indices[:_SAMPLE].long()]
         wanted = own.adapted
         if wanted is None:
             if own.spans is not self.slices[self.live[0]].spans:
@@ -279,7 +248,7 @@ class Weight:
     def overwrite(self, base: Tensor) -> None:
         """Take other originals; the changes on it are written anew by the next `refresh`."""
         self.withdraw()
-        with exclusively(), torch.inference_mode(self.tensor.is_inference()), torch.no_grad():
+        with writable(self.tensor):
             self.tensor.copy_(base)
         self.forget()
         self._tensor_stamp = _stamp(self.tensor)
@@ -332,22 +301,26 @@ class Weight:
 
     # --- gradient ------------------------------------------------------------------------------
 
-    def taps(self) -> tuple[list[Tap], list[Tensor]]:
+    def taps(self) -> Tapped:
         """Return what active adapters want from the weight's gradient, and where it goes."""
         taps, stand_ins = [], []
         self.in_graph = self.in_graph or bool(self.live)
         for name in self.live:
             part, observer = self.slices[name], self.observers.get(name)
             if part.trains and (observer is not None or part.spans or part.keeps_graph):
-                taps.append(Tap(self._tapped(name), observer))
+                entries = self._entries_of(name, self.held)
+                index = part.everywhere(self.tensor) if self.shard else entries.indices
+                support = None if observer is not None else self._support_of(entries, index)
+                taps.append(Tap(index, observer, support))
                 stand_ins.append(part.stand_in())
-        return taps, stand_ins
+        return Tapped(taps, stand_ins)
 
-    def _tapped(self, name: str) -> Tensor:
-        """Return where an adapter's gradient is gathered; a whole weight's comes by in any case."""
-        if self.shard is None:
-            return self._entries_of(name, self.tensor).indices
-        return self.slices[name].everywhere(_index_dtype(self.tensor), self.tensor.device)
+    def _support_of(self, entries: Entries, index: Tensor) -> Support | None:
+        if entries.support is None:
+            worth = self.owner.columns_worth(self.parameter)
+            if worth is not None:
+                entries.support = find_support(index, self.tensor.shape, worth)
+        return entries.support
 
     # --- writing -------------------------------------------------------------------------------
 
@@ -356,9 +329,9 @@ class Weight:
             weight.detach().copy_(self._pretrained)
             return
         for entries in self._written:
-            _put(weight, entries.indices, entries.undo)
+            put(weight, entries.indices, entries.undo)
 
-    def _entries_of(self, name: str, weight: Tensor) -> _Entries:
+    def _entries_of(self, name: str, weight: Tensor) -> Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
         part = self.slices[name]
         known = self._entries.get(name)
@@ -370,11 +343,43 @@ class Weight:
         indices.copy_(index)
         finished = self._finished.get(name)
         if name in self.live and finished is not None:
-            undo[index.argsort()] = finished.undo
+            undo[index.argsort()] = finished.undo.flatten()
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
-        self._entries[name] = _Entries(indices, undo, part.spans)
+        self._entries[name] = Entries(indices, undo, part.spans)
         return self._entries[name]
+
+    def _write_pair(
+        self, stack: tuple[tuple[str, bool], ...], stamps: tuple[Any, ...], weight: Tensor
+    ) -> bool:
+        """Go from one adapter as it was kept to another in one pass; return whether that is kept.
+
+        Not where somebody else wrote the weight.
+        """
+        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != _stamp(weight):
+            return False
+        after = self._finished.get(stack[0][0])
+        if after is None or after.stamp != stamps or stack[0][1]:
+            return False
+        pair = PAIRS.find(self._written[0], after)
+        if pair is None:
+            return False
+        put(weight, pair.indices, pair.entries)
+        self._written, self.in_graph = [after], False
+        return True
+
+    def _write_all(
+        self,
+        stack: tuple[tuple[str, bool], ...],
+        stamps: tuple[Any, ...],
+        weight: Tensor,
+        *,
+        keep: bool,
+    ) -> None:
+        """Write a stack onto the originals."""
+        alone = len(stack) == 1 and not stack[0][1]
+        if not (alone and self._write_finished(stack[0][0], stamps, weight, keep=keep)):
+            self._write_stack(stack, weight)
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
@@ -392,14 +397,14 @@ class Weight:
                 self._write(name, weight, self._entries[name], onto_others=position > 0)
                 self._written.append(self._entries[name])
 
-    def _write(self, name: str, weight: Tensor, entries: _Entries, *, onto_others: bool) -> None:
+    def _write(self, name: str, weight: Tensor, entries: Entries, *, onto_others: bool) -> None:
         """Write original plus change; on shared entries onto what is there."""
         if entries.indices.numel():
             start = entries.undo
             if onto_others:
                 start = weight.detach().view(-1).index_select(0, entries.indices.long())
             change = self.slices[name].change().to(start.device)
-            _put(weight, entries.indices, adapt(start, change))
+            put(weight, entries.indices, adapt(start, change))
 
     def _write_finished(
         self, name: str, stamps: tuple[Any, ...], weight: Tensor, *, keep: bool
@@ -409,12 +414,12 @@ class Weight:
         if finished is None or finished.adapted is None or finished.stamp != stamps:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, stamps, weight)
-        _put(weight, finished.indices, cast(Tensor, finished.adapted))
+            finished = self._finished[name] = self._finish(name, stamps, weight).in_blocks(weight)
+        put(weight, finished.indices, cast(Tensor, finished.adapted))
         self._written.append(finished)
         return True
 
-    def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> _Entries:
+    def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> Entries:
         """Return an adapter's entries ready to write; the weight must hold the originals.
 
         In the weight's order, which is several times as fast to write as that of many picks.
@@ -424,7 +429,7 @@ class Weight:
             own = self._entries_of(name, weight)
             change = part.change().to(own.undo.device)
             adapted = adapt(own.undo, change) if part.spans else own.undo
-            return _Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
+            return Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
         if self._entries.pop(name, None) is not None:
             part.free_room()
         index = part.indices().to(weight.device)
@@ -432,7 +437,7 @@ class Weight:
         adapted = adapt(undo, part.change().to(undo.device))
         index, order = index.sort()
         indices = index.to(_index_dtype(weight))
-        return _Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
+        return Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:
@@ -442,9 +447,3 @@ def _stamp(weight: Tensor) -> tuple[Any, ...]:
 def _index_dtype(weight: Tensor) -> torch.dtype:
     """Return the type that flat positions in a weight are kept in."""
     return torch.int32 if weight.numel() <= torch.iinfo(torch.int32).max else torch.int64
-
-
-def _put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
-    """Overwrite entries of a weight at flat positions."""
-    if indices.numel():  # scatter_ is faster than index_copy_
-        weight.detach().view(-1).scatter_(0, indices.long(), entries)

@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 _C: Any = torch._C  # without types
+#: Neighbours that are written as one where all entries come in such blocks.
+BLOCK = 16  # a cache line of float32
 #: One lock for all weights: they are written rarely, and a lock of its own cannot be copied.
 _LOCK = threading.RLock()
 #: Layers with fewer weights than this together are not worth a second thread.
@@ -27,15 +29,17 @@ _WORTH_THREADS = 1 << 20
 _MOST_THREADS = 8
 
 _Action = Callable[[], None]
-_Layer = TypeVar("_Layer")
+_T = TypeVar("_T")
 
 
 class _OfThread(threading.local):
     deferred: dict[object, tuple[int, _Action]] | None = None
     is_helper = False  # the thread that waits for this one holds the lock
+    known: dict[object, Any] | None = None  # what was asked once, while many layers are written
 
 
 _STATE = _OfThread()
+_NOTHING = nullcontext()
 
 
 @contextmanager
@@ -49,11 +53,26 @@ def exclusively() -> Iterator[None]:
         yield
         return
     with _LOCK:
+        if traced is None:  # inside an operator it could not even be set to that
+            yield
+            return
         _C._set_tracing_state(None)
         try:
             yield
         finally:
             _C._set_tracing_state(traced)
+
+
+def writable(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return in what to write a weight, as autograd wants it: of many in a row nothing new."""
+    inference = weight.is_inference()
+    if _STATE.is_helper and inference == torch.is_inference_mode_enabled():
+        return _NOTHING
+    context = ExitStack()
+    context.enter_context(exclusively())
+    context.enter_context(torch.inference_mode(inference))
+    context.enter_context(torch.no_grad())
+    return context
 
 
 def is_stand_in(tensor: Tensor) -> bool:
@@ -92,30 +111,75 @@ def together() -> Iterator[None]:
         _do(jobs)
 
 
+def asked_once(about: object, ask: Callable[[], _T]) -> _T:
+    """Return what is asked about something that stays as it is while `together` writes layers."""
+    known = _STATE.known
+    if known is None:
+        return ask()
+    if about not in known:
+        known[about] = ask()
+    return known[about]
+
+
 def _do(jobs: list[tuple[int, _Action]]) -> None:
     threads = min(torch.get_num_threads(), _MOST_THREADS)
     if sum(size for size, _ in jobs) < _WORTH_THREADS:
         threads = 1
     # Large ones first, so that nobody waits long for the last one.
     rest = deque(action for _, action in sorted(jobs, key=lambda job: -job[0]))
-    if threads == 1:
-        _work(rest)
-        return
-    with _LOCK, ThreadPoolExecutor(threads - 1, initializer=_be_helper) as helpers:
-        running = [helpers.submit(_work, rest) for _ in range(threads - 1)]
-        _work(rest)
+    known: dict[object, Any] = {}
+    with exclusively(), ThreadPoolExecutor(max(threads - 1, 1)) as helpers:
+        running = [helpers.submit(_work, rest, known) for _ in range(threads - 1)]
+        _work(rest, known)
         for helper in running:
             helper.result()
 
 
-def _be_helper() -> None:
-    _STATE.is_helper = True
+def _work(rest: deque[_Action], known: dict[object, Any]) -> None:
+    """Do what is left, in a thread that holds the lock or that one waits for which does."""
+    before = _STATE.is_helper
+    _STATE.known, _STATE.is_helper = known, True
+    try:
+        with torch.no_grad():
+            while rest:
+                try:
+                    action = rest.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                action()
+    finally:
+        _STATE.known, _STATE.is_helper = None, before
 
 
-def _work(rest: deque[_Action]) -> None:
-    while rest:
-        try:
-            action = rest.popleft()
-        except IndexError:  # another thread was faster
-            return
-        action()
+# --- entries -----------------------------------------------------------------------------------
+
+
+def blocks_of(indices: Tensor, size: int) -> Tensor | None:
+    """Return the numbers of the blocks that flat positions are, None where they are other ones.
+
+    Args:
+        indices: Flat positions in a weight, in any order.
+        size: Number of its entries.
+    """
+    if not indices.numel() or indices.numel() % BLOCK or size % BLOCK:
+        return None
+    first = indices[::BLOCK]
+    whole = first[:, None] + torch.arange(BLOCK, dtype=first.dtype, device=first.device)
+    if bool((first % BLOCK).any()) or not torch.equal(indices.view(-1, BLOCK), whole):
+        return None
+    return first // BLOCK
+
+
+def rows(weight: Tensor, entries: Tensor) -> Tensor:
+    """Return a weight flat, or cut into blocks where entries are."""
+    return weight.detach().view(-1, *entries.shape[1:])
+
+
+def put(weight: Tensor, indices: Tensor, entries: Tensor) -> None:
+    """Overwrite entries of a weight at flat positions, or blocks at their numbers."""
+    if not indices.numel():
+        return
+    if entries.ndim > 1:
+        rows(weight, entries).index_copy_(0, indices.long(), entries)
+    else:  # scatter_ is faster than index_copy_
+        weight.detach().view(-1).scatter_(0, indices.long(), entries)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import SFAError
+from ..sparse.write_lock import together
 from ..tuner.adapter import check_name
 from ..tuner.layer import SFALayer
 from .memory import TaskMemory, count_bytes, measure, tensors_of
@@ -280,15 +281,17 @@ class TaskBank:
 
     def _bring(self, name: str | None) -> None:
         wanted = [] if name is None else [name]
-        for layer in self._layers:
-            if layer.merged:
-                raise SFAError(
-                    f"`{layer.name}`: an adapter of the bank's backbone is merged, so no task can "
-                    "be activated. Call unmerge_adapter() on that model."
-                )
-            # Now and not in the next forward, in which other threads may take part; and for every
-            # layer, since somebody may have called set_adapter.
-            layer.act_at_once(wanted)
+        merged = next((layer.name for layer in self._layers if layer.merged), None)
+        if merged is not None:
+            raise SFAError(
+                f"`{merged}`: an adapter of the bank's backbone is merged, so no task can be "
+                "activated. Call unmerge_adapter() on that model."
+            )
+        # Now and not in the next forward, in which other threads may take part; and for every
+        # layer, since somebody may have called set_adapter.
+        with together():
+            for layer in self._layers:
+                layer.act_at_once(wanted)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,8 +28,8 @@ from ..files.packing import Entries, PackedSelection, pack, read_packed, with_ma
 from ..selection.pick import is_unfinished
 from ..selection.rounds import Rounds
 from ..selection.schedule import make_schedule, share_by_rates
-from ..sparse.delta import adapt, by_weight
-from ..sparse.optimizer import check_unseen_step
+from ..sparse.delta import Delta, adapt, by_weight
+from ..sparse.optimizer import MicroBatches, check_unseen_step
 from ..sparse.pool import Pool
 from ..sparse.shards import whole
 from ..sparse.weight import Weight
@@ -53,6 +53,25 @@ class LayerStore:
         self.layer, self.adapter_name = layer, adapter_name
         self._cut: DTensor | None = None
 
+    @classmethod
+    def make(cls, layer: Any, adapter: Adapter) -> LayerStore:
+        """Put room for values and positions of all layers into the first one, and return it."""
+        size, packed_size = adapter.record.internal, adapter.record.packed
+        # PEFT casts the values to fp32 later, but leaves float64, of which a file would lose bits.
+        narrow = layer.base_weight.dtype.itemsize <= torch.float32.itemsize
+        dtype = layer.base_weight.dtype if narrow else torch.float32
+        options = {"device": layer.base_weight.device, "dtype": dtype}
+        layer.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
+        few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
+        options["dtype"] = torch.int32 if few else torch.int64
+        layer.sfa_slots[adapter.name] = torch.full((size,), -1, **options)
+        if packed_size is not None:
+            options["dtype"] = torch.uint8
+            layer.sfa_packed[adapter.name] = torch.zeros(packed_size, **options)
+        return cls(layer, adapter.name)
+
+    # Asked by each layer in each forward, so not by the dicts' own ways, which take longer.
+
     @property
     def values(self) -> Any:
         """The change of each assigned weight, (size,).
@@ -60,7 +79,7 @@ class LayerStore:
         A DTensor once `fully_shard` has cut it over ranks, also while a forward shows another in
         its place.
         """
-        values = self.layer.sfa_pool[self.adapter_name]
+        values = self.layer._modules["sfa_pool"]._parameters[self.adapter_name]
         if isinstance(values, DTensor):
             self._cut = values
         return values if self._cut is None else self._cut
@@ -68,7 +87,7 @@ class LayerStore:
     @property
     def slots(self) -> Tensor:
         """Position of each value, (size,)."""
-        return self.layer.sfa_slots[self.adapter_name]
+        return self.layer._modules["sfa_slots"]._buffers[self.adapter_name]
 
     @property
     def is_there(self) -> bool:
@@ -263,30 +282,6 @@ class Adapter:
             )
 
 
-class MicroBatches:
-    """How many training forwards may come before a step of the optimizer must have been seen.
-
-    DeepSpeed's ZeRO, Apex and Megatron step copies of the values and write them through `.data`,
-    which neither hooks nor version counters tell. So a forward is trusted only if as many came
-    between two steps that were seen.
-    """
-
-    def __init__(self) -> None:
-        self._steps = self._since = self._most = 0
-
-    def expect(self, steps: int) -> bool:
-        """Count a forward; return whether steps seen so far account for it.
-
-        Args:
-            steps: Number of steps that were seen.
-        """
-        if steps != self._steps:
-            self._most = max(self._most, self._since)
-            self._steps, self._since = steps, 0
-        self._since += 1
-        return self._since <= self._most
-
-
 def pack_state(
     adapter: Adapter,
     state: dict[str, Tensor],
@@ -314,12 +309,8 @@ def pack_state(
         raise AdapterFileError(
             "The adapter or its base is on the meta device and holds no values; load it first."
         )
-    bases = _pretrained(pool, model_state)
-    tensors = tuple(
-        SavedTensor(t.name, t.shape, type_name(base.dtype), digests(base))
-        for t, base in zip(record.tensors, bases, strict=True)
-    )
-    entries = _entries(pool, slots, values, model_state)
+    deltas = by_weight(slots.detach().cpu(), values.detach().cpu(), pool.starts)
+    tensors, entries = _saved_entries(adapter, pool, deltas, model_state)
     if saved_values == "exact":
         _warn_of_lost_bits(adapter.name, entries)
     packed = pack(entries, saved_values)
@@ -342,19 +333,22 @@ def _pretrained(pool: Pool, model_state: Mapping[str, Tensor]) -> Iterator[Tenso
         yield whole(model_state[keys[name]]) if name in keys else weight.pretrained()
 
 
-def _entries(
-    pool: Pool, slots: Tensor, values: Tensor, model_state: Mapping[str, Tensor]
-) -> list[Entries]:
-    """Return the selected entries by weight, in the order of their positions."""
-    entries = []
-    deltas = by_weight(slots.detach().cpu(), values.detach().cpu(), pool.starts)
-    bases: Iterable[Tensor] = (w.foundation(pool.adapter_name) for w in pool.weights)
-    if pool.shard is not None:
-        bases = _pretrained(pool, model_state)
-    for base, delta in zip(bases, deltas, strict=True):
+def _saved_entries(
+    adapter: Adapter, pool: Pool, deltas: Sequence[Delta], model_state: Mapping[str, Tensor]
+) -> tuple[tuple[SavedTensor, ...], list[Entries]]:
+    """Return each weight's record and selected entries; one weight at a time is copied."""
+    tensors, entries = [], []
+    weights = zip(
+        adapter.record.tensors, pool.weights, deltas, _pretrained(pool, model_state), strict=True
+    )
+    for known, weight, delta, own in weights:
+        saved = SavedTensor(known.name, known.shape, type_name(own.dtype), digests(own))
+        base = weight.foundation(adapter.name) if adapter.name in weight.earlier else own
         at = base.reshape(-1)[delta.indices.to(base.device)].cpu()
-        entries.append(Entries(base.numel(), delta.indices, delta.change, at))
-    return entries
+        tensors.append(saved)
+        columns = base.numel() // base.shape[0] if base.ndim > 1 else 0
+        entries.append(Entries(base.numel(), delta.indices, delta.change, at, columns))
+    return tuple(tensors), entries
 
 
 def _warn_of_lost_bits(adapter_name: str, tensors: list[Entries]) -> None:

@@ -16,9 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..errors import SFAError
-from ..sparse.gradient import LiveWeight, Tap
+from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
-from ..sparse.weight import Weight, eager
+from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
 from ..sparse.write_lock import now_or_together
 from .adapter import Adapter, LayerStore
@@ -62,7 +62,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.adapters: dict[str, Adapter] = {}  # those that were added here, by name
         self.weights: dict[str, Weight] = {}  # by name of the base layer's parameter
-        self.prepared_for: Any = None  # the compiled forward that may use what was prepared
+        self.whole: Any = None  # compiled forwards of the model that it is in (see `layers`)
+        self.prepared_for: Any = None  # the same, while what was prepared may be used
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
         self.in_features = getattr(base_layer, f"in_{kind}", None)
         self.out_features = getattr(base_layer, f"out_{kind}", None)
@@ -90,7 +91,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.adapters[name] = adapter
         for parameter in parameters:
             if adapter.pool is None:
-                self._make_store(adapter)
+                adapter.make_pool(LayerStore.make(self, adapter))
             cast(Pool, adapter.pool).add(self.carrier(parameter), f"{path}.{parameter}")
         if width:
             down, up = make_projections(
@@ -98,22 +99,6 @@ class SFALayer(nn.Module, BaseTunerLayer):
             )
             self.sfa_down[name], self.sfa_up[name] = down, up
         self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _make_store(self, adapter: Adapter) -> None:
-        """Hold an adapter's values and positions (of all its layers: this is the first)."""
-        size, packed_size = adapter.record.internal, adapter.record.packed
-        # PEFT casts the values to fp32 later, but leaves float64, of which a file would lose bits.
-        narrow = self.base_weight.dtype.itemsize <= torch.float32.itemsize
-        dtype = self.base_weight.dtype if narrow else torch.float32
-        options = {"device": self.base_weight.device, "dtype": dtype}
-        self.sfa_pool[adapter.name] = nn.Parameter(torch.zeros(size, **options))
-        few = adapter.record.num_weights <= torch.iinfo(torch.int32).max
-        options["dtype"] = torch.int32 if few else torch.int64
-        self.sfa_slots[adapter.name] = torch.full((size,), -1, **options)
-        if packed_size is not None:
-            options["dtype"] = torch.uint8
-            self.sfa_packed[adapter.name] = torch.zeros(packed_size, **options)
-        adapter.make_pool(LayerStore(self, adapter.name))
 
     def carrier(self, parameter: str) -> Weight:
         """Return what carries the changes of a parameter."""
@@ -123,7 +108,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def parameter(self, name: str) -> Tensor:
         """Return a parameter of the base layer, with the entries of live adapters in it."""
-        return cast(Tensor, getattr(self.get_base_layer(), name))
+        # Of a plain layer at once: weights ask for it several times in a forward or a switch.
+        own = self._modules["base_layer"]._parameters.get(name)  # pyright: ignore
+        return cast(Tensor, getattr(self.get_base_layer(), name)) if own is None else own
+
+    def columns_worth(self, name: str) -> float | None:
+        """Return what `find_support` asks of the matrix of a linear layer; None of others."""
+        if name != "weight" or type(self.base_layer) is not nn.Linear:
+            return None
+        return WORTH_OF_SHARED if self.role == "attn_in" else WORTH
 
     @property
     def base_weight(self) -> Tensor:
@@ -132,11 +125,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def has_adapter(self, adapter_name: str) -> bool:
         """Whether an adapter changes this layer's parameters or output."""
-        return (
-            adapter_name in self.sfa_down
-            or any(adapter_name in weight.slices for weight in self.weights.values())
-            or any(adapter_name in weight.earlier for weight in self.weights.values())
-        )
+        for weight in self.weights.values():
+            if adapter_name in weight.slices or adapter_name in weight.earlier:
+                return True
+        return adapter_name in self.sfa_down
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
@@ -157,31 +149,39 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Return the base layer's output with selected weights and external adapters in effect."""
         if self.sfa_packed:
             self._finish_loading()
-        if self.disable_adapters:
+        if self._disable_adapters:
             return self._pretrained_forward(*args, **kwargs)
         names = self._effective_adapters()
-        if not self._is_prepared():
-            self._bring(names)
-        out = self._base_forward(*args, **kwargs)
+        is_transformed = not self._is_prepared() and self._bring(names)
+        out = self._base_forward(names, is_transformed, args, kwargs)
+        downs = self.sfa_down._modules
         for name in names:
-            if name in self.sfa_down:
-                out = apply_bottleneck(out, self.sfa_down[name], self.sfa_up[name])
+            if name in downs:
+                out = apply_bottleneck(out, downs[name], self.sfa_up._modules[name])
         return out
 
-    def _bring(self, names: list[str]) -> None:
-        """Make the weights hold changes; SFAError while a graph is recorded and they do not."""
-        if not torch.compiler.is_exporting() and not self._is_transformed():
+    def _bring(self, names: list[str]) -> bool:
+        """Make the weights hold changes, or find that they do where nothing can be written.
+
+        Returns:
+            Whether others stand for them (torch.func).
+
+        Raises:
+            SFAError: While a graph is recorded (torch.export, torch.func), if they do not.
+        """
+        weights, compiling = self.weights.values(), torch.compiler.is_compiling()
+        if not compiling and all(weight.is_current(names) for weight in weights):
+            return False
+        is_transformed = not compiling and any(weight.is_stand_in for weight in weights)
+        if not torch.compiler.is_exporting() and not is_transformed:
             self.refresh(names)
-        elif not all(weight.holds(names) for weight in self.weights.values()):
+        elif not all(weight.holds(names) for weight in weights):
             raise SFAError(
                 f"`{self.name}`: its weights do not hold the active adapters yet, and nothing can "
                 "be written while torch.export or torch.func look at the model. Call "
                 "model.eval() right before."
             )
-
-    def _is_transformed(self) -> bool:
-        compiling = torch.compiler.is_compiling()
-        return not compiling and any(weight.is_stand_in for weight in self.weights.values())
+        return is_transformed
 
     @eager
     def _finish_loading(self) -> None:
@@ -197,27 +197,27 @@ class SFALayer(nn.Module, BaseTunerLayer):
             # A forward whose backward may still come used the weight as it is: leave it alone.
             originals = {name: weight.pretrained() for name, weight in self.weights.items()}
             return torch.func.functional_call(self.base_layer, originals, args, kwargs)
-        self.withdraw()
+        if not self._is_prepared():
+            self.withdraw()
         return self.base_layer(*args, **kwargs)
 
-    def _base_forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _base_forward(self, names: list[str], is_transformed: bool, args: Any, kwargs: Any) -> Any:
+        base = self.base_layer
         recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore
-        if not torch.is_grad_enabled() or self.merged or recorded:
-            return self.base_layer(*args, **kwargs)
-        if self._is_transformed():
-            names = self._effective_adapters()
+        if not torch.is_grad_enabled() or self.merged_adapters or recorded:
+            return base(*args, **kwargs)
+        if is_transformed:
             computed = {name: weight.computed(names) for name, weight in self.weights.items()}
-            return torch.func.functional_call(self.base_layer, computed, args, kwargs)
-        watched = {}
-        for name, weight in self.weights.items():
-            ready = weight.prepared if self._is_prepared() else None
-            taps, stand_ins = self._taps(weight) if ready is None else ready
-            if taps:
-                watched[name] = LiveWeight.apply(self.parameter(name), taps, *stand_ins)
-        if not watched:
-            return self.base_layer(*args, **kwargs)
-        # By name and not F.linear: any layer type and the hooks on it keep working.
-        return torch.func.functional_call(self.base_layer, watched, args, kwargs)
+            return torch.func.functional_call(base, computed, args, kwargs)
+        if self._is_prepared():
+            if self.whole.is_traced and not self.whole.is_tapped:
+                return base(*args, **kwargs)
+            tapped = {name: w.prepared or self.taps(w) for name, w in self.weights.items()}
+            if not self.whole.is_traced:  # later picks need not lead to other graphs
+                tapped = {name: found.dense() for name, found in tapped.items()}
+        else:
+            tapped = {name: self.taps(w) for name, w in self.weights.items()}
+        return call_tapped(base, tapped, args, kwargs)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise SFAError(
@@ -227,26 +227,19 @@ class SFALayer(nn.Module, BaseTunerLayer):
         )
 
     @eager  # a cut is kept between forwards, so no graph may own it
-    def _taps(self, weight: Weight) -> tuple[list[Tap], list[Tensor]]:
+    def taps(self, weight: Weight) -> Tapped:
+        """Return what active adapters want from a weight's gradient."""
         for name in weight.live if self.training else ():
             if name in self.adapters:
                 self.adapters[name].watch(weight)
         return weight.taps()
 
     def _is_prepared(self) -> bool:
-        """Whether this is a compiled forward that may use what `prepare` found."""
-        compiled_pass = self.prepared_for
-        return torch.compiler.is_compiling() and compiled_pass is not None and compiled_pass.is_open
-
-    def prepare(self, compiled_pass: Any) -> None:
-        """Do outside a compiled graph what its forward cannot: write weights, look up taps."""
-        usable = not (self.merged or self.disable_adapters)
-        self.prepared_for = compiled_pass if usable else None
-        if usable:
-            self.refresh(self._effective_adapters())
-            tapped = torch.is_grad_enabled()
-            for weight in self.weights.values():
-                weight.prepared = self._taps(weight) if tapped else ([], [])
+        """Whether this is a compiled forward for which `layers` has prepared the weights."""
+        if not torch.compiler.is_compiling():
+            return False
+        opened = self.prepared_for is not None and self.prepared_for.is_open
+        return opened or (self.whole is not None and self.whole.is_traced)
 
     # --- the changes on its weights ------------------------------------------------------------
 
@@ -260,7 +253,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def withdraw(self) -> None:
         """Put the original entries back into the parameters, to the bit."""
-        self.prepared_for = None
+        self._unprepare()
         for weight in self.weights.values():
             weight.withdraw()
 
@@ -269,14 +262,19 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Whether a backward that needs the parameters as they are may still come."""
         return any(weight.in_graph for weight in self.weights.values())
 
-    def _write_active(self) -> None:
+    def _unprepare(self) -> None:
         self.prepared_for = None
+        if self.whole is not None:
+            self.whole.is_settled = False
+
+    def _write_active(self) -> None:
+        self._unprepare()
         self.refresh(self._effective_adapters(), keep=True)
 
     def _switch(self, action: Callable[[], None]) -> None:
-        weight = self.base_weight
-        if self.weights and not weight.is_meta:
-            alone = not weight.is_cpu or any(w.shard for w in self.weights.values())
+        first = next(iter(self.weights.values()), None)
+        if first is not None and not (weight := first.tensor).is_meta:
+            alone = first.shard is not None or not weight.is_cpu
             now_or_together(self, 0 if alone else weight.numel(), action)
 
     def train(self, mode: bool = True) -> Any:
@@ -312,7 +310,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def act_at_once(self, adapter_names: list[str]) -> None:
         """Activate adapters and write what they change; what is trainable is left alone."""
         self._active_adapter = list(adapter_names)
-        self._write_active()
+        self._switch(self._write_active)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
@@ -336,9 +334,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _effective_adapters(self) -> list[str]:
         """Names whose change and external adapter act now."""
-        if self.merged or self.disable_adapters:
+        if self.merged_adapters or self._disable_adapters:
             return list(self.merged_adapters)
-        return [name for name in self.active_adapters if self.has_adapter(name)]
+        active = self._active_adapter
+        names = [active] if isinstance(active, str) else active
+        return [name for name in names if self.has_adapter(name)]
 
     # --- merging -------------------------------------------------------------------------------
 
@@ -439,9 +439,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """Name the role, and per adapter the selected weights and the external adapter's width."""
         parts = [f"role={self.role}"]
         for parameter, weight in self.weights.items():
-            of = f"of {weight.tensor.numel()} in {parameter} selected"
-            counts = {n: sum(b - a for a, b in part.spans) for n, part in weight.slices.items()}
-            parts += [f"{name}: {count} {of}" for name, count in counts.items()]
+            for name, part in weight.slices.items():
+                share = f"{sum(b - a for a, b in part.spans)} of {weight.tensor.numel()}"
+                parts.append(f"{name}: {share} in {parameter} selected")
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore
         return ", ".join(parts)

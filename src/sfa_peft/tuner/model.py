@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
@@ -14,7 +15,7 @@ from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
 from ..sparse.shards import whole
 from ..sparse.write_lock import together
 from . import adapted_layers
-from .adapted_layers import find_adapter, refuse_offloaded_weights
+from .adapted_layers import Switched, find_adapter, refuse_offloaded_weights
 from .adapter import pack_state
 from .injection import Injection
 from .layer import SFALayer
@@ -183,11 +184,14 @@ class SFAModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate adapters; in eval mode the weights hold them when this returns."""
         with together():
-            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            found: Any = Switched(self.model)
+            set_adapter(found, adapter_name, inference_mode=inference_mode, layer_cls=SFALayer)
+        self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         with together():
-            super()._enable_adapter_layers(enabled)
+            for module in Switched(self.model).modules():
+                module.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the active one, another becomes active on all layers."""

@@ -202,6 +202,13 @@ def cut_alike(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_shards(pool: Pool) -> None:
+    alone = next((w for w in pool.weights if isinstance(_layer(w), FSDPModule)), None)
+    if alone is not None:
+        raise SelectionError(
+            f"`{alone.owner.name}`: fully_shard has cut the adapted layer by itself, so that its "
+            "weight is whole too late. Call it for blocks: modules that contain adapted layers "
+            "(Accelerate: TRANSFORMER_BASED_WRAP)."
+        )
     cut = {name: w.shard for name, w in zip(pool.names, pool.weights, strict=True)}
     cut["the pool of its values"] = pool.shard
     whole = next((name for name, shard in cut.items() if shard is None), None)
@@ -222,6 +229,10 @@ def _check_shards(pool: Pool) -> None:
             f"The SFASelector of adapter `{pool.adapter_name}` was made before fully_shard, so its "
             "scores are of whole weights. Make it after fully_shard."
         )
+
+
+def _layer(weight: Weight) -> Any:
+    return getattr(weight.owner, "base_layer", None)
 
 
 def _is_fsdp1(module: Any, *, if_whole: bool) -> bool:

@@ -7,7 +7,11 @@ import torch
 from PIL import Image
 
 from sfa_peft.dense import Preprocessing
-from sfa_peft.dense.prediction.processors import InstanceProcessor, SemanticProcessor
+from sfa_peft.dense.prediction.processors import (
+    DetectionProcessor,
+    InstanceProcessor,
+    SemanticProcessor,
+)
 from sfa_peft.errors import SFAError
 
 
@@ -37,3 +41,20 @@ def test_where_masks_overlap_the_segment_is_the_surest():
     assert objects["boxes"].tolist() == [[1, 0, 3, 4], [0, 0, 2, 4]]
     scores = torch.tensor([[0.0, 4.0, 0.0], [2.0, 0.0, 0.0]]).softmax(-1).max(-1).values
     np.testing.assert_allclose(objects["scores"], scores.numpy(), atol=1e-5)
+
+
+def test_boxes_of_an_r_cnn_are_brought_to_the_pictures_size():
+    outputs = SimpleNamespace(
+        boxes=[torch.tensor([[0.0, 0, 8, 16], [4, 4, 8, 8]])],
+        scores=[torch.tensor([0.9, 0.3])],
+        classes=[torch.tensor([2, 0])],
+        masks=None,
+        sizes=[(16, 16)],
+    )
+    processor = DetectionProcessor(Preprocessing("stretch", (16, 16)))
+    (found,) = processor.post_process_object_detection(outputs, 0.5, [(32, 64)])
+    assert found["boxes"].tolist() == [[0, 0, 32, 32]]
+    assert found["labels"].tolist() == [2]
+    (all_of_them,) = processor.results(outputs, [(32, 64)], 0.0)
+    assert all_of_them["boxes"].tolist() == [[0, 0, 32, 32], [16, 8, 32, 16]]
+    np.testing.assert_allclose(all_of_them["scores"], [0.9, 0.3], rtol=1e-6)

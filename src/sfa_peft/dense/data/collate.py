@@ -15,8 +15,10 @@ from torch.nn.functional import pad
 from sfa_peft.errors import SFAError
 
 
-def collate_detection(items: Sequence[dict[str, Any]], *, multiple: int = 1) -> dict[str, Any]:
-    """Make a batch for the DETR family.
+def collate_detection(
+    items: Sequence[dict[str, Any]], *, multiple: int = 1, masks: bool = False
+) -> dict[str, Any]:
+    """Make a batch for the DETR family, or for Faster R-CNN and Mask R-CNN.
 
     Boxes stay shares of their own image without its padding: DETR's position code counts from edge
     to edge of ``pixel_mask``, and ``post_process_object_detection`` scales by the image's size.
@@ -25,16 +27,17 @@ def collate_detection(items: Sequence[dict[str, Any]], *, multiple: int = 1) -> 
     Args:
         items: What the object transforms return.
         multiple: Height and width of the batch are the next multiple of it: 32 for RT-DETR.
+        masks: Whether labels keep ``masks``, each of its own image's size, for Mask R-CNN.
 
     Returns:
         ``pixel_values``, float32 ``(B, 3, H, W)``; ``pixel_mask``, int64 ``(B, H, W)``, 1 on the
-        image; ``labels``, a list of B dicts, without masks.
+        image; ``labels``, a list of B dicts.
 
     Raises:
         SFAError: If there are no items or the multiple is below 1.
     """
     batch = _padded(items, multiple)
-    drop = ("masks", "orig_masks")
+    drop = ("orig_masks",) if masks else ("masks", "orig_masks")
     batch["labels"] = [
         {name: value for name, value in item["labels"].items() if name not in drop}
         for item in items

@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import DepthEstimatorOutput
 from transformers.utils.generic import can_return_tuple
 
+from sfa_peft.dense.heads.backbone_configs import read_backbone_config
 from sfa_peft.dense.heads.feature_norms import MapNorm
 from sfa_peft.dense.losses import resize_depth, silog_loss
 from sfa_peft.errors import SFAError
@@ -61,7 +62,9 @@ class DeconvDepthConfig(PretrainedConfig):
         initializer_range: float = 0.001,
         **kwargs: Any,
     ) -> None:
-        self.backbone_config = _backbone_config(backbone_config)
+        self.backbone_config = read_backbone_config(
+            backbone_config, type(self).__name__, ["stage4"]
+        )
         self.num_filters = list(num_filters)
         self.hidden_size = hidden_size
         self.max_depth = max_depth
@@ -223,22 +226,6 @@ class DeconvForDepthEstimation(PreTrainedModel):
             # Backbones of stride 32 pad an image at its bottom and right: cut that off again.
             return depth[:, :height, :width]
         return resize_depth(depth, (height, width))
-
-
-def _backbone_config(given: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:
-    if given is None:
-        return AutoConfig.for_model("swinv2", out_features=["stage4"])
-    if isinstance(given, dict):
-        options = dict(given)
-        if "model_type" not in options:
-            raise SFAError("DeconvDepthConfig.backbone_config: the dict has no `model_type`")
-        return AutoConfig.for_model(options.pop("model_type"), **options)
-    if not isinstance(given, PretrainedConfig):
-        raise SFAError(
-            "DeconvDepthConfig.backbone_config: expected a config of transformers or its dict, "
-            f"got {type(given).__name__}"
-        )
-    return given
 
 
 AutoConfig.register(DeconvDepthConfig.model_type, DeconvDepthConfig, exist_ok=True)

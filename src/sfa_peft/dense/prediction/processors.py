@@ -14,6 +14,7 @@ from transformers import BatchFeature
 
 from sfa_peft.dense.data.objects import mask_boxes
 from sfa_peft.dense.inference import dense_maps, resize
+from sfa_peft.dense.inference_boxes import instances_from_boxes
 from sfa_peft.dense.inference_instances import instances_from_queries
 from sfa_peft.dense.prediction.preprocessing import Preprocessing, Size, as_picture
 from sfa_peft.dense.prediction.spec import TaskSpec
@@ -110,12 +111,15 @@ class DepthProcessor(TaskProcessor):
 
 
 class DetectionProcessor(TaskProcessor):
-    """Boxes of RT-DETR and of other detectors whose classes have a sigmoid each."""
+    """Boxes of Faster R-CNN, of RT-DETR, and of others whose classes have a sigmoid each."""
 
     def post_process_object_detection(
         self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None
     ) -> list[dict[str, torch.Tensor]]:
         """Return ``scores``, ``labels`` and ``boxes`` (corners in pixels) for each picture."""
+        if getattr(outputs, "boxes", None) is not None:
+            of_regions = _of_regions(outputs, target_sizes, threshold)
+            return [{n: torch.from_numpy(a) for n, a in one.items()} for one in of_regions]
         shares = outputs.logits.float().sigmoid()
         num_queries, num_classes = shares.shape[1:]
         best, pairs = shares.flatten(1).topk(num_queries)  # pairs of a query and a class
@@ -142,7 +146,7 @@ class DetectionProcessor(TaskProcessor):
 
 
 class InstanceProcessor(TaskProcessor):
-    """Masks of Mask2Former and MaskFormer."""
+    """Masks of Mask2Former, MaskFormer and Mask R-CNN."""
 
     def post_process_instance_segmentation(
         self, outputs: Any, threshold: float = 0.5, target_sizes: Any = None, **_: Any
@@ -165,6 +169,8 @@ class InstanceProcessor(TaskProcessor):
 
     def results(self, outputs: Any, sizes: Sequence[Size], threshold: float) -> list[Any]:
         """Return masks, the surest first, and the boxes around them."""
+        if getattr(outputs, "boxes", None) is not None:
+            return _of_regions(outputs, sizes, threshold)
         frames = [self.preprocessing.frame(size) for size in sizes]
         inside = torch.zeros((len(frames), *frames[0].padded), dtype=torch.bool)
         for one, frame in zip(inside, frames, strict=True):
@@ -177,6 +183,12 @@ class InstanceProcessor(TaskProcessor):
             threshold=threshold,
         )
         return [one | {"boxes": mask_boxes(one["masks"])} for one in found]
+
+
+def _of_regions(outputs: Any, sizes: Sequence[Size], threshold: float) -> list[dict[str, Any]]:
+    """Return what Faster or Mask R-CNN found with more than a score."""
+    found = instances_from_boxes(outputs, list(sizes))
+    return [{n: array[one["scores"] > threshold] for n, array in one.items()} for one in found]
 
 
 _KINDS: dict[str, type[TaskProcessor]] = {

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from sfa_peft.dense.heads.deconv_depth import DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import add_norms, find_norms
 from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
+from sfa_peft.dense.heads.rcnn import RCNNForObjectDetection
 from sfa_peft.dense.prediction.preprocessing import Preprocessing
 from sfa_peft.errors import SFAError
 
@@ -33,8 +34,10 @@ TASKS = (
     "object_detection",
     "instance_segmentation",
 )
-_OWN = {
-    kind.__name__: kind for kind in (DeconvForDepthEstimation, Mask2FormerForSemanticSegmentation)
+_OWN: dict[str, type[PreTrainedModel]] = {
+    "DeconvForDepthEstimation": DeconvForDepthEstimation,
+    "Mask2FormerForSemanticSegmentation": Mask2FormerForSemanticSegmentation,
+    "RCNNForObjectDetection": RCNNForObjectDetection,
 }
 _PACKAGES = ("sfa-peft", "peft", "transformers", "torch")
 _LARGEST = 1 << 24  # bytes of a file

@@ -276,6 +276,15 @@ def image_size(folder: str | PathLike[str]) -> tuple[int, int] | None:
     return preprocessing.frame(preprocessing.size).padded if preprocessing.size else None
 
 
+def pretrained_source(folder: str | PathLike[str]) -> str | None:
+    """Return what a folder's `task.json` names as pretrained weights; None where there is none."""
+    if not (Path(folder) / _SPEC_NAME).is_file():
+        return None
+    from ..dense.prediction.spec import TaskSpec
+
+    return TaskSpec.read(Path(folder)).pretrained.source
+
+
 def copy_spec(folder: str | PathLike[str], out: str | PathLike[str]) -> None:
     """Write the `task.json` of a folder into another one, if there is one."""
     if (Path(folder) / _SPEC_NAME).is_file():

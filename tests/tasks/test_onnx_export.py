@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sfa_peft import SFAError
-from sfa_peft.tasks import export, export_onnx, export_overwrites
+from sfa_peft.tasks import export_onnx, export_overwrites
+from sfa_peft.tasks import onnx_export as export
 from tests.task_folder import save_backbone, save_task
 
 onnx = pytest.importorskip("onnx")

@@ -9,7 +9,7 @@ from peft import get_peft_model
 
 from sfa_peft import AdapterFileError, SFAConfig, selection_summary
 from sfa_peft.tasks import diff, inspect, overlaps
-from sfa_peft.tasks.saved import plot_saved
+from sfa_peft.tasks.saved_adapters import plot_saved
 from sfa_peft.tuner.adapted_layers import adapter_layers, find_pool
 from tests.reference import deltas_of, masks_of
 from tests.task_folder import plain_model, save_backbone, save_task
@@ -55,6 +55,7 @@ def test_bits_are_those_of_the_file(saved):
     if report.selected:  # headers and the list of tensors are left out
         assert bits > 0.3 * 8 * report.selection_nbytes
         assert report.values == "float32"
+    assert report.base.endswith("/backbone")  # of task.json
     json.dumps(report.to_dict())
     assert f"{report.selected:,}" in str(report)
 

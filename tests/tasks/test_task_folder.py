@@ -10,7 +10,7 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import sfa_peft
 from sfa_peft import AdapterFileError, ConfigError, SFAConfig, SFAError
-from sfa_peft.tasks.folder import convert, load_base, load_saved, merge, verify
+from sfa_peft.tasks.task_folder import convert, load_base, load_saved, merge, verify
 from tests.task_folder import NAMES, plain_model, save_backbone, save_task
 from tests.tiny import MLP, images
 
@@ -65,7 +65,7 @@ def test_a_name_that_is_no_folder_is_one_of_the_hub(sparse, monkeypatch):
         asked.append((name, revision))
         return str(folder)
 
-    monkeypatch.setattr("sfa_peft.tasks.folder.snapshot_download", download)
+    monkeypatch.setattr("sfa_peft.tasks.task_folder.snapshot_download", download)
     loaded = sfa_peft.load_task("someone/streets", revision="v1")
     assert asked == [("someone/streets", "v1")]
     assert torch.equal(logits(loaded), logits(model))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import SFAError
 from ..files.folder import replacing
-from .folder import load_base, load_saved
+from .task_folder import load_base, load_saved
 
 POSITIONS, VALUES = ".positions", ".values"
 #: Key of the metadata: SHA-256 over the base's initialisers, see `base_digest`.

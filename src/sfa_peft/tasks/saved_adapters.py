@@ -18,9 +18,8 @@ from ..files.adapter_config import read_resolved
 from ..files.folder import selection_of
 from ..plots import draw_selections
 from ..tuner.adapter_chain import SavedFiles, Search, packed_key
+from .task_folder import pretrained_source
 
-#: Sections of a packed selection that hold positions; values follow.
-_POSITIONS = 5
 _DOWN, _UP = ".sfa_down.", ".sfa_up."
 
 
@@ -51,7 +50,8 @@ class SavedReport:
 
     Attributes:
         source: Folder or Hub id.
-        base: Name of the base model, None if the files do not say.
+        base: Name of the base model, or of its backbone where a `task.json` says; None if none
+            does.
         backbone: Model type of the backbone, None if unknown.
         budget: The share that was asked for.
         total: Parameters of the backbone.
@@ -193,12 +193,13 @@ def inspect(source: str | PathLike[str]) -> SavedReport:
     rows = _rows(files, positions)
     key = packed_key(files.state)
     selection = None if key is None else selection_of(files.state[key], files.source).blob
-    sections = () if selection is None else selection.section_nbytes
+    places = 0 if selection is None else selection.index_nbytes
+    values = 0 if selection is None else sum(selection.section_nbytes) - places
     count = max(sum(p.numel() for p in positions.values()), 1)
     dtypes = {tensor.dtype for tensor in record.tensors}
     return SavedReport(
         source=files.source,
-        base=config.base_model_name_or_path,
+        base=config.base_model_name_or_path or pretrained_source(files.source),
         backbone=record.backbone,
         budget=config.budget,
         total=record.total,
@@ -207,8 +208,8 @@ def inspect(source: str | PathLike[str]) -> SavedReport:
         nbytes=sum(t.nbytes for t in files.state.values()),
         selection_nbytes=0 if key is None else files.state[key].nbytes,
         values=None if selection is None else selection.mode.name.lower(),
-        position_bits=8 * sum(sections[:_POSITIONS]) / count,
-        value_bits=8 * sum(sections[_POSITIONS:]) / count,
+        position_bits=8 * places / count,
+        value_bits=8 * values / count,
         chain=tuple(link.source for link in files.links),
         dtypes=tuple(sorted(dtype for dtype in dtypes if dtype)),
         digest=files.digest,
