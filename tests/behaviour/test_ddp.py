@@ -15,6 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
@@ -30,7 +31,10 @@ SETTINGS = {
     "bfloat16": {"score_dtype": "bfloat16"},
     "every second step": {"score_every": 2},
     "candidates": {"score": "weight_difference"},
+    "divided": {"internal_lr_ratio": 2.0, "weight_decay_on": "weight"},
+    "divided candidates": {"score": "weight_difference"},
 }
+DIVIDED = ("divided", "divided candidates")  # steps divided over ranks (ZeroRedundancyOptimizer)
 
 
 class Traffic:
@@ -60,7 +64,15 @@ class Traffic:
         return work.get_future().then(lambda done: done.value()[0])
 
 
-def run(rank: int, world: int, *, resumes: bool = False, allocates: bool = False, **options):
+def run(
+    rank: int,
+    world: int,
+    *,
+    resumes: bool = False,
+    allocates: bool = False,
+    divides: bool = False,
+    **options,
+):
     """Train with two micro-batches a step; return what was selected, learned and sent.
 
     It selects by a selector, or as a loop made for AdaLoRA does.
@@ -74,7 +86,11 @@ def run(rank: int, world: int, *, resumes: bool = False, allocates: bool = False
         assert any("sfa_slots" in name for name in net.parameters_to_ignore)
     selector = None if allocates else SFASelector(net, total_steps=STEPS)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    if divides and world > 1:
+        optimizer = ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=1e-2)
+        assert len({optimizer._param_to_rank[p] for p in trained}) == world
+    else:
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
     generator = torch.Generator().manual_seed(5)
     with Traffic(net) as traffic:
         for step in range(STEPS):
@@ -108,7 +124,10 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
-    results = {name: run(rank, world, **options) for name, options in SETTINGS.items()}
+    results = {
+        name: run(rank, world, divides=name in DIVIDED, **options)
+        for name, options in SETTINGS.items()
+    }
     results["resumed"] = run(rank, world, resumes=True)
     results["allocated"] = run(rank, world, allocates=True, total_steps=STEPS)
     torch.save(results, f"{folder}/rank{rank}.pt")
@@ -221,32 +240,32 @@ def adapted(**options):
     return get_peft_model(MLP(), SFAConfig(**(config | {"selection_steps": 3} | options)))
 
 
-def test_a_model_sharded_by_fsdp2_is_refused_at_the_start(mesh):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_model_cut_after_the_selector_was_made_is_refused_at_the_first_forward(mesh, whole):
     model = adapted()
+    SFASelector(model, total_steps=STEPS)
+    fully_shard(model if whole else model.get_base_model().second, mesh=mesh)
+    with pytest.raises(SelectionError, match=r"`first\.weight` is not cut, but the model is by"):
+        model(torch.randn(2, 12))
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_model_cut_between_two_forwards_is_taken_up_by_train(mesh, told):
+    model, x = adapted(score="magnitude").train(), torch.randn(2, 12)
+    before = model(x)
     fully_shard(model, mesh=mesh)
-    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
-        SFASelector(model, total_steps=STEPS)
+    if told:
+        assert torch.equal(model.train()(x), before)
+        return
+    with pytest.raises(SelectionError, match=r"then call model\.train\(\)"):
+        model(x)
 
 
-def test_a_model_sharded_after_the_selector_was_made_is_refused_at_the_first_step(mesh):
+def test_a_model_that_transformers_cut_is_refused_by_name():
     model = adapted()
-    selector = SFASelector(model, total_steps=STEPS)
-    fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-
-    def step() -> None:
-        model(torch.randn(2, 12)).sum().backward()
-        selector.step(optimizer)
-
-    with pytest.raises(SelectionError, match=r"sharded by fully_shard \(FSDP2\)"):
-        step()
-
-
-def test_a_model_sharded_by_zero_3_is_refused():
-    model = adapted()
-    model.get_base_model().second.get_base_layer().weight.ds_id = 0
-    with pytest.raises(SelectionError, match="sharded by DeepSpeed ZeRO-3"):
-        SFASelector(model, total_steps=STEPS)
+    model.get_base_model()._tp_size = 2
+    with pytest.raises(SelectionError, match="cut by tensor parallelism"):
+        model(torch.randn(2, 12))
 
 
 # --- copies of the model in one process --------------------------------------------------------

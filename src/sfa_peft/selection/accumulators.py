@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..errors import GradientWarning, SelectionError, warn
+from ..sparse.shards import Shard
 from .scores import Score
 from .topk import TAKEN, TensorSource
 
@@ -39,6 +40,8 @@ class Accumulator:
         loss_scale: Multiplies a tensor by what the loss is multiplied with now; None where that is
             nothing. Steps are then brought together first, so that one with an overflow can be
             left out.
+        shard: Where the weight is cut over ranks, this rank's part of it: the state is of that
+            part, and gets the mean gradient of all ranks.
         can_drop: Whether the present step is kept apart, as `drop_step` needs it: float32, in the
             weight's shape. Scores that are no sums always are.
 
@@ -59,8 +62,11 @@ class Accumulator:
         key: str = "",
         loss_scale: Callable[[Tensor], Tensor] | None = None,
         can_drop: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         self.score, self.weight, self.key, self.loss_scale = score, weight, key, loss_scale
+        self.shard = shard
+        self._shares = shard is None and num_ranks() > 1  # each rank has a share of every sum
         like = weight()
         self.state = torch.zeros(like.shape, dtype=getattr(torch, dtype), device=like.device)
         self.change = nn.Parameter(self.state) if score.dense else None
@@ -77,13 +83,15 @@ class Accumulator:
         One that is not finite counts as zero, whatever the loop does about it: it, or what is left
         of it, would outweigh all others.
         """
-        if gradient.device != self.state.device:
+        if gradient.device != self.left_out.device:
             self.follow(gradient.device)
         low, high = gradient.aminmax()
         broken = (high - high) != (low - low)  # infinity minus itself is not a number
         (self._left_out_now if self.can_drop else self.left_out).add_(broken)
         if not (gradient.is_cpu and not broken):  # to look elsewhere is to wait for the device
             gradient = gradient.masked_fill(broken, 0)
+        if self.shard is not None:
+            gradient = self.shard.averaged(gradient).to(self.state.device)
         if not self.can_drop:
             self._add(gradient)
             return
@@ -119,7 +127,7 @@ class Accumulator:
         if self.can_drop:
             self.left_out += self._left_out_now
             self._left_out_now.zero_()
-        if self._step is None and not self.score.additive and num_ranks() > 1:
+        if self._step is None and not self.score.additive and self._shares:
             self._step = torch.zeros_like(self.state, dtype=torch.float32)  # others may have one
         if self._step is None:
             return
@@ -127,7 +135,8 @@ class Accumulator:
         if self.score.additive:
             self._add(gradient)
             return
-        _average_over_ranks(gradient)
+        if self._shares:
+            _average_over_ranks(gradient)
         with torch.no_grad():
             self._update(gradient)
 
@@ -151,16 +160,20 @@ class Accumulator:
 
     def reduce(self) -> None:
         """Add the states of all ranks where each holds a share; at the end of a round."""
-        if self.score.additive:
+        if self.score.additive and self._shares:
             self.state.copy_(_sum_over_ranks(self.state))
 
     def gather(self) -> Tensor:
         """Return the state of all ranks together, for a checkpoint; a call for every rank."""
+        if self.shard is not None:
+            return self.shard.joined(self.state).cpu()  # no accelerator has room for all of them
         return _sum_over_ranks(self.state) if self.score.additive else self.state
 
     def scatter(self, state: Tensor) -> None:
         """Take up what `gather` returned: shares go to the first rank, the others start at zero."""
-        if self.score.additive and num_ranks() > 1 and dist.get_rank() > 0:
+        if self.shard is not None:
+            self.state.copy_(self.shard.part(state))
+        elif self.score.additive and self._shares and dist.get_rank() > 0:
             self.reset()
         else:
             self.state.copy_(state)
@@ -238,9 +251,8 @@ def num_ranks() -> int:
 
 def _average_over_ranks(gradient: Tensor) -> None:
     """Replace a gradient by its mean over ranks, as DistributedDataParallel does."""
-    if num_ranks() > 1:
-        _all_reduce(gradient)
-        gradient /= num_ranks()
+    _all_reduce(gradient)
+    gradient /= num_ranks()
 
 
 def _sum_over_ranks(state: Tensor) -> Tensor:

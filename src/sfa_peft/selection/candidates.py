@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from ..errors import SelectionError
-from ..sparse.optimizer import LR_RATIOS, add_decay, is_decoupled, ratios_by_weight
+from ..sparse.optimizer import (
+    LR_RATIOS,
+    add_decay,
+    inner_optimizer,
+    is_decoupled,
+    ratios_by_weight,
+)
 from ..sparse.pool import Pool
 from .accumulators import Accumulator
 
@@ -54,7 +60,7 @@ class Candidates:
                 "call SFASelector.step(optimizer), with one of torch's optimizers."
             )
         if self._optimizer is None:
-            self._optimizer = _like(optimizer, self.changes)
+            self._optimizer = _like(inner_optimizer(optimizer), self.changes)
             if self._saved:  # the settings are those of the user's optimizer, at each step
                 own = self._optimizer.state_dict()
                 self._optimizer.load_state_dict(own | {"state": self._saved["state"]})
@@ -63,7 +69,7 @@ class Candidates:
         for own, rate in zip(self._optimizer.param_groups, rates, strict=True):
             own.update(settings, lr=rate)
         decay = settings.get("weight_decay", 0) if self.pool.decay_weight else 0
-        coupled = not is_decoupled(optimizer, settings)
+        coupled = not is_decoupled(inner_optimizer(optimizer), settings)
         self.pool.withdraw()  # so that weights are the pretrained ones
         weights = [
             self.pool.weights[i].scored(self.pool.adapter_name).detach()
@@ -78,7 +84,7 @@ class Candidates:
             for ordinal, (change, weight) in enumerate(zip(self.changes, weights, strict=True)):
                 if decay and not coupled:
                     change.sub_(weight, alpha=rates[ordinal] * decay)
-                selected = self.pool.indices(ordinal).to(change.device)
+                selected = self.pool.slices[ordinal].indices().to(change.device)
                 change.view(-1).index_fill_(0, selected, 0)
 
     def restart(self) -> None:

@@ -17,7 +17,7 @@ from ..errors import SelectionError
 from ..sparse.pool import Pool
 from .rules import SelectionRules
 from .score_distribution import ScoreDistribution
-from .topk import TAKEN, RandomSource, Source, TensorSource, streaming_topk, topk_of_each
+from .topk import TAKEN, RandomSource, Ranks, Source, TensorSource, streaming_topk, topk_of_each
 
 #: Over which weights scores are compared.
 RANKINGS = ("global", "layer", "output")
@@ -40,6 +40,7 @@ def pick(
     granularity: str = "weight",
     row_sizes: Sequence[int] | None = None,
     distribution: ScoreDistribution | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Return the flat positions to admit, for each tensor.
 
@@ -48,7 +49,7 @@ def pick(
         quota: Number of weights to admit over all tensors together. Rows are admitted whole, while
             they fit, blocks while a full one does; the rest of the quota stays open for the next
             pick.
-        before: For each tensor how many were admitted before; None for none.
+        before: For each tensor (on all ranks) how many were admitted before; None for none.
         ranking: "global" compares all weights with each other; "layer" gives every tensor the
             share of the quota that its size has of all sizes; "output" fills up the rows with the
             fewest weights admitted first, so that all rows of all tensors end with as many.
@@ -59,6 +60,8 @@ def pick(
             "output".
         distribution: Gets the scores that are compared (of weights, blocks or rows) and the
             smallest one that is admitted.
+        ranks: Where each rank has a part of every tensor (whole rows), the ranks. The quota is for
+            all of them, positions are those in the part. Not for "output" and blocks.
 
     Returns:
         For each tensor positions, int64, strictly increasing.
@@ -68,22 +71,24 @@ def pick(
     """
     quotas = None
     if ranking == "layer":
-        quotas = layer_quotas(quota, [s.numel for s in sources], before or [0] * len(sources))
+        sizes = [source.numel for source in sources]
+        sizes = sizes if ranks is None else ranks.table(sizes).sum(0).tolist()
+        quotas = layer_quotas(quota, sizes, before or [0] * len(sources))
     if row_sizes is None and (granularity != "weight" or ranking == "output"):
         raise SelectionError(f"pick: {granularity=}, {ranking=} needs row_sizes.")
     if granularity == "row":
-        return _pick_rows(sources, quotas or [quota], row_sizes or (), distribution)
+        return _pick_rows(sources, quotas or [quota], row_sizes or (), distribution, ranks)
     if granularity in BLOCKS:
         size = BLOCKS[granularity]
         return _pick_blocks(sources, quotas or [quota], row_sizes or (), size, distribution)
     if ranking == "output":
         return _pick_by_output(sources, quota, row_sizes or (), distribution)
     if quotas is None:
-        return streaming_topk(sources, quota, distribution)
+        return streaming_topk(sources, quota, distribution, ranks)
     chosen: list[Tensor] = []
     for first in range(0, len(sources), _TOGETHER):
         groups = [[source] for source in sources[first : first + _TOGETHER]]
-        found = topk_of_each(groups, quotas[first : first + _TOGETHER], distribution)
+        found = topk_of_each(groups, quotas[first : first + _TOGETHER], distribution, ranks)
         chosen += [own for (own,) in found]
     return chosen
 
@@ -190,18 +195,29 @@ def _pick_rows(
     quotas: Sequence[int],
     row_sizes: Sequence[int],
     distribution: ScoreDistribution | None,
+    ranks: Ranks | None,
 ) -> list[Tensor]:
-    scores = _row_scores(sources, row_sizes)
+    parts = _row_scores(sources, row_sizes)
+    scores = parts if ranks is None else [ranks.concatenated(part) for part in parts]
     rows = _best(_best_rows, scores, row_sizes, quotas)
     if distribution is not None:
         for score, chosen in zip(scores, rows, strict=True):
             distribution.add_scores(score[score >= 0], score[chosen])
+    if ranks is not None:
+        rows = _own_rows(rows, [part.numel() for part in parts], ranks)
     return [
         (chosen[:, None] * size + torch.arange(size, device=chosen.device))
         .reshape(-1)
         .to(source.device, non_blocking=True)
         for chosen, size, source in zip(rows, row_sizes, sources, strict=True)
     ]
+
+
+def _own_rows(rows: Sequence[Tensor], counts: list[int], ranks: Ranks) -> list[Tensor]:
+    """Return those of chosen rows that lie in this rank's parts, counted from their first row."""
+    firsts = ranks.table(counts)[: ranks.rank].sum(0).tolist()
+    own = (r - first for r, first in zip(rows, firsts, strict=True))
+    return [r[(r >= 0) & (r < count)] for r, count in zip(own, counts, strict=True)]
 
 
 def _row_scores(sources: Sequence[Source], sizes: Sequence[int]) -> list[Tensor]:
@@ -215,6 +231,8 @@ def _row_scores(sources: Sequence[Source], sizes: Sequence[int]) -> list[Tensor]
             for first in range(0, rows, step)
         ]
         counts.append(rows)
+    if not means:  # a rank may have no row of any tensor
+        return [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(sources)
     joined = torch.cat([part.to(means[0].device) for part in means]).cpu()  # one wait for all
     joined[~torch.isfinite(joined)] = -1
     return list(joined.split(counts))

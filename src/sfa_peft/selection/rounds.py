@@ -13,13 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import GradientWarning, SelectionError, UnfinishedSelectionWarning, warn
+from ..errors import (
+    GradientWarning,
+    OptimizerWarning,
+    SelectionError,
+    UnfinishedSelectionWarning,
+    warn,
+)
 from ..sparse.gradient import Observer
-from ..sparse.optimizer import LateEntries
+from ..sparse.optimizer import LateEntries, check_unseen_step
 from ..sparse.pool import Pool
 from .accumulators import Accumulator, check_scores, num_ranks
 from .candidates import Candidates
-from .pick import pick, row_sizes
+from .pick import BLOCKS, pick, row_sizes
 from .rules import SelectionRules
 from .schedule import Schedule
 from .score_distribution import ScoreDistribution
@@ -60,6 +66,9 @@ class Rounds:
         self.scores: dict[str, float] = {}  # distribution of those that the last pick compared
         self._is_paused = self._has_seen = False  # a gradient
         self._is_late = False  # made between a backward and the step after it
+        #: Whether scores are of this rank's part of each weight; None where there were none.
+        self.is_cut: bool | None = None
+        self._has_warned = False  # of steps that are not seen
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"observers": {}, "drives": self.drives}
@@ -109,8 +118,17 @@ class Rounds:
                 key=name,
                 loss_scale=self.loss_scale,
                 can_drop=self.can_skip,
+                shard=self.pool.weights[ordinal].shard,
             )
         self._is_late = self.pool.values.grad is not None
+        self.is_cut = self.pool.shard is not None
+        is_lacking = self.rules.ranking == "output" or self.rules.granularity in BLOCKS
+        if self.is_cut and is_lacking:
+            raise SelectionError(
+                "SFAConfig.ranking='output' and blocks are not there under fully_shard (FSDP2). "
+                "Select 'weight' or 'row', 'global' or by 'layer', or train with "
+                "DistributedDataParallel."
+            )
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()
@@ -217,17 +235,36 @@ class Rounds:
                 "which was made later. Make one for each run, and call the step of no other."
             )
         torch_optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-        if torch_optimizer is not None and not self._has_stepped(torch_optimizer):
+        if not self._has_stepped(torch_optimizer, due=_ends_update_step(optimizer)):
             # With a scaler it was an overflow, whose gradients do not count; else a micro-batch.
             if self.loss_scale is not None and _ends_update_step(optimizer):
                 self.skip()
             return False
         self._check_calls(missed=self.pool.optimizer_steps - self.optimizer_steps - 1)
+        if self.pool.optimizer_steps == self.optimizer_steps:
+            self._take_unseen_step()
         self.optimizer_steps = self.pool.optimizer_steps
         self.update_steps += 1
         if isinstance(torch_optimizer, torch.optim.Optimizer) and self.late_entries is not None:
             self.late_entries.correct(torch_optimizer, self.joined, self.update_steps)
-        return bool(self.accumulators) and self._score(torch_optimizer)
+        picked = bool(self.accumulators) and self._score(torch_optimizer)
+        self.pool.settle()
+        return picked
+
+    def _take_unseen_step(self) -> None:
+        """Count a step that no hook saw: weights are written anew, as if the values moved."""
+        check_unseen_step(self.pool)
+        self.pool.foreign_writes += 1
+        late = self.joined and self.late_entries is not None and not self._has_warned
+        if late and bool(self.pool.held.any()):  # somebody did step them
+            self._has_warned = True
+            warn(
+                f"Adapter `{self.pool.adapter_name}`: what steps its values is no torch optimizer "
+                "on the model's own parameters (DeepSpeed ZeRO, Apex and Megatron step copies), "
+                "so weights that join late get no bias correction of their own age. Everything "
+                "else works.",
+                OptimizerWarning,
+            )
 
     def _score(self, optimizer: Any) -> bool:
         """Finish the scores of an update step; pick at the end of a round."""
@@ -248,14 +285,15 @@ class Rounds:
             self._observe_next_step()
         return picked
 
-    def _has_stepped(self, optimizer: Any) -> bool:
+    def _has_stepped(self, optimizer: Any, *, due: bool) -> bool:
         """Whether the optimizer took a step since the last call."""
         if not isinstance(optimizer, torch.optim.Optimizer):
-            return True  # not torch's: its steps cannot be seen
+            return due  # not torch's: its steps cannot be seen
         if not self.pool.is_trained_by(optimizer):
             raise SelectionError(
                 f"The optimizer does not train the values of adapter `{self.pool.adapter_name}`. "
-                "Build it from the parameters with requires_grad of the wrapped model."
+                "Build it from the parameters with requires_grad of the wrapped model. If it steps "
+                "copies of them (Apex O2, Megatron), call SFASelector.step() without it."
             )
         return self.pool.optimizer_steps > self.optimizer_steps
 
@@ -263,7 +301,7 @@ class Rounds:
         """Pick by the scores of the round, if there are any, and begin the next one."""
         for accumulator in self.accumulators.values():
             accumulator.reduce()
-        if check_scores(self.accumulators):
+        if self._is_anywhere(check_scores(self.accumulators)):
             self._pick(list(self.accumulators.values()))
         else:
             self._warn_of_no_scores()
@@ -273,6 +311,11 @@ class Rounds:
             self.candidates.restart()
         if self.update_steps == self.schedule.last_pick:
             self.stop()
+
+    def _is_anywhere(self, has_scores: bool) -> bool:
+        """Whether any rank has scores."""
+        ranks = self.pool.ranks
+        return has_scores if ranks is None else bool(ranks.table([int(has_scores)]).any())
 
     def _pick(self, accumulators: list[Accumulator]) -> None:
         """Admit the weights with the largest scores (Eq. 5, Alg. 1 lines 10 to 12)."""
@@ -285,7 +328,7 @@ class Rounds:
                 "selector."
             )
         for ordinal, accumulator in enumerate(accumulators):
-            accumulator.exclude(pool.indices(ordinal))
+            accumulator.exclude(pool.slices[ordinal].indices())
         distribution = ScoreDistribution()
         pool.assign(
             pick(
@@ -296,6 +339,7 @@ class Rounds:
                 granularity=self.rules.granularity,
                 row_sizes=row_sizes([weight.tensor for weight in pool.weights]),
                 distribution=distribution,
+                ranks=pool.ranks,
             )
         )
         self.scores = distribution.summary()

@@ -51,6 +51,19 @@ class Source(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """Processes that each hold a part of every tensor (see `sparse.shards.Ranks`)."""
+
+    # ruff: disable[D102]
+    @property
+    def rank(self) -> int: ...
+    def total(self, counts: Tensor) -> Tensor: ...
+    def table(self, numbers: list[int]) -> Tensor: ...
+    def concatenated(self, part: Tensor) -> Tensor: ...
+
+    # ruff: enable[D102]
+
+
 @dataclass(frozen=True)
 class TensorSource:
     """Scores that lie in a tensor, or in the product of two.
@@ -113,6 +126,7 @@ def streaming_topk(
     scores: Sequence[Tensor | Source],
     k: int,
     distribution: ScoreDistribution | None = None,
+    ranks: Ranks | None = None,
 ) -> list[Tensor]:
     """Return the positions of the k largest absolute values over all tensors.
 
@@ -122,6 +136,8 @@ def streaming_topk(
             are `TAKEN`.
         k: Number of entries to select over all tensors together.
         distribution: Gets the finite scores, and the k-th largest of them.
+        ranks: Where each rank has a part of every tensor, the ranks; then k counts over all of
+            them, and positions are in the part.
 
     Returns:
         For each tensor its selected flat positions, int64, strictly increasing, on its device.
@@ -130,16 +146,18 @@ def streaming_topk(
         SelectionError: If fewer than k entries may be selected.
     """
     sources = [TensorSource(s) if isinstance(s, Tensor) else s for s in scores]
-    return topk_of_each([sources], [k], distribution)[0]
+    return topk_of_each([sources], [k], distribution, ranks)[0]
 
 
 def topk_of_each(
     groups: Sequence[Sequence[Source]],
     quotas: Sequence[int],
     distribution: ScoreDistribution | None = None,
+    ranks: Ranks | None = None,
 ) -> list[list[Tensor]]:
     """Return the same for several groups of tensors, each of which has a k of its own."""
     highs = _histograms(groups, NUM_BINS, [lambda keys: (keys >> LOW_BITS, None)] * len(groups))
+    highs = _totals(highs, ranks)
     for high, k in zip(highs, quotas, strict=True):
         high[_INF_KEY >> LOW_BITS :] = 0  # infinite and NaN
         if k > (available := int(high.sum())):
@@ -149,6 +167,7 @@ def topk_of_each(
             )
     tops = [_kth_bin(high, k) if k else (0, 0) for high, k in zip(highs, quotas, strict=True)]
     lows = _histograms(groups, 1 << LOW_BITS, [partial(_low_bits, top) for top, _ in tops])
+    lows = _totals(lows, ranks)
     thresholds, ties = [], []
     for high, low, (top, above), k in zip(highs, lows, tops, quotas, strict=True):
         bottom, above_low = _kth_bin(low, k - above) if k else (0, 0)
@@ -156,7 +175,54 @@ def topk_of_each(
         ties.append(k - above - above_low)
         if distribution is not None:
             distribution.add(high, thresholds[-1] if k else None)
+    if ranks is not None:
+        return _collect_over_ranks(groups, thresholds, ties, ranks)
     return _collect(groups, thresholds, ties)
+
+
+def _totals(counts: list[Tensor], ranks: Ranks | None) -> list[Tensor]:
+    return counts if ranks is None else list(ranks.total(torch.stack(counts)))
+
+
+def _collect_over_ranks(
+    groups: Sequence[Sequence[Source]],
+    thresholds: Sequence[int],
+    ties: Sequence[int],
+    ranks: Ranks,
+) -> list[list[Tensor]]:
+    """Return this rank's share of what `_collect` would return of all ranks."""
+    every = [threshold for own, threshold in zip(groups, thresholds, strict=True) for _ in own]
+    single = [[source] for own in groups for source in own]
+    equal = torch.stack([_num_equal(own, t).cpu() for (own,), t in zip(single, every, strict=True)])
+    table, shares = ranks.table(equal.tolist()), []
+    for own, most in zip(groups, ties, strict=True):
+        first = len(shares)
+        shares += share_ties(table[:, first : first + len(own)], most, ranks.rank)
+    found = iter(_collect(single, every, shares))
+    return [[next(found)[0] for _ in own] for own in groups]
+
+
+def share_ties(counts: Tensor, ties: int, rank: int) -> list[int]:
+    """Return how many of a rank's equal scores are among the first ones of all ranks.
+
+    Args:
+        counts: Number of equal scores by rank and tensor, int64 (ranks, tensors).
+        ties: How many may be taken over all tensors and ranks, in the order of positions: by
+            tensor, then by rank, since a rank's part of a tensor follows that of the one before.
+        rank: The rank.
+    """
+    every = counts.T  # (tensors, ranks)
+    before = every.flatten().cumsum(0).view_as(every) - every
+    left = (ties - before[:, rank]).clamp(min=0)
+    return torch.minimum(left, every[:, rank]).tolist()
+
+
+def _num_equal(source: Source, threshold: int) -> Tensor:
+    """Count entries of a tensor that are equal to the threshold; on its device."""
+    found = torch.zeros((), dtype=torch.int64, device=source.device)
+    for _, keys in _keys(source):
+        found += (keys == threshold).sum()
+    return found
 
 
 def _low_bits(top: int, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Adam, AdamW
 from torch.optim.optimizer import (
@@ -31,6 +32,7 @@ from torch.optim.optimizer import (
 
 from ..errors import ConfigError, OptimizerWarning, ParameterGroupWarning, SFAError, warn
 from .pool import Pool, every_pool
+from .shards import local
 
 #: Below this the two corrections agree to fp32 precision.
 _NEGLIGIBLE = 1e-9
@@ -56,7 +58,18 @@ def install() -> None:
         _installed.append(register_optimizer_step_post_hook(_after_step))
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return who really steps: ZeroRedundancyOptimizer has one for this rank's parameters."""
+    return optimizer.optim if _is_divided(optimizer) else optimizer
+
+
+def _is_divided(optimizer: Any) -> bool:
+    return type(optimizer).__name__ == "ZeroRedundancyOptimizer"
+
+
 def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
+    if _is_divided(optimizer):
+        return  # its inner one comes here too
     for pool in every_pool():
         group = pool.group_of(optimizer)
         if group is None:
@@ -69,7 +82,7 @@ def _before_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         if pool.optimizer_steps == 0 and _called_by_grad_scaler():
             pool.stepped_by_grad_scaler = True
         if pool.keep_before or not _is_one(ratio_by_slot(pool, group)):
-            pool.before = pool.values.detach().clone()
+            pool.before = pool.held.detach().clone()
 
 
 def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
@@ -79,20 +92,27 @@ def _after_step(optimizer: Any, _args: Any, _kwargs: Any) -> None:
         group = pool.group_of(optimizer)
         if group is None:
             continue
+        if _is_divided(optimizer):  # the owner's inner one came here before values were sent
+            if not pool.is_trained_by(optimizer.optim):
+                pool.optimizer_steps += 1
+                pool.withdraw()
+            pool.optimizer = weakref.ref(optimizer)
+            continue
         ratio = ratio_by_slot(pool, group)
         with torch.no_grad():
             if pool.before is not None and not _is_one(ratio):
-                _scale_step(pool.values, pool.before, ratio)
+                _scale_step(pool.held.detach(), pool.before, ratio)
             if not pool.keep_before:
                 pool.before = None
             if pool.decay_weight and group.get("weight_decay") and is_decoupled(optimizer, group):
                 decay = pool.originals().mul_(ratio).mul_(group["weight_decay"])
-                pool.values.sub_(decay.mul_(group["lr"]))  # no number where it is a tensor
+                decay.mul_(group["lr"])  # no number where it is a tensor
+                pool.held.detach().sub_(decay)
         if pool.optimizer_steps == 0:
             _warn_of_group(pool, group, optimizer.param_groups)
         pool.optimizer_steps += 1
         pool.optimizer = weakref.ref(optimizer)
-        pool.withdraw()
+        pool.end_step()
 
 
 def ratios_by_weight(pool: Pool, group: dict[str, Any]) -> list[float]:
@@ -194,7 +214,49 @@ def add_decay(change: Tensor, weight: Tensor, group: dict[str, Any], scale: Any 
     """Add to the gradient of a change what coupled decay of the pretrained weight adds to it."""
     if change.grad is not None:
         sign = -1 if group.get("maximize") else 1
-        change.grad.add_(weight.to(change.grad) * scale, alpha=sign * group["weight_decay"])
+        grad = local(change.grad)
+        grad.add_(weight.to(grad) * scale, alpha=sign * group["weight_decay"])
+
+
+def check_unseen_step(pool: Pool) -> None:
+    """Check that a step of the values which no hook saw has left nothing undone.
+
+    Raises:
+        SFAError: If the values have another learning rate than their optimizer, or decay towards
+            another point.
+    """
+    if pool.lr_ratio != 1 or pool.decay_weight:
+        option = "weight_decay_on='weight'" if pool.decay_weight else "internal_lr_ratio"
+        raise SFAError(
+            f"Adapter `{pool.adapter_name}`: SFAConfig.{option} needs torch's optimizer hooks, but "
+            "the values were stepped by what they do not see: an optimizer on copies of the "
+            "parameters (DeepSpeed ZeRO, Apex, Megatron) or none of torch's. Leave the option at "
+            "its default, or let a torch optimizer step the model's own parameters."
+        )
+
+
+class MicroBatches:
+    """How many training forwards may come before a step of the optimizer must have been seen.
+
+    DeepSpeed's ZeRO, Apex and Megatron step copies of the values and write them through `.data`,
+    which neither hooks nor version counters tell. So a forward is trusted only if as many came
+    between two steps that were seen.
+    """
+
+    def __init__(self) -> None:
+        self._steps = self._since = self._most = 0
+
+    def expect(self, steps: int) -> bool:
+        """Count a forward; return whether steps seen so far account for it.
+
+        Args:
+            steps: Number of steps that were seen.
+        """
+        if steps != self._steps:
+            self._most = max(self._most, self._since)
+            self._steps, self._since = steps, 0
+        self._since += 1
+        return self._since <= self._most
 
 
 class LateEntries:
@@ -232,21 +294,27 @@ class LateEntries:
             joined: (first slot, last slot + 1, update step after which they joined).
             step: Update step that was just taken, counted from 1.
         """
-        late = [(a, b, step - since) for a, b, since in joined if step > since]
+        ages = [(a, b, step - since) for a, b, since in joined if step > since]
+        shard = self.pool.shard
+        late = ages if shard is None else shard.ranges(ages)
+        optimizer, divided = inner_optimizer(optimizer), optimizer
         group = self.pool.group_of(optimizer)
-        if group is None:
-            return
-        state = optimizer.state.get(self.pool.values, {})
-        if self._is_adam(optimizer, group, state, late):
-            largest = max(group["betas"])
-            late = [(a, b, age) for a, b, age in late if largest**age >= _NEGLIGIBLE]
-            if late:
-                _exchange(self.pool, group, state, late)
+        if group is not None:
+            state = optimizer.state.get(self.pool.values, {})
+            if self._is_adam(optimizer, group, state, late):
+                largest = max(group["betas"])
+                late = [(a, b, age) for a, b, age in late if largest**age >= _NEGLIGIBLE]
+                if late:
+                    _exchange(self.pool, group, state, late)
+        if divided is not optimizer and ages:
+            _send_from_owner(divided, self.pool)
 
     def _is_adam(self, optimizer: Any, group: Any, state: Any, late: Ranges) -> bool:
         kind = _name(type(optimizer))
         if kind not in self._verdicts:
-            verdict = _took_adams_step(self.pool, group, state, late)
+            # Ranks that see another part of the values would judge otherwise.
+            judges = self.pool.shard is None
+            verdict = _took_adams_step(self.pool, group, state, late) if judges else False
             if verdict is None:
                 return False  # nothing moved, so there is nothing to exchange either
             self._verdicts[kind] = verdict
@@ -260,6 +328,13 @@ class LateEntries:
         return self._verdicts[kind]
 
 
+def _send_from_owner(optimizer: Any, pool: Pool) -> None:
+    """Let all ranks have the values of the one that steps them (ZeroRedundancyOptimizer)."""
+    group, rank = optimizer.process_group, optimizer._param_to_rank[pool.values]
+    if "betas" in (pool.group_of(optimizer) or {}):  # others have no correction to make
+        dist.broadcast(pool.values.detach(), dist.get_global_rank(group, rank), group)
+
+
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -271,9 +346,9 @@ def _exchange(pool: Pool, group: Any, state: Any, late: Ranges) -> None:
     """
     first, last = late[0][0], late[-1][1]
     with torch.no_grad():
-        part = pool.values[first:last]
+        part = pool.held.detach()[first:last]
         ratio = _ratio_of(pool, group, first, last)
-        mean = state["exp_avg"][first:last]
+        mean = local(state["exp_avg"])[first:last]
         mean = mean if _is_one(ratio) else mean * ratio
         root = _second_moment(group, state)[first:last].sqrt()
         part.add_(_update(group, mean, root, state["step"]))
@@ -311,7 +386,7 @@ def _ratio_of(pool: Pool, group: Any, first: int, last: int) -> Ratio:
 
 
 def _second_moment(group: Any, state: Any) -> Tensor:
-    return state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+    return local(state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"])
 
 
 def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool | None:
@@ -328,7 +403,7 @@ def _took_adams_step(pool: Pool, group: Any, state: Any, late: Ranges) -> bool |
     if not late or before is None:
         return None
     first, last = late[0][0], late[-1][1]
-    start, after = before[first:last], pool.values.detach()[first:last]
+    start, after = before[first:last], pool.held.detach()[first:last]
     ratio = _ratio_of(pool, group, first, last)
     mean, root = state["exp_avg"][first:last], _second_moment(group, state)[first:last].sqrt()
     update = _update(group, mean, root, state["step"]) * ratio

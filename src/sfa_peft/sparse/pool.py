@@ -11,30 +11,19 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .delta import Delta, Deltas, Spans, by_weight, count_assigned, find_spans, span_length
 from .gradient import Cut
+from .shards import Joined, Ranks, Shard, local, whole
+from .slices import PoolSlice
+from .stores import Store
 from .weight import Weight, version
-from .write_lock import asked_once, is_stand_in
-
-
-class Store(Protocol):
-    """Where a pool's two tensors lie, and whether they are still there."""
-
-    # ruff: disable[D102]
-    @property
-    def values(self) -> Any: ...
-    @property
-    def slots(self) -> Tensor: ...
-    @property
-    def is_there(self) -> bool: ...
-
-    # ruff: enable[D102]
+from .write_lock import asked_once
 
 
 class Pool:
@@ -67,10 +56,13 @@ class Pool:
         self.adapter_name, self.store = adapter_name, store
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
         self.weights: list[Weight] = []
+        self.slices: list[PoolSlice] = []  # what each weight has of it
         self.names: list[str] = []
         self.starts: list[int] = [0]
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._shard: Shard | None = None
+        self._gathered: tuple[tuple[Any, ...], Tensor] | None = None
         self._spread: tuple[tuple[Any, ...], Tensor] | None = None
         self._cut: tuple[tuple[Any, ...], Sequence[Tensor], Any] | None = None
         self.driver: object = None  # whoever fills the pool; the latest one does
@@ -89,7 +81,8 @@ class Pool:
 
     def __getstate__(self) -> dict[str, Any]:
         # Cut tensors belong to a graph and cannot be copied; both caches are made again on demand.
-        none = ("_layout", "_cut", "_spread", "before", "driver", "optimizer", "source", "seen")
+        none = ("_layout", "_cut", "_spread", "_gathered", "before", "driver", "optimizer")
+        none += ("source", "seen")
         return self.__dict__ | dict.fromkeys(none) | {"_buffers": {}, "is_growing": False}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Pool:
@@ -106,7 +99,8 @@ class Pool:
 
     def add(self, weight: Weight, name: str) -> None:
         """Append a weight that may be selected from, by its full name."""
-        weight.slices[self.adapter_name] = PoolSlice(self, len(self.weights))
+        self.slices.append(PoolSlice(self, len(self.weights)))
+        weight.slices[self.adapter_name] = self.slices[-1]
         self.weights.append(weight)
         self.names.append(name)
         self.starts.append(self.starts[-1] + weight.tensor.numel())
@@ -125,6 +119,41 @@ class Pool:
         int32, or int64 where there are more positions than that can name (or a file had it).
         """
         return self.store.slots
+
+    @property
+    def shard(self) -> Shard | None:
+        """This rank's part of the values where they are cut over ranks; None where they are not."""
+        values = self.values
+        if not isinstance(values, DTensor):
+            return None
+        if self._shard is None or self._shard.tensor is not values:
+            self._shard = Shard(values, f"sfa_pool.{self.adapter_name}")
+        return self._shard
+
+    @property
+    def held(self) -> Tensor:
+        """The values that lie on this rank, plain, in the memory of `values`."""
+        return local(self.values)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes over which weights and values are cut; None where they are not."""
+        return None if self.shard is None else Ranks(self.shard)
+
+    def find_shards(self) -> None:
+        """Go over to this rank's parts of weights and values that are cut."""
+        for weight in self.weights:
+            weight.find_shard()
+        self._shard = self.shard
+
+    def gathered(self) -> Tensor:
+        """Return the values of all ranks, plain; a call for every rank where they are cut."""
+        if self.shard is None:
+            return self.values.detach()
+        stamp = self.stamp()
+        if self._gathered is None or self._gathered[0] != stamp:
+            self._gathered = (stamp, whole(self.values))
+        return self._gathered[1]
 
     @property
     def size(self) -> int:
@@ -175,25 +204,26 @@ class Pool:
         return span_length(self.layout()[ordinal])
 
     def spread(self, numbers: Sequence[float]) -> Tensor:
-        """Return one number per slot, float32 or wider (size,), from one per weight.
+        """Return one number per slot on this rank, float32 or wider, from one per weight.
 
         It is 1 where a slot is not assigned. Kept until slots or numbers are others.
         """
         self.layout()  # drops what was kept for other slots
-        slots, values = self.slots, self.values
+        slots, values = self.slots, self.held
         dtype = torch.promote_types(values.dtype, torch.float32)
         key = (tuple(numbers), dtype, values.device)
         if self._spread is None or self._spread[0] != key:
             table = torch.tensor([1.0, *numbers], dtype=dtype, device="cpu")
             bounds = torch.tensor(self.starts[:-1], dtype=slots.dtype, device="cpu")
             table, bounds = (t.to(values.device, non_blocking=True) for t in (table, bounds))
+            slots = slots if self.shard is None else self.shard.part(slots)
             weights = torch.bucketize(slots.to(values.device), bounds, right=True)
             self._spread = (key, table[weights])
         return self._spread[1]
 
     def deltas(self) -> dict[str, Delta]:
         """Return the change of each weight that has one; float32, on the CPU."""
-        values = self.values.detach().float().cpu()
+        values = self.gathered().float().cpu()
         parts = by_weight(self.slots.cpu(), values, self.starts)
         found = zip(self.names, parts, strict=True)
         return {name: delta for name, delta in found if delta.indices.numel()}
@@ -202,13 +232,16 @@ class Pool:
         """Give the next free slots to newly selected weights.
 
         Args:
-            selected: For each weight flat positions, int64, strictly increasing.
+            selected: For each weight flat positions, int64, strictly increasing; where weights are
+                cut over ranks, those in this rank's part.
         """
         slots, first = self.slots, self.num_selected
         positions = [
             s.to(slots.device, non_blocking=True) + start
             for s, start in zip(selected, self.starts, strict=False)
         ]
+        if self.ranks is not None:
+            positions = self._of_all_ranks(positions)
         joined = torch.cat(positions)
         spans = [list(own) for own in self.layout()]
         for own, part in zip(spans, positions, strict=True):
@@ -218,7 +251,15 @@ class Pool:
         with torch.no_grad():
             slots[first - joined.numel() : first] = joined
         self._lay_out(spans)  # known, so nobody has to ask the device
-        self.known, self.owns = slots.clone(), True
+        self.known, self.owns = None if self.ranks else slots.clone(), True
+
+    def _of_all_ranks(self, positions: Sequence[Tensor]) -> list[Tensor]:
+        """Return the positions that all ranks selected, out of those in this rank's parts."""
+        parts = zip(positions, self.weights, strict=True)
+        own = torch.cat([p + (w.shard.first if w.shard else 0) for p, w in parts])
+        joined = Ranks(cast(Shard, self.shard)).concatenated(own).sort().values
+        cuts = torch.searchsorted(joined, joined.new_tensor(self.starts[1:-1]))
+        return list(joined.tensor_split(cuts.cpu()))
 
     def fill(self, deltas: Deltas, *, with_values: bool) -> None:
         """Give the slots of an empty pool to the entries of a change.
@@ -241,7 +282,7 @@ class Pool:
 
         It orders entries by position and not by pick, and has no bits below a weight's own.
         """
-        return {"values": self.values.detach().clone(), "slots": self.slots.clone()}
+        return {"values": self.gathered().clone(), "slots": self.slots.clone()}
 
     def fits(self, state: Mapping[str, Tensor]) -> bool:
         """Whether a state is of the entries that are selected here, in whatever order."""
@@ -254,8 +295,10 @@ class Pool:
         """Take up what `state_dict` returned."""
         with torch.no_grad():
             self.slots.copy_(state["slots"])
-            self.values.copy_(state["values"])
+            values = state["values"].to(self.held.device)
+            self.held.copy_(values if self.shard is None else self.shard.part(values))
         self.known = None
+        self.settle()
 
     # --- for weights and optimizers ------------------------------------------------------------
 
@@ -283,8 +326,9 @@ class Pool:
         if self._cut is None or not self.keeps(self._cut[1]):
             values, spans = self.values, self.layout()
             with torch.inference_mode(False), torch.enable_grad():
+                every = values if self.shard is None else Joined.apply(values, self.shard)
                 # The parameter and the spans are kept alive by the cut, so their ids stay theirs.
-                self._cut = (self._cut_key(), Cut.apply(values, spans), (values, spans))
+                self._cut = (self._cut_key(), Cut.apply(every, spans), (values, spans))
         return self._cut[1]
 
     def keeps(self, stand_ins: Sequence[Tensor]) -> bool:
@@ -305,7 +349,7 @@ class Pool:
         return asked_once(self, self._stamp)
 
     def _stamp(self) -> tuple[Any, ...]:
-        values, slots = self.values, self.slots
+        values, slots = self.held, self.slots
         return (
             id(values),
             values.data_ptr(),
@@ -317,8 +361,17 @@ class Pool:
         )
 
     def originals(self) -> Tensor:
-        """Return the entry that each value is added to, in its dtype; 0 where not assigned."""
-        values = self.values
+        """Return the entry that each value here is added to, in its dtype; 0 where not assigned.
+
+        A call for every rank where weights are cut.
+        """
+        values = self.held
+        if self.shard is not None:
+            found = torch.zeros(self.size, dtype=values.dtype, device=values.device)
+            for weight, part in zip(self.weights, self.slices, strict=True):
+                undo = weight.originals_at(self.adapter_name)
+                found[part.entries[1].to(found.device).long()] = undo.to(found)
+            return self.shard.summed(found)
         found = torch.zeros_like(values, requires_grad=False)
         for weight, spans in zip(self.weights, self.layout(), strict=True):
             if spans:
@@ -342,6 +395,27 @@ class Pool:
                 return group
         return None
 
+    def end_step(self) -> None:
+        """After an optimizer's step: values are others than those that weights hold.
+
+        Plain weights are pretrained ones until the next forward. Shards are written at once, since
+        no code of ours runs between a shard and the forward; if something fills the pool, it may
+        change values and slots first, and settles them.
+        """
+        if self.shard is None:
+            self.withdraw()
+        elif self.driver is None:
+            self.settle()
+
+    def settle(self) -> None:
+        """Write what shards do not hold yet; do nothing for plain weights."""
+        if self.shard is None:
+            return
+        for weight in self.weights:
+            if self.adapter_name in weight.live:
+                weight.refresh(weight.live)
+        self._gathered = None
+
     def withdraw(self) -> None:
         """Put the pretrained entries back into the weights, but for merged layers."""
         for weight in self.weights:
@@ -355,95 +429,3 @@ _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()
 def every_pool() -> list[Pool]:
     """Return all pools that there are, for those who see no model but an optimizer."""
     return list(_POOLS)
-
-
-@dataclass(frozen=True, eq=False)
-class PoolSlice:
-    """The part of a pool that belongs to one weight (see `delta.Slice`)."""
-
-    pool: Pool
-    ordinal: int
-
-    @property
-    def spans(self) -> Spans:
-        """The weight's slots; another object whenever they are others."""
-        return self.pool.layout()[self.ordinal]
-
-    @property
-    def trains(self) -> bool:
-        """Whether the values get a gradient."""
-        return self.pool.values.requires_grad
-
-    @property
-    def is_stand_in(self) -> bool:
-        """Whether the values are not the real ones (see `writing.is_stand_in`)."""
-        return is_stand_in(self.pool.values)
-
-    @property
-    def keeps_graph(self) -> bool:
-        """Whether it is the last weight while nothing is selected: DDP waits for the values."""
-        return self.ordinal == len(self.pool.weights) - 1 and self.pool.is_empty
-
-    def stamp(self) -> tuple[Any, ...]:
-        """Return what changes whenever values or slots do."""
-        return self.pool.stamp()
-
-    def indices(self) -> Tensor:
-        """Return flat positions, int64 (n,), in slot order."""
-        return self.pool.indices(self.ordinal)
-
-    def change(self) -> Tensor:
-        """Return values, (n,), in slot order."""
-        values = self.pool.values
-        parts = [values[a:b] for a, b in self.spans]
-        if not parts:
-            return values[:0]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def room(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return room for one number per entry, in the pool's buffer."""
-        return self.pool.room(self.ordinal, dtype, device)
-
-    def free_room(self) -> None:
-        """Let go of that buffer."""
-        self.pool.free_room()
-
-    def stand_in(self) -> Tensor:
-        """Return what is wired to the values' gradient."""
-        return self.pool.stand_ins()[self.ordinal]
-
-
-class OwnStore:
-    """Values and slots that never train and are in no module and no file.
-
-    Args:
-        deltas: The change of each weight, in the order of positions.
-        starts: First position of each weight, and the end.
-        weight: Whose device they follow: no module moves what is no part of it.
-    """
-
-    is_there = True
-
-    def __init__(self, deltas: Sequence[Delta], starts: Sequence[int], weight: Weight) -> None:
-        positions = [d.indices + start for d, start in zip(deltas, starts, strict=False)]
-        few = starts[-1] <= torch.iinfo(torch.int32).max
-        self._slots = torch.cat(positions).to(torch.int32 if few else torch.int64)
-        self._values = torch.cat([delta.change for delta in deltas]).float()
-        self._weight = weight
-
-    @property
-    def values(self) -> Tensor:
-        """The change of each weight, float32 (size,), without a gradient."""
-        self._follow()
-        return self._values
-
-    @property
-    def slots(self) -> Tensor:
-        """Position of each value, int32 or int64 (size,)."""
-        self._follow()
-        return self._slots
-
-    def _follow(self) -> None:
-        device = self._weight.tensor.device
-        if self._values.device != device and device.type != "meta":
-            self._values, self._slots = self._values.to(device), self._slots.to(device)

@@ -10,16 +10,18 @@ entries of the stack, and what was there before can be put back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from .delta import Slice, Spans, adapt
+from .delta import Slice, adapt
+from .entries import Entries
 from .gradient import Observer, Support, Tap, Tapped, eager, find_support
 from .pairs import PAIRS
-from .write_lock import BLOCK, blocks_of, is_stand_in, put, rows, writable
+from .shards import Shard, whole
+from .write_lock import is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
@@ -33,6 +35,8 @@ def version(tensor: Tensor) -> int:
 class Owner(Protocol):
     """The layer of a weight, which loading, casting and wrapping may give another tensor."""
 
+    name: str
+
     def parameter(self, name: str) -> Tensor:
         """Return the tensor that a parameter of the layer is now."""
         ...
@@ -45,36 +49,6 @@ class Owner(Protocol):
     def merged(self) -> bool:
         """Whether changes stay in the layer's weights until they are unmerged."""
         ...
-
-
-@dataclass
-class _Entries:
-    """One adapter's entries in a weight: to be written, and what is put back.
-
-    Attributes:
-        indices: Flat positions, int32 (int64 in a huge weight); of blocks where they are finished
-            and come in whole blocks.
-        undo: The weight's original entries there, in its dtype (n,), or (n, BLOCK).
-        spans: Where they are in slot order: the slots they were read from.
-        stamp: Where they are finished: what the changes were when they were added.
-        adapted: Where they are finished: what the weight holds there while only they are on it.
-        support: The part of a matrix that they lie in, once somebody asked.
-    """
-
-    indices: Tensor
-    undo: Tensor
-    spans: Spans | None = None
-    stamp: tuple[Any, ...] = ()
-    adapted: Tensor | None = None
-    support: Support | None = None
-
-    def in_blocks(self, weight: Tensor) -> _Entries:
-        """Return finished entries by block where they come in whole ones."""
-        blocks = blocks_of(self.indices, weight.numel())
-        if blocks is None:
-            return self
-        undo, adapted = (cast(Tensor, t).view(-1, BLOCK) for t in (self.undo, self.adapted))
-        return replace(self, indices=blocks, undo=undo, adapted=adapted)
 
 
 class Weight:
@@ -97,10 +71,11 @@ class Weight:
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
         self.prepared: Tapped | None = None  # for a compiled forward
+        self.shard: Shard | None = None  # this rank's part, where the weight is cut over ranks
         self.touched = True  # others may have written it since `is_untouched`
-        self._entries: dict[str, _Entries] = {}  # in slot order, for training
-        self._finished: dict[str, _Entries] = {}  # in the weight's order, for switching
-        self._written: list[_Entries] = []
+        self._entries: dict[str, Entries] = {}  # in slot order, for training
+        self._finished: dict[str, Entries] = {}  # in the weight's order, for switching
+        self._written: list[Entries] = []
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._tensor_stamp: tuple[Any, ...] | None = None
@@ -113,6 +88,26 @@ class Weight:
     def tensor(self) -> Tensor:
         """The parameter, with the stack on it."""
         return self.owner.parameter(self.parameter)
+
+    @property
+    def held(self) -> Tensor:
+        """What changes are written to: the parameter, or this rank's part of it."""
+        self.find_shard()
+        return self.tensor if self.shard is None else self.shard.local
+
+    def find_shard(self) -> None:
+        """Go over to this rank's part of the parameter once that is cut."""
+        tensor, known = self.tensor, self.shard
+        if not isinstance(tensor, DTensor) or (known is not None and known.tensor is tensor):
+            return
+        self.shard = shard = Shard(tensor, f"{self.owner.name}.{self.parameter}")
+        if known is None:
+            for entries in self._written:  # of the whole weight, before it was cut
+                flat = entries.flat_indices()
+                here = shard.places(flat)
+                put(shard.local, flat[here] - shard.first, entries.undo.flatten()[here])
+            self.live, self._written, self._stamp = (), [], None
+            self.forget()
 
     @property
     def is_stand_in(self) -> bool:
@@ -132,7 +127,7 @@ class Weight:
         """
         if self.is_current(names):
             return
-        stack, weight = self._stack_of(names), self.tensor
+        stack, weight = self._stack_of(names), self.held
         with writable(weight):
             stamps = self._stamps(stack)
             if self._stamp == (stack, _stamp(weight), stamps):
@@ -147,6 +142,8 @@ class Weight:
             self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
             self._stamp = stack, self._tensor_stamp, stamps
+            if self.shard is not None:
+                self.shard.show(self.tensor)
 
     def is_current(self, names: Sequence[str]) -> bool:
         """Whether it holds the changes of the named adapters, as they are now: asked often."""
@@ -154,7 +151,7 @@ class Weight:
             return False
         stack = self._stack_of(names)
         try:
-            return self._stamp == (stack, _stamp(self.tensor), self._stamps(stack))
+            return self._stamp == (stack, _stamp(self.held), self._stamps(stack))
         except RuntimeError:  # stand-ins of a recording or transform have no address
             return False
 
@@ -182,10 +179,12 @@ class Weight:
 
     def withdraw(self) -> None:
         """Put the original entries back into the weight, to the bit."""
-        weight = self.tensor
+        weight, was_live = self.held, self.live
         with writable(weight):
             self._withdraw(weight)
             self._stamp = None
+            if self.shard is not None and was_live:
+                self.shard.show(self.tensor)
 
     def _withdraw(self, weight: Tensor) -> None:
         self.touched = self.touched or self._tensor_stamp != _stamp(weight)
@@ -242,7 +241,7 @@ class Weight:
 
     def is_untouched(self) -> bool:
         """Whether nobody else can have written the weight since this was asked."""
-        touched = self.touched or self._tensor_stamp != _stamp(self.tensor)
+        touched = self.touched or self._tensor_stamp != _stamp(self.held)
         self.touched = False
         return not touched
 
@@ -257,14 +256,18 @@ class Weight:
     # --- what it holds -------------------------------------------------------------------------
 
     def original(self) -> Tensor:
-        """Return a copy of the weight with the original entries."""
-        copy = self.tensor.detach().clone()
+        """Return a copy of the weight with the original entries, cut over ranks as it is."""
+        copy = self.held.detach().clone()
         self._restore(copy)
-        return copy
+        return copy if self.shard is None else self.shard.like(copy)
 
     def pretrained(self) -> Tensor:
-        """Return the weight with the original entries, a copy only where changes are on it."""
-        return self.original() if self.live else self.tensor.detach()
+        """Return the whole weight with the original entries, a copy only where it must be.
+
+        A call for every rank where the weight is cut.
+        """
+        found = self.original() if self.live or self.shard else self.tensor.detach()
+        return whole(found).to(self.tensor.dtype)  # another one in a forward of mixed precision
 
     def foundation(self, adapter_name: str) -> Tensor:
         """Return the weight as an adapter finds it: its original entries and earlier changes."""
@@ -277,9 +280,9 @@ class Weight:
         return copy
 
     def scored(self, adapter_name: str) -> Tensor:
-        """Return the weight as scores see it; what is not selected is the foundation's."""
+        """Return what scores see of the weight here; what is not selected is the foundation's."""
         is_in = adapter_name not in self.earlier or adapter_name in self.live
-        return self.tensor if is_in else self.foundation(adapter_name)
+        return self.held if is_in else self.foundation(adapter_name)
 
     def originals_at(self, adapter_name: str) -> Tensor:
         """Return the entries that an adapter's changes are added to, in slot order."""
@@ -288,7 +291,7 @@ class Weight:
         if adapter_name in self.earlier:
             weight, index = self.foundation(adapter_name), self.slices[adapter_name].indices()
             return weight.view(-1)[index.to(weight.device)]
-        return self._entries_of(adapter_name, self.tensor).undo
+        return self._entries_of(adapter_name, self.held).undo
 
     def kept(self, name: str) -> list[Tensor]:
         """Return what is kept to write and withdraw an adapter's change, beside its pool."""
@@ -305,17 +308,18 @@ class Weight:
         for name in self.live:
             part, observer = self.slices[name], self.observers.get(name)
             if part.trains and (observer is not None or part.spans or part.keeps_graph):
-                entries = self._entries_of(name, self.tensor)
-                support = None if observer is not None else self._support_of(entries)
-                taps.append(Tap(entries.indices, observer, support))
+                entries = self._entries_of(name, self.held)
+                index = part.everywhere(self.tensor) if self.shard else entries.indices
+                support = None if observer is not None else self._support_of(entries, index)
+                taps.append(Tap(index, observer, support))
                 stand_ins.append(part.stand_in())
         return Tapped(taps, stand_ins)
 
-    def _support_of(self, entries: _Entries) -> Support | None:
+    def _support_of(self, entries: Entries, index: Tensor) -> Support | None:
         if entries.support is None:
             worth = self.owner.columns_worth(self.parameter)
             if worth is not None:
-                entries.support = find_support(entries.indices, self.tensor.shape, worth)
+                entries.support = find_support(index, self.tensor.shape, worth)
         return entries.support
 
     # --- writing -------------------------------------------------------------------------------
@@ -327,7 +331,7 @@ class Weight:
         for entries in self._written:
             put(weight, entries.indices, entries.undo)
 
-    def _entries_of(self, name: str, weight: Tensor) -> _Entries:
+    def _entries_of(self, name: str, weight: Tensor) -> Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
         part = self.slices[name]
         known = self._entries.get(name)
@@ -342,7 +346,7 @@ class Weight:
             undo[index.argsort()] = finished.undo.flatten()
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
-        self._entries[name] = _Entries(indices, undo, part.spans)
+        self._entries[name] = Entries(indices, undo, part.spans)
         return self._entries[name]
 
     def _write_pair(
@@ -379,21 +383,21 @@ class Weight:
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
-        for name, whole in stack:  # originals first: adapters may share entries
-            if whole and self._pretrained is None:
+        for name, dense in stack:  # originals first: adapters may share entries
+            if dense and self._pretrained is None:
                 self._pretrained = weight.detach().clone()
-            elif not whole:
+            elif not dense:
                 self._finished.pop(name, None)
                 self._entries_of(name, weight)
-        for position, (name, whole) in enumerate(stack):
-            if whole:
+        for position, (name, dense) in enumerate(stack):
+            if dense:
                 change = self.candidates[name].to(weight.device)
                 weight.detach().copy_(adapt(weight.detach(), change))
             else:
                 self._write(name, weight, self._entries[name], onto_others=position > 0)
                 self._written.append(self._entries[name])
 
-    def _write(self, name: str, weight: Tensor, entries: _Entries, *, onto_others: bool) -> None:
+    def _write(self, name: str, weight: Tensor, entries: Entries, *, onto_others: bool) -> None:
         """Write original plus change; on shared entries onto what is there."""
         if entries.indices.numel():
             start = entries.undo
@@ -415,7 +419,7 @@ class Weight:
         self._written.append(finished)
         return True
 
-    def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> _Entries:
+    def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> Entries:
         """Return an adapter's entries ready to write; the weight must hold the originals.
 
         In the weight's order, which is several times as fast to write as that of many picks.
@@ -425,7 +429,7 @@ class Weight:
             own = self._entries_of(name, weight)
             change = part.change().to(own.undo.device)
             adapted = adapt(own.undo, change) if part.spans else own.undo
-            return _Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
+            return Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
         if self._entries.pop(name, None) is not None:
             part.free_room()
         index = part.indices().to(weight.device)
@@ -433,7 +437,7 @@ class Weight:
         adapted = adapt(undo, part.change().to(undo.device))
         index, order = index.sort()
         indices = index.to(_index_dtype(weight))
-        return _Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
+        return Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
 
 
 def _stamp(weight: Tensor) -> tuple[Any, ...]:

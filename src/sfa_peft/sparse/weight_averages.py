@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import SFAError
 from .pool import Pool, every_pool
@@ -167,7 +168,7 @@ def undo_rounding(state: State, key: str, weight: Weight) -> None:
     if found is None or weight.tensor.dtype != torch.float32 or found.dtype != torch.float32:
         return
     own = weight.tensor.detach()
-    if own.is_meta or found.is_meta or own.shape != found.shape:
+    if own.is_meta or found.is_meta or own.shape != found.shape or isinstance(own, DTensor):
         return
     found = found.to(own.device)
     if not torch.equal(found, own) and bool(_is_average(found, own).all()):

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import SelectionError, UnfinishedSelectionWarning, warn
 from ..selection.pick import is_unfinished
@@ -21,6 +20,7 @@ from ..tuner.adapted_layers import find_adapter
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer
 from ..tuner.report import stage_shares
+from ..tuner.weight_storage import take_shards
 from .planned_rates import planned_rates
 from .state_files import check_state
 
@@ -51,7 +51,7 @@ class SFASelector:
 
     Raises:
         SelectionError: If there is no such adapter, T is unknown, no pick fits into T, the model is
-            sharded (FSDP, ZeRO-3), or gradient checkpointing is of the reentrant kind.
+            sharded by anything but FSDP2, or gradient checkpointing is of the reentrant kind.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class SFASelector:
         self._rounds: Rounds | _NoRounds = _NoRounds(self.pool, self.config.rules)
         if self.pool is None or not self.config.selects_while_training:
             return
-        _refuse_sharded(model, self.pool)
+        take_shards(model, [self.pool], selects=True)
         self._adapter.needs_selector = False
         if self.pool.is_empty:
             find_score(self.config.score)
@@ -213,8 +213,15 @@ class SFASelector:
     def _check_first_step(self, optimizer: Any) -> None:
         """Look at what may have been set up after the selector was made, until a step counts."""
         _refuse_reentrant_checkpointing(self._model)
+        inner = getattr(optimizer, "optimizer", optimizer)
+        scale = getattr(inner, "loss_scale", 1)  # DeepSpeed's optimizers have it
+        if self._scaler is None and isinstance(scale, (int, float)) and scale != 1:
+            raise SelectionError(
+                f"The loss is scaled by {type(inner).__name__}, {scale} times now, which scores do "
+                "not know of: an overflow would count. Train in bf16, which needs no scale."
+            )
         if self.pool is not None:
-            _refuse_sharded(self._model, self.pool)
+            take_shards(self._model, [self.pool], selects=True)
             scaled = getattr(getattr(optimizer, "scaler", None), "is_enabled", lambda: False)()
             if self._scaler is None and (scaled or self.pool.stepped_by_grad_scaler):
                 raise SelectionError(
@@ -393,24 +400,3 @@ def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, in TrainingArguments or '
                 "in model.gradient_checkpointing_enable()."
             )
-
-
-def _refuse_sharded(model: nn.Module, pool: Pool) -> None:
-    """Refuse models whose weights are cut over ranks.
-
-    Raises:
-        SelectionError: Under FSDP (1 and 2) and DeepSpeed ZeRO-3.
-    """
-    kind = None
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        kind = "FullyShardedDataParallel"
-    for weight in pool.weights:
-        if isinstance(weight.tensor, DTensor):
-            kind = "fully_shard (FSDP2)"
-        elif hasattr(weight.tensor, "ds_id"):
-            kind = "DeepSpeed ZeRO-3"
-    if kind is not None:
-        raise SelectionError(
-            f"The model's weights are sharded by {kind}. Selected entries are changed in whole "
-            "weights, so train with DistributedDataParallel (or DeepSpeed ZeRO-1 or 2)."
-        )

@@ -26,7 +26,7 @@ from ..sparse.gradient import TAGS, Tapped
 from ..sparse.pool import Pool
 from .adapter import Adapter
 from .layer import SFALayer
-from .weight_storage import refuse_offloaded
+from .weight_storage import refuse_offloaded, take_shards
 
 #: Name under which the hooked model keeps its pass.
 _ATTRIBUTE = "_sfa_compiled_pass"
@@ -53,6 +53,7 @@ class CompiledPass:
         self.adapters: list[Adapter] = []
         self.layers: list[SFALayer] = []
         self.stand_ins: list[Any] = []  # of each adapter's pool, when it was settled
+        self.known: Any = None  # weakly, tensor of the first weight when shards were looked for
         self._register()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,7 +61,7 @@ class CompiledPass:
         self._register()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"stand_ins": []}
+        return self.__dict__ | {"stand_ins": [], "known": None}
 
     def _register(self) -> None:
         self.handle = next(_handles)  # a graph can hold a number, but no object
@@ -265,11 +266,21 @@ def _look(model: nn.Module, *, steps: bool) -> None:
     found.adapters = [a for a in found.adapters if a.store.is_there]
     if any(adapter.store.values.is_meta for adapter in found.adapters):
         refuse_offloaded_weights(model)
+    _look_for_cuts(model, found)
     for adapter in found.adapters:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=steps)
             if torch.is_grad_enabled():
                 adapter.begin()
+
+
+def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
+    """Take up, or refuse, weights that were cut over processes since they were looked at last."""
+    pools = [a.pool for a in compiled_pass.adapters if a.pool is not None]
+    first = pools[0].weights[0].tensor if pools else None
+    if first is not None and (compiled_pass.known is None or compiled_pass.known() is not first):
+        take_shards(model, pools)
+        compiled_pass.known = weakref.ref(first)
 
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..config import SFAConfig
 from ..errors import (
@@ -28,7 +29,9 @@ from ..selection.pick import is_unfinished
 from ..selection.rounds import Rounds
 from ..selection.schedule import make_schedule, share_by_rates
 from ..sparse.delta import Delta, adapt, by_weight
+from ..sparse.optimizer import MicroBatches, check_unseen_step
 from ..sparse.pool import Pool
+from ..sparse.shards import whole
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import notice
 
@@ -48,6 +51,7 @@ class LayerStore:
 
     def __init__(self, layer: Any, adapter_name: str) -> None:
         self.layer, self.adapter_name = layer, adapter_name
+        self._cut: DTensor | None = None
 
     @classmethod
     def make(cls, layer: Any, adapter: Adapter) -> LayerStore:
@@ -69,9 +73,16 @@ class LayerStore:
     # Asked by each layer in each forward, so not by the dicts' own ways, which take longer.
 
     @property
-    def values(self) -> nn.Parameter:
-        """The change of each assigned weight, (size,)."""
-        return self.layer._modules["sfa_pool"]._parameters[self.adapter_name]
+    def values(self) -> Any:
+        """The change of each assigned weight, (size,).
+
+        A DTensor once `fully_shard` has cut it over ranks, also while a forward shows another in
+        its place.
+        """
+        values = self.layer._modules["sfa_pool"]._parameters[self.adapter_name]
+        if isinstance(values, DTensor):
+            self._cut = values
+        return values if self._cut is None else self._cut
 
     @property
     def slots(self) -> Tensor:
@@ -117,6 +128,7 @@ class Adapter:
         self.new_paths: dict[str, str] = {}
         self.needs_selector = config.selects_while_training
         self._in_steps = False  # whether the latest forward was of a training step
+        self._micro_batches = MicroBatches()
         self._idle_forwards = 0  # with an unfinished selection and no selector
 
     def make_pool(self, store: LayerStore) -> Pool:
@@ -146,24 +158,39 @@ class Adapter:
             return  # not loaded (yet)
         selection = read_packed(packed, f"adapter `{self.name}`, sfa_packed")
         slots, values = unpack_selection(self.pool, selection)
-        kept = self.pool.values
-        kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
-        with torch.no_grad():
-            self.pool.slots.copy_(slots)
-        self.pool.known = None
+        if self.pool.shard is None:
+            kept = self.pool.values
+            kept.data = values.to(kept.device)  # the same parameter, float32 also on a 16-bit base
+        self.pool.load_state_dict({"slots": slots, "values": values})
         self.store.drop_packed()
+
+    def find_shards(self, layer: Any) -> None:
+        """Go over to the shards of values and weights that are cut, if a layer holds the values."""
+        if self.pool is not None and self.store is not None and self.store.layer is layer:
+            self.pool.find_shards()
 
     def look(self, *, steps: bool = False) -> None:
         """Look for what others wrote into the pool; not in adapters that were loaded for inference.
 
+        Nor where it is cut over ranks, all of which would have to look together.
+
         Args:
-            steps: Whether it is for a training step: then not if it was in the one before.
+            steps: Whether it is for a training step: then not if it was in the one before, and
+                torch's hooks saw all steps between them.
+
+        Raises:
+            SFAError: If values whose positions nobody knows are found, or a step that no hook saw
+                where one must.
         """
-        if self.pool is None or self.config.inference_mode:
+        if self.pool is None or self.config.inference_mode or self.pool.shard is not None:
             return
         steps = steps and self.pool.values.requires_grad
-        if not (steps and self._in_steps):
+        seen = steps and self._micro_batches.expect(self.pool.optimizer_steps)
+        if not (seen and self._in_steps):
+            writes = self.pool.foreign_writes
             notice(self.pool)
+            if steps and self._in_steps and self.pool.foreign_writes != writes:
+                check_unseen_step(self.pool)
         self._in_steps = steps
 
     def begin(self) -> None:
@@ -255,13 +282,19 @@ class Adapter:
             )
 
 
-def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) -> Resolved:
+def pack_state(
+    adapter: Adapter,
+    state: dict[str, Tensor],
+    saved_values: str,
+    model_state: Mapping[str, Tensor],
+) -> Resolved:
     """Put the packed selection in the place of values and positions in a state dict.
 
     Args:
         adapter: The adapter.
         state: Its tensors by key; changed in place.
         saved_values: How changed weights are written, see `SFAConfig`.
+        model_state: Those of the whole model, where weights are cut over ranks.
 
     Returns:
         Its record, with the size of the packed selection and the base's digests.
@@ -277,7 +310,7 @@ def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) ->
             "The adapter or its base is on the meta device and holds no values; load it first."
         )
     deltas = by_weight(slots.detach().cpu(), values.detach().cpu(), pool.starts)
-    tensors, entries = _saved_entries(adapter, pool, deltas)
+    tensors, entries = _saved_entries(adapter, pool, deltas, model_state)
     if saved_values == "exact":
         _warn_of_lost_bits(adapter.name, entries)
     packed = pack(entries, saved_values)
@@ -285,16 +318,32 @@ def pack_state(adapter: Adapter, state: dict[str, Tensor], saved_values: str) ->
     return replace(record, tensors=tensors, packed=packed.numel())
 
 
+def _pretrained(pool: Pool, model_state: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield whole pretrained weights.
+
+    Of weights that are cut, those of a state dict, which may be whole already: then a single rank
+    may save.
+    """
+    if pool.shard is None:
+        yield from (weight.pretrained() for weight in pool.weights)
+        return
+    keys = {k.replace(".base_layer.", "."): k for k in model_state if ".base_layer." in k}
+    keys = {k.removeprefix("base_model.model."): found for k, found in keys.items()}
+    for name, weight in zip(pool.names, pool.weights, strict=True):
+        yield whole(model_state[keys[name]]) if name in keys else weight.pretrained()
+
+
 def _saved_entries(
-    adapter: Adapter, pool: Pool, deltas: Sequence[Delta]
+    adapter: Adapter, pool: Pool, deltas: Sequence[Delta], model_state: Mapping[str, Tensor]
 ) -> tuple[tuple[SavedTensor, ...], list[Entries]]:
     """Return each weight's record and selected entries; one weight at a time is copied."""
     tensors, entries = [], []
-    for known, weight, delta in zip(adapter.record.tensors, pool.weights, deltas, strict=True):
-        base = weight.pretrained()
-        saved = SavedTensor(known.name, known.shape, type_name(base.dtype), digests(base))
-        if adapter.name in weight.earlier:
-            base = weight.foundation(adapter.name)
+    weights = zip(
+        adapter.record.tensors, pool.weights, deltas, _pretrained(pool, model_state), strict=True
+    )
+    for known, weight, delta, own in weights:
+        saved = SavedTensor(known.name, known.shape, type_name(own.dtype), digests(own))
+        base = weight.foundation(adapter.name) if adapter.name in weight.earlier else own
         at = base.reshape(-1)[delta.indices.to(base.device)].cpu()
         tensors.append(saved)
         columns = base.numel() // base.shape[0] if base.ndim > 1 else 0

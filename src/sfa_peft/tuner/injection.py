@@ -15,7 +15,8 @@ from ..config import SFAConfig
 from ..errors import FrozenHeadWarning, TargetError, warn
 from ..files.adapter_config import Link
 from ..selection.pick import select_without_data
-from ..sparse.pool import OwnStore, Pool
+from ..sparse.pool import Pool
+from ..sparse.stores import OwnStore
 from ..sparse.weight import Weight
 from .adapter import Adapter, check_name
 from .injection_plan import Plan, make_plan
@@ -23,7 +24,7 @@ from .layer import SFALayer
 from .load_adapter import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
 from .targets import is_excluded, own_modules
 from .upstream.task_heads import check_heads, unmatched_heads
-from .weight_storage import refuse_offloaded
+from .weight_storage import refuse_cut, refuse_offloaded
 
 
 class Injection:
@@ -51,7 +52,9 @@ class Injection:
         check_same_chain(self.reused, self.chain, config)
         self.plan = put_on_chain(make_plan(model, config, reused), self.chain, config)
         own = own_modules(model)
-        refuse_offloaded(model, {path: own[path] for path in self.plan.targets})
+        targets = {path: own[path] for path in self.plan.targets}
+        refuse_offloaded(model, targets)
+        refuse_cut(targets)
         check_heads(model, config, self.plan.targets)
         check_base(model, name, self.plan, strict=strict)
         taken = (self.reused,) if self.reused and config.selection_values == "trained" else ()

@@ -195,7 +195,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
             self.unmerge()
         if self.in_graph:
             # A forward whose backward may still come used the weight as it is: leave it alone.
-            originals = {name: weight.original() for name, weight in self.weights.items()}
+            originals = {name: weight.pretrained() for name, weight in self.weights.items()}
             return torch.func.functional_call(self.base_layer, originals, args, kwargs)
         if not self._is_prepared():
             self.withdraw()
@@ -221,10 +221,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise SFAError(
-            "nn.DataParallel (which the Trainer takes by itself where it sees several GPUs) copies "
-            "the model to each GPU before each forward, and the copies would share one adapter's "
-            "state. Start one process per GPU: torchrun --nproc_per_node N script.py; or show it "
-            "one GPU: CUDA_VISIBLE_DEVICES=0."
+            "nn.DataParallel (the Trainer's way with several GPUs) copies the model, and copies "
+            "would share one adapter's state. Start one process per GPU: torchrun "
+            "--nproc_per_node N script.py; or show it one GPU: CUDA_VISIBLE_DEVICES=0."
         )
 
     @eager  # a cut is kept between forwards, so no graph may own it
@@ -275,12 +274,15 @@ class SFALayer(nn.Module, BaseTunerLayer):
     def _switch(self, action: Callable[[], None]) -> None:
         first = next(iter(self.weights.values()), None)
         if first is not None and not (weight := first.tensor).is_meta:
-            now_or_together(self, weight.numel() if weight.is_cpu else 0, action)
+            alone = first.shard is not None or not weight.is_cpu
+            now_or_together(self, 0 if alone else weight.numel(), action)
 
     def train(self, mode: bool = True) -> Any:
         """Go to train or eval mode; in eval mode weights hold what active adapters change."""
         # Now, so that nothing is left to be written in a forward that torch.export records.
         super().train(mode)
+        for adapter in self.adapters.values():
+            adapter.find_shards(self)
         if not mode and not (self.merged or self.disable_adapters):
             for name in list(self.sfa_packed):
                 self.adapters[name].unpack()
@@ -438,7 +440,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         parts = [f"role={self.role}"]
         for parameter, weight in self.weights.items():
             for name, part in weight.slices.items():
-                share = f"{part.change().numel()} of {weight.tensor.numel()}"
+                share = f"{sum(b - a for a, b in part.spans)} of {weight.tensor.numel()}"
                 parts.append(f"{name}: {share} in {parameter} selected")
         for name, down in self.sfa_down.items():
             parts.append(f"{name}: width {down.weight.shape[0]}")  # pyright: ignore

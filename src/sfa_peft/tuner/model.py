@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
+from ..sparse.shards import whole
 from ..sparse.write_lock import together
 from . import adapted_layers
 from .adapted_layers import Switched, find_adapter, refuse_offloaded_weights
@@ -23,6 +24,7 @@ from .report import card_facts
 from .upstream.gradient_checkpointing import prepare_checkpointing
 from .upstream.shape_check import check_fits
 from .upstream.task_heads import settle_heads
+from .weight_storage import cut_alike
 from .weighted_adapter import LINEAR, add_weighted
 
 #: torch's own allocator aligns tensors to this many bytes.
@@ -247,11 +249,14 @@ class SFAModel(BaseTuner):
                 "was selected. Was the model trained with SFACallback or SFASelector?",
                 EmptySelectionWarning,
             )
+        for key, tensor in state_dict.items():
+            if ".sfa_" in key or ".modules_to_save." in key:
+                state_dict[key] = whole(tensor)  # PEFT takes heads out of the same dict
         state = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         # The config may serve several models, so it hears of this one now; it is saved next.
-        record = pack_state(adapter, state, config.saved_values)
+        record = pack_state(adapter, state, config.saved_values, state_dict)
         facts = card_facts(model, config, adapter_name)
         config.remember(resolved=record.to_dict(), facts=facts)
         return state
@@ -271,7 +276,7 @@ class SFAModel(BaseTuner):
             model, config, adapter_name, state_dict
         )
         check_fits(model, adapter_name, state_dict)
-        return in_pool_type(adapter, state_dict)
+        return cut_alike(model, in_pool_type(adapter, state_dict))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
