@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sfa_peft.dense import CocoMetrics, ObjectResize, TransformedSplit, collate_instances
-from tests.dense.metrics.test_truth import squares
+from tests.dense.metrics.test_ground_truth import squares
 
 pytest.importorskip("faster_coco_eval")
 SIZE = (320, 320)

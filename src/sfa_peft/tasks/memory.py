@@ -21,7 +21,8 @@ class TaskMemory:
         external: External adapters.
         head: Everything of the task model outside the shared backbone.
         switching: What is kept to switch fast: original entries and positions by weight. It is made
-            when the task is activated for the first time.
+            when the task is activated for the first time. What leads from one task to another in
+            one pass is neither's: `limit_switch_memory` bounds it for all together.
     """
 
     values: int
