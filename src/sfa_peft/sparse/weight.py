@@ -318,7 +318,7 @@ class Weight:
     def _support_of(self, entries: Entries, index: Tensor) -> Support | None:
         if entries.support is None:
             worth = self.owner.columns_worth(self.parameter)
-            if worth is not None and not index.is_meta:  # where nothing is, nothing is needed
+            if worth is not None and index.is_cpu:  # elsewhere each would wait for the device
                 entries.support = find_support(index, self.tensor.shape, worth)
         return entries.support
 

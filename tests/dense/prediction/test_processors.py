@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import RTDetrImageProcessor
 
 from sfa_peft.dense import Preprocessing
 from sfa_peft.dense.prediction.processors import (
@@ -58,3 +59,22 @@ def test_boxes_of_an_r_cnn_are_brought_to_the_pictures_size():
     (all_of_them,) = processor.results(outputs, [(32, 64)], 0.0)
     assert all_of_them["boxes"].tolist() == [[0, 0, 32, 32], [16, 8, 32, 16]]
     np.testing.assert_allclose(all_of_them["scores"], [0.9, 0.3], rtol=1e-6)
+
+
+def test_boxes_of_queries_are_those_of_transformers():
+    generator = torch.Generator().manual_seed(0)
+    outputs = SimpleNamespace(
+        logits=torch.randn(2, 7, 3, generator=generator),
+        pred_boxes=torch.rand(2, 7, 4, generator=generator),
+    )
+    sizes = [(20, 30), (64, 48)]
+    processor = DetectionProcessor(Preprocessing("stretch", (16, 16)))
+    found = processor.post_process_object_detection(outputs, 0.7, sizes)
+    theirs = RTDetrImageProcessor().post_process_object_detection(
+        outputs, threshold=0.7, target_sizes=torch.tensor(sizes)
+    )
+    assert 0 < sum(len(one["scores"]) for one in found) < 2 * 7
+    for ours, expected in zip(found, theirs, strict=True):
+        assert ours.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(ours[key], value)
