@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from ..errors import AdapterFileError
 from .entropy import Section, entropy, squeeze
 from .indices import (
-    MAX_SIZE,
     Indices,
     Record,
     check_positions,
+    check_size,
     pack_indices,
     runs,
     unpack_indices,
@@ -180,11 +180,7 @@ def read_tensors(raw: NDArray[np.uint8], sizes: Sequence[int]) -> list[TensorRec
     """
     records = [TensorRecord(*row) for row in np.frombuffer(raw, dtype=TENSOR).tolist()]
     for ordinal, (record, size) in enumerate(zip(records, sizes, strict=True)):
-        if record.size != size or size >= MAX_SIZE:
-            raise AdapterFileError(
-                f"tensor {ordinal}: the file's has {record.size} weights, the model's {size}. Load "
-                "the adapter onto the model it was trained on."
-            )
+        check_size(ordinal, record.size, size)
         has_grid = record.columns > 0
         if record.entries > size or (has_grid and not _can_have_grid(size, record.columns)):
             raise AdapterFileError(

@@ -142,6 +142,15 @@ def pack_indices(indices: Sequence[Indices], sizes: Sequence[int]) -> PackedIndi
     )
 
 
+def check_size(ordinal: int, found: int, size: int) -> None:
+    """Refuse a tensor (by ordinal) of which a file says another number of weights than a model."""
+    if found != size or size >= MAX_SIZE:
+        raise AdapterFileError(
+            f"tensor {ordinal}: the file's has {found} weights, the model's {size}. Load "
+            "the adapter onto the model it was trained on."
+        )
+
+
 def read_table(table: NDArray[np.uint8], sizes: Sequence[int]) -> list[Record]:
     """Read the table and check it against itself and the model.
 
@@ -154,11 +163,7 @@ def read_table(table: NDArray[np.uint8], sizes: Sequence[int]) -> list[Record]:
     """
     records = [Record(*row) for row in np.frombuffer(table, dtype=RECORD).tolist()]
     for ordinal, (record, size) in enumerate(zip(records, sizes, strict=True)):
-        if record.size != size or size >= MAX_SIZE:
-            raise AdapterFileError(
-                f"tensor {ordinal}: the file's has {record.size} weights, the model's {size}. Load "
-                "the adapter onto the model it was trained on."
-            )
+        check_size(ordinal, record.size, size)
         if not _is_possible(record):
             raise AdapterFileError(
                 f"tensor {ordinal}: its record contradicts itself ({_told(record)}); the file is "

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backbones import stage_of
-from ..files.adapter_config import read_resolved
+from ..files.adapter_config import Resolved, read_resolved
 from ..files.folder import selection_of
+from ..files.packing import PackedSelection
 from ..plots import draw_selections
 from ..tuner.adapter_chain import SavedFiles, Search, packed_key
 from .task_folder import pretrained_source
@@ -189,10 +190,10 @@ def inspect(source: str | PathLike[str]) -> SavedReport:
     """
     files = Search().read(fspath(source))
     config, record = files.config, read_resolved(files.config.resolved)
-    positions = _positions(files)
-    rows = _rows(files, positions)
-    key = packed_key(files.state)
-    selection = None if key is None else selection_of(files.state[key], files.source).blob
+    key, packed = packed_key(files.state), _selection(files)
+    positions = _positions(record, packed)
+    rows = _rows(record, positions)
+    selection = None if packed is None else packed.blob
     places = 0 if selection is None else selection.index_nbytes
     values = 0 if selection is None else sum(selection.section_nbytes) - places
     count = max(sum(p.numel() for p in positions.values()), 1)
@@ -203,7 +204,7 @@ def inspect(source: str | PathLike[str]) -> SavedReport:
         backbone=record.backbone,
         budget=config.budget,
         total=record.total,
-        parts=tuple(_parts(files, rows)),
+        parts=tuple(_parts(files, record, rows)),
         head=sum(t.numel() for n, t in files.state.items() if ".sfa_" not in n),
         nbytes=sum(t.nbytes for t in files.state.values()),
         selection_nbytes=0 if key is None else files.state[key].nbytes,
@@ -229,7 +230,7 @@ def diff(first: str | PathLike[str], second: str | PathLike[str]) -> DiffReport:
     """
     search = Search()
     a, b = search.read(fspath(first)), search.read(fspath(second))
-    ones, twos = _positions(a), _positions(b)
+    ones, twos = _selected(a), _selected(b)
     shared = _shared(ones, twos)
     fields = [{**f.config.to_dict(), "resolved": None} for f in (a, b)]
     config = {n: (v, fields[1].get(n)) for n, v in fields[0].items() if v != fields[1].get(n)}
@@ -254,7 +255,11 @@ def overlaps(sources: Sequence[str | PathLike[str]]) -> dict[tuple[str, str], fl
         AdapterFileError: If one is missing or damaged.
     """
     search = Search()
-    found = {fspath(source): _positions(search.read(fspath(source))) for source in sources}
+    names = [fspath(source) for source in sources]
+    return _overlaps({name: _selected(search.read(name)) for name in names})
+
+
+def _overlaps(found: Mapping[str, Mapping[str, Tensor]]) -> dict[tuple[str, str], float]:
     shares = {}
     for a, b in combinations(found, 2):
         smaller = min(sum(p.numel() for p in found[name].values()) for name in (a, b))
@@ -282,26 +287,36 @@ def plot_saved(
     titles = (
         short if len(set(short.values())) == len(names) else dict(zip(names, names, strict=True))
     )
-    shares = overlaps(names)
-    rows = {titles[name]: inspect(name).rows for name in names}
+    search, found, rows = Search(), {}, {}
+    for name in names:
+        files = search.read(name)
+        found[name] = _selected(files)
+        rows[titles[name]] = _rows(read_resolved(files.config.resolved), found[name])
+    shares = _overlaps(found)
     draw_selections(rows, {(titles[a], titles[b]): s for (a, b), s in shares.items()}, path)
     return shares
 
 
-def _positions(files: SavedFiles) -> dict[str, Tensor]:
-    """Return the selected positions by full name of a weight."""
+def _selection(files: SavedFiles) -> PackedSelection | None:
     key = packed_key(files.state)
-    if key is None:
+    return None if key is None else selection_of(files.state[key], f"{files.source}: {key}")
+
+
+def _selected(files: SavedFiles) -> dict[str, Tensor]:
+    return _positions(read_resolved(files.config.resolved), _selection(files))
+
+
+def _positions(record: Resolved, packed: PackedSelection | None) -> dict[str, Tensor]:
+    """Return the selected positions by full name of a weight."""
+    if packed is None:
         return {}
-    tensors = read_resolved(files.config.resolved).tensors
-    sizes = [torch.Size(tensor.shape).numel() for tensor in tensors]
-    packed = selection_of(files.state[key], f"{files.source}: {key}")
-    return dict(zip([t.name for t in tensors], packed.positions(sizes), strict=True))
+    sizes = [torch.Size(tensor.shape).numel() for tensor in record.tensors]
+    return dict(zip([t.name for t in record.tensors], packed.positions(sizes), strict=True))
 
 
-def _rows(files: SavedFiles, positions: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _rows(record: Resolved, positions: Mapping[str, Tensor]) -> list[dict[str, Any]]:
     """Return a row for each tensor, as `selection_summary` does of a model."""
-    record, rows = read_resolved(files.config.resolved), []
+    rows = []
     for tensor in record.tensors:
         path, _, parameter = tensor.name.rpartition(".")
         layer, numel = record.layers[path], torch.Size(tensor.shape).numel()
@@ -321,8 +336,9 @@ def _rows(files: SavedFiles, positions: Mapping[str, Tensor]) -> list[dict[str, 
     return rows
 
 
-def _parts(files: SavedFiles, rows: Sequence[Mapping[str, Any]]) -> list[SavedPart]:
-    record = read_resolved(files.config.resolved)
+def _parts(
+    files: SavedFiles, record: Resolved, rows: Sequence[Mapping[str, Any]]
+) -> list[SavedPart]:
     external: dict[str, int] = dict.fromkeys(record.layers, 0)
     for key, tensor in files.state.items():
         for mark in (_DOWN, _UP):
