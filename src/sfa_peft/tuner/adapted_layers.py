@@ -24,6 +24,7 @@ from ..errors import SFAError
 from ..selection.pick import is_unfinished
 from ..sparse.gradient import TAGS, Tapped
 from ..sparse.pool import Pool
+from ..sparse.write_lock import is_exporting, is_recorded
 from .adapter import Adapter
 from .layer import SFALayer
 from .weight_storage import refuse_offloaded, take_shards
@@ -70,7 +71,7 @@ class CompiledPass:
     def settle(self) -> None:
         """Find out, before layers prepare, whether later forwards can use it too."""
         trained = _trained(self)
-        self.is_settled = bool(trained) and not any(_selects(adapter) for adapter in trained)
+        self.is_settled = len(trained) > 0 and not any(_selects(adapter) for adapter in trained)
         self.stand_ins = [a.pool.stand_ins() for a in trained] if self.is_settled else []
 
     def bring(self, *, steps: bool, tapped: bool) -> None:
@@ -225,7 +226,7 @@ def remove(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore
+    if is_recorded():
         return None
     if not torch.compiler.is_compiling():
         _look(model, steps=model.training and torch.is_grad_enabled())
@@ -238,7 +239,7 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
         _prepare(model)
         return None
     found.is_traced = True
-    found.is_tapped = torch.is_grad_enabled() and bool(_trained(found))
+    found.is_tapped = torch.is_grad_enabled() and len(_trained(found)) > 0
     steps = model.training and torch.is_grad_enabled()
 
     def arrived(x: Any) -> Any:
@@ -285,7 +286,7 @@ def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
     """End the pass: a layer that is called on its own must not trust what was prepared."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         found = getattr(model, _ATTRIBUTE)
         found.is_open = found.is_traced = False
 

@@ -20,7 +20,7 @@ from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
-from ..sparse.write_lock import now_or_together
+from ..sparse.write_lock import is_exporting, is_recorded, now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck, make_projections
 from .weight_storage import fit_for_changes, refuse_offloaded, stored
@@ -173,7 +173,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if not compiling and all(weight.is_current(names) for weight in weights):
             return False
         is_transformed = not compiling and any(weight.is_stand_in for weight in weights)
-        if not torch.compiler.is_exporting() and not is_transformed:
+        if not is_exporting() and not is_transformed:
             self.refresh(names)
         elif not all(weight.holds(names) for weight in weights):
             raise SFAError(
@@ -203,8 +203,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _base_forward(self, names: list[str], is_transformed: bool, args: Any, kwargs: Any) -> Any:
         base = self.base_layer
-        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore
-        if not torch.is_grad_enabled() or self.merged_adapters or recorded:
+        if not torch.is_grad_enabled() or self.merged_adapters or is_recorded():
             return base(*args, **kwargs)
         if is_transformed:
             computed = {name: weight.computed(names) for name, weight in self.weights.items()}
