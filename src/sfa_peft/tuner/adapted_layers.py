@@ -12,6 +12,7 @@ it prepared.
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,7 @@ class CompiledPass:
         self.adapters: list[Adapter] = []
         self.layers: list[SFALayer] = []
         self.stand_ins: list[Any] = []  # of each adapter's pool, when it was settled
+        self.thread = 0  # the one whose forward is open
         self.known: Any = None  # weakly, tensor of the first weight when shards were looked for
         self._register()
 
@@ -204,7 +206,7 @@ def install(model: nn.Module) -> None:
     if not hasattr(model, _ATTRIBUTE):
         setattr(model, _ATTRIBUTE, CompiledPass(model))
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        model.register_forward_hook(_after_forward)
+        model.register_forward_hook(_after_forward, always_call=True)
     found = getattr(model, _ATTRIBUTE)
     layers = [m for m in model.modules() if isinstance(m, SFALayer)]
     stores = {id(a.store): a for layer in layers for a in layer.adapters.values() if a.store}
@@ -229,7 +231,10 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
     if is_recorded():
         return None
     if not torch.compiler.is_compiling():
-        _look(model, steps=model.training and torch.is_grad_enabled())
+        steps = model.training and torch.is_grad_enabled()
+        _look(model, steps=steps)
+        if steps:
+            _begin_pass(getattr(model, _ATTRIBUTE))
         return None
     found = getattr(model, _ATTRIBUTE)
     if not found.layers:
@@ -247,6 +252,31 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
         return arrive(x, found.handle, steps, found.is_tapped) if is_tensor else x
 
     return tuple(arrived(x) for x in args), {key: arrived(x) for key, x in kwargs.items()}
+
+
+def _begin_pass(found: CompiledPass) -> None:
+    """Let all layers' weights be written at once, if the one adapter that acts is alone."""
+    first = found.layers[0] if found.layers else None
+    active = [] if first is None else first.active_adapters
+    adapter = next((a for a in found.adapters if [a.name] == active), None)
+    if (
+        adapter is None
+        or adapter.pool is None
+        or not all(_is_usual(m, active) for m in found.layers)
+    ):
+        return
+    adapter.watch(adapter.pool.weights[0])
+    if adapter.pool.training_pass.begin():
+        for layer in found.layers:
+            alone = all(adapter.name in weight.slices for weight in layer.weights.values())
+            layer.prepared_for = found if alone else None
+        found.is_open, found.thread = True, threading.get_ident()
+
+
+def _is_usual(layer: SFALayer, active: list[str]) -> bool:
+    """Whether a layer's weights hold what the active adapters change, and nothing is awaited."""
+    is_off = layer.merged_adapters or layer.disable_adapters or layer.sfa_packed
+    return layer.active_adapters == active and not is_off
 
 
 def _is_steady(found: CompiledPass) -> bool:
@@ -286,7 +316,7 @@ def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
     """End the pass: a layer that is called on its own must not trust what was prepared."""
-    if torch.compiler.is_compiling() and not is_exporting():
+    if not is_exporting():
         found = getattr(model, _ATTRIBUTE)
         found.is_open = found.is_traced = False
 

@@ -6,6 +6,7 @@ Original entries are always put back by overwriting, so every state is exact, wh
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -212,7 +213,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if self.whole.is_traced and not self.whole.is_tapped:
                 return base(*args, **kwargs)
             tapped = {name: w.prepared or self.taps(w) for name, w in self.weights.items()}
-            if not self.whole.is_traced:  # later picks need not lead to other graphs
+            compiling = torch.compiler.is_compiling()
+            if compiling and not self.whole.is_traced:  # later picks need not lead to other graphs
                 tapped = {name: found.dense() for name, found in tapped.items()}
         else:
             tapped = {name: self.taps(w) for name, w in self.weights.items()}
@@ -234,10 +236,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return weight.taps()
 
     def _is_prepared(self) -> bool:
-        """Whether this is a compiled forward for which `layers` has prepared the weights."""
+        """Whether this is part of a forward for which `adapted_layers` has prepared the weights."""
+        found = self.prepared_for
         if not torch.compiler.is_compiling():
-            return False
-        opened = self.prepared_for is not None and self.prepared_for.is_open
+            return found is not None and found.is_open and found.thread == threading.get_ident()
+        opened = found is not None and found.is_open
         return opened or (self.whole is not None and self.whole.is_traced)
 
     # --- the changes on its weights ------------------------------------------------------------
