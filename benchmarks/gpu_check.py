@@ -12,6 +12,7 @@ exit status is 1 if something is not as it must be.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -279,6 +280,7 @@ def costs(place: Place) -> Findings:
                 },
             )
             del job
+            gc.collect()  # a model and its hooks know each other
     folders = [save(adapt(make_task(backbone, pixels, torch.float32, place.device), rho=0.0,
                           score="random", seed=seed, budget=0.05)) for seed in (1, 2)]  # fmt: skip
     task = make_task(backbone, pixels, torch.float32, place.device)

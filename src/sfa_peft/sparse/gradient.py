@@ -182,6 +182,8 @@ class Tapped(NamedTuple):
         """Return the same, wired to a weight for as many forwards as wanted."""
         if not self.taps or all(tap.support is not None for tap in self.taps):
             return self
+        if any(part.dtype != weight.dtype for part in self.stand_ins):
+            return self  # autograd would add what several uses hand back in the weight's dtype
         with torch.enable_grad():
             return self._replace(alias=LiveWeight.apply(weight, self.taps, *self.stand_ins))
 
