@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sfa_peft import SFAConfig, SFAError, SFASelector
+from sfa_peft import SFAConfig, SFAError, SFASelector, register_score
 from sfa_peft.tuner.adapted_layers import find_pool
 
 STEPS, WORLD = 12, 2
@@ -71,6 +71,7 @@ CASES = {
         {"weight_decay": 0.1, "optimizer": "SGD"},
     ),
     "FSDP2, score='absolute_gradient'": ({"score": "absolute_gradient"}, {}),
+    "FSDP2, a score of one's own, elementwise": ({"score": "own_by_entry"}, {}),
     "FSDP2, score='movement'": ({"score": "movement"}, {}),
     "FSDP2, score='weight_difference'": ({"score": "weight_difference"}, {}),
     "FSDP2, score_dtype='bfloat16'": ({"score_dtype": "bfloat16"}, {"exact": False}),
@@ -79,6 +80,9 @@ CASES = {
     "FSDP2, granularity='row'": ({"granularity": "row"}, {}),
     "FSDP2, granularity='row', ranking='layer'": ({"granularity": "row", "ranking": "layer"}, {}),
 }
+
+
+register_score("own_by_entry", lambda w, g, state: state.add_(g * w.abs()), elementwise=True)
 
 
 class Net(nn.Module):
@@ -316,6 +320,13 @@ def _by_output():
     return lambda: SFASelector(model, total_steps=STEPS)
 
 
+def _of_whole_weights():
+    register_score("of_whole_weights", lambda w, g, state: state.add_(g / w.norm()))
+    model = adapted(score="of_whole_weights")
+    sharded(model).train()
+    return lambda: SFASelector(model, total_steps=STEPS)
+
+
 def _other_rate_on_copies():
     model = adapted(internal_lr_ratio=2.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -346,6 +357,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "FSDP2 of the whole in one group without model.train()": _without_train,
     "FSDP2 of an adapted layer by itself": _layers_by_themselves,
     "FSDP2, ranking='output'": _by_output,
+    "FSDP2, a score of one's own": _of_whole_weights,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,
     "nn.DataParallel": _data_parallel,
 }

@@ -11,6 +11,7 @@ it prepared.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import weakref
@@ -21,7 +22,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import SFAError
+from ..errors import SelectionError, SFAError
 from ..selection.pick import is_unfinished
 from ..sparse.gradient import TAGS, Tapped
 from ..sparse.pool import Pool
@@ -302,7 +303,33 @@ def _look(model: nn.Module, *, steps: bool) -> None:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=steps)
             if torch.is_grad_enabled():
-                adapter.begin()
+                adapter.begin(functools.partial(_check_selection, model))
+
+
+def refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Refuse gradient checkpointing under which adapters get no gradient.
+
+    Raises:
+        SelectionError: If a module of the model (as transformers sets them up) uses it.
+    """
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        keywords = getattr(function, "keywords", None)
+        if not getattr(module, "gradient_checkpointing", False) or keywords is None:
+            continue
+        if keywords.get("use_reentrant", True):
+            raise SelectionError(
+                f"`{name}`: gradient checkpointing is of the reentrant kind, under which selected "
+                "weights and adapters get no gradient. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, in TrainingArguments or '
+                "in model.gradient_checkpointing_enable()."
+            )
+
+
+def _check_selection(model: nn.Module, pool: Pool) -> None:
+    """Refuse what a selector refuses (SelectionError)."""
+    refuse_reentrant_checkpointing(model)
+    take_shards(model, [pool], selects=True)
 
 
 def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
