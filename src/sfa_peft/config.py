@@ -34,6 +34,8 @@ from .selection.rules import SelectionRules
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
+#: Forms of external adapters.
+EXTERNAL_TYPES = ("bottleneck", "mona")
 #: What weight decay of the optimizer pulls towards its neutral value.
 WEIGHT_DECAYS = ("change", "weight")
 #: What the values of a saved selection start from.
@@ -69,7 +71,11 @@ class SFAConfig(PeftConfig):
             no targeted layer ends a sub-layer it means 0, and a warning says so.
         adapter_dim: Width d of the external adapters (a layer of D features gets min(d, D)); give
             it instead of `rho`, never with it.
-        external_bias: Whether the two projections of an external adapter have biases.
+        external_type: "bottleneck" (Eq. 3): two projections and a ReLU. "mona": a scaled norm and
+            depthwise convolutions over the feature map besides, as Mona has them, for tasks that
+            live on neighbourhoods; slower, and for backbones of which it is known how tokens lie in
+            the image.
+        external_bias: Whether projections and convolutions of an external adapter have biases.
         external_modules: Names (suffixes, or one regular expression, as in `target_modules`) of the
             layers that get an external adapter on their output. None: the last linear layer of each
             attention and MLP sub-layer.
@@ -172,6 +178,7 @@ class SFAConfig(PeftConfig):
         "Width of the external adapters, instead of rho.",
         whole("a width of at least 1", 1, "For no external adapters use rho=0."),
     )
+    external_type: str = choice("bottleneck", EXTERNAL_TYPES, "External adapters")
     external_bias: bool = option(True, "Biases in external adapters.")
     external_modules: list[str] | str | None = patterns(
         "Layers that get an external adapter on their output."

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
-from ..budget import BudgetPlan, solve_budget, with_selection
+from ..budget import BudgetPlan, External, solve_budget, with_selection
 from ..config import SFAConfig
 from ..errors import AdapterFileError, BudgetWarning, TargetError, warn
 from ..files.adapter_config import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
@@ -97,9 +97,12 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
         budget=config.budget,
         rho=config.rho,
         adapter_dim=config.adapter_dim,
-        bias=config.external_bias,
         total=_count_parameters(model, backbone, config),
-        outputs={n: output_features(layer) for n, layer in layers.items() if n in outputs},
+        external=External(
+            {n: output_features(layer) for n, layer in layers.items() if n in outputs},
+            config.external_bias,
+            config.external_type,
+        ),
         eligible=sum(parameter.numel() for parameter in eligible.values()),
     )
     if reused is not None:
