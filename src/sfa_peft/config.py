@@ -90,8 +90,8 @@ class SFAConfig(PeftConfig):
             the image.
         external_bias: Whether projections and convolutions of an external adapter have biases.
         external_modules: Names (suffixes, or one regular expression, as in `target_modules`) of the
-            layers that get an external adapter on their output. None: the last linear layer of each
-            attention and MLP sub-layer.
+            layers that get an external adapter on their output: linear layers, convolutions, layer
+            norms. None: the last linear layer of each attention and MLP sub-layer.
         target_modules: Names (suffixes, or one regular expression) of the layers whose weights may
             be selected. None: the attention and MLP linear layers of the backbone.
         target_parameters: Names (suffixes such as "bias" or "norm.weight", or one regular

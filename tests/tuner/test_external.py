@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from sfa_peft import MergeWarning, SFAConfig, SFASelector, budget_report
+from sfa_peft import MergeWarning, SFAConfig, SFASelector, TargetError, budget_report
 from sfa_peft.budget import External
 from sfa_peft.tuner.external import apply_bottleneck, make_projections
 from sfa_peft.tuner.feature_map import FeatureMap, Place
@@ -31,21 +31,22 @@ def scattered(*modules: nn.Module) -> None:
 def by_name(down: Any, up: Any) -> Any:
     """Return an adapter's parts by the names of the reference; biases it lacks are zero."""
 
-    def biased(module: Any) -> Any:
-        weight = module.weight
-        bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias
-        return SimpleNamespace(weight=weight, bias=bias)
+    def pair(module: Any, name: str = "") -> Any:
+        weight, bias = (getattr(module, f"{name}{kind}") for kind in ("weight", "bias"))
+        return SimpleNamespace(
+            weight=weight, bias=weight.new_zeros(len(weight)) if bias is None else bias
+        )
 
     def linear(module: Any) -> Any:
-        part = biased(module)
+        part = pair(module)
         return lambda x: x @ part.weight.flatten(1).T + part.bias
 
     return SimpleNamespace(
-        norm=down.norm,
+        norm=pair(down, "norm_"),
         norm_scale=down.norm_scale,
         input_scale=down.input_scale,
-        depthwise=[biased(conv) for conv in down.depthwise],
-        mix=biased(down.mix),
+        depthwise=[pair(down, f"depthwise_{k}_") for k in (3, 5, 7)],
+        mix=pair(down, "mix_"),
         down=linear(down),
         up=linear(up),
     )
@@ -123,7 +124,7 @@ def test_a_trained_adapter_with_convolutions_comes_back_to_the_bit(tmp_path) -> 
 
     model, pixels = trained()
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(upernet(), tmp_path).eval()
+    loaded = PeftModel.from_pretrained(upernet(), tmp_path, adapter_name="other").eval()
 
     assert budget_report(model).external > 0
     assert all(any(p.any() for p in layer.sfa_up.parameters()) for layer in adapters(model))
@@ -149,3 +150,39 @@ def test_checkpointed_blocks_compute_again_with_the_maps_of_their_own_images() -
 
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["bottleneck", "mona"])
+def test_an_adapter_behind_the_norm_that_ends_a_sub_layer_sees_the_whole_map(
+    kind, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    norms = ["layernorm_before", "layernorm_after"]
+    options = {**CONFIG, "rho": 1.0, "external_modules": norms, "external_type": kind}
+    model = get_peft_model(upernet(window_size=2), SFAConfig(**options)).eval()
+    assert {m.name.rpartition(".")[2] for m in adapters(model)} == set(norms)
+    scattered(*(part for m in adapters(model) for part in (m.sfa_down, m.sfa_up)))
+    seen: list[Any] = []
+    for layer in adapters(model):
+        layer.base_layer.register_forward_hook(lambda _m, _a, out, at=layer: seen.append((at, out)))
+        layer.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    pixels = torch.randn(1, 3, 32, 64)
+
+    with torch.no_grad():
+        logits = model(pixels).logits
+        for (layer, plain), out in zip(seen[::2], seen[1::2], strict=True):
+            down, up = layer.sfa_down["default"], layer.sfa_up["default"]
+            if kind == "mona":
+                stage = int(layer.name.split(".layers.")[1][0])
+                added = branch(by_name(down, up), plain, (8 >> stage, 16 >> stage))
+            else:
+                added = up(torch.relu(down(plain)))
+            torch.testing.assert_close(out, plain + added, atol=1e-3, rtol=1e-3)
+        model.save_pretrained(tmp_path)
+        loaded = PeftModel.from_pretrained(upernet(window_size=2), tmp_path).eval()
+        assert torch.equal(loaded(pixels).logits, logits)
+
+
+def test_a_norm_is_no_place_to_select_whole_layers_from() -> None:
+    with pytest.raises(TargetError, match="is a LayerNorm; only"):
+        get_peft_model(upernet(), SFAConfig(**CONFIG, target_modules=["layernorm_after"]))

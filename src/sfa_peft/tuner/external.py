@@ -30,7 +30,9 @@ _KERNELS, _NORM_SCALE = (3, 5, 7), 1e-6
 
 
 def output_features(layer: nn.Module) -> int:
-    """Return D, the number of features (channels) that a linear or convolution puts out."""
+    """Return D, the number of features (channels) that a linear, convolution or norm puts out."""
+    if isinstance(layer, nn.LayerNorm):
+        return layer.normalized_shape[0]
     return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features  # pyright: ignore
 
 
@@ -86,9 +88,13 @@ class MapDown(nn.Linear):
         feature_map: How tokens lie in the image; None where features come as a map.
         channels_first: Whether features come as `(B, D, H, W)`.
         bias: Whether projection and convolutions have biases.
-        device: Of all parameters.
-        dtype: Of all parameters.
+        options: Device and dtype of all parameters.
     """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    mix_weight: Tensor
+    mix_bias: Tensor | None
 
     def __init__(
         self,
@@ -102,19 +108,24 @@ class MapDown(nn.Linear):
     ) -> None:
         super().__init__(features, width, bias=bias, **options)
         self.feature_map, self.channels_first = feature_map, channels_first
-        self.norm = nn.LayerNorm(features, **options)
         self.norm_scale = nn.Parameter(torch.full((features,), _NORM_SCALE, **options))
         self.input_scale = nn.Parameter(torch.ones(features, **options))
-        self.depthwise = nn.ModuleList(
-            nn.Conv2d(width, width, k, padding=k // 2, groups=width, bias=bias, **options)
-            for k in _KERNELS
-        )
-        self.mix = nn.Conv2d(width, width, 1, bias=bias, **options)
+        self._take("norm", nn.LayerNorm(features, **options))
+        for k in _KERNELS:
+            own = nn.Conv2d(width, width, k, groups=width, bias=bias, **options)
+            self._take(f"depthwise_{k}", own)
+        self._take("mix", nn.Conv2d(width, width, 1, bias=bias, **options))
+
+    def _take(self, name: str, layer: nn.Module) -> None:
+        """Make a layer's parameters ours: PEFT finds no adapter's name in front of deeper ones."""
+        for own, parameter in layer._parameters.items():
+            self.register_parameter(f"{name}_{own}", parameter)
 
     def forward(self, input: Tensor) -> Tensor:
         """Return d features for each of `(B, N, D)`, `(B, H, W, D)` or `(B, D, H, W)`."""
         x = input.movedim(1, -1) if self.channels_first else input
-        reduced = super().forward(self.norm(x) * self.norm_scale + x * self.input_scale)
+        normed = F.layer_norm(x, x.shape[-1:], self.norm_weight, self.norm_bias)
+        reduced = super().forward(normed * self.norm_scale + x * self.input_scale)
         if reduced.ndim == 4:
             out = self._mixed(reduced)
         else:
@@ -129,20 +140,21 @@ class MapDown(nn.Linear):
         """Return `(B, H, W, d)` after the convolutions and their residuals."""
         maps = tokens.movedim(-1, 1)
         maps = F.conv2d(maps, *self._kernel(), padding=_KERNELS[-1] // 2, groups=maps.shape[1])
-        return (maps + self.mix(maps)).movedim(1, -1)
+        return (maps + F.conv2d(maps, self.mix_weight, self.mix_bias)).movedim(1, -1)
 
     def _kernel(self) -> tuple[Tensor, Tensor | None]:
         """Return the depthwise convolutions and their residual as a single one, and its bias."""
-        convs, largest = [cast(nn.Conv2d, conv) for conv in self.depthwise], _KERNELS[-1]
-        padded = [
-            F.pad(c.weight, [(largest - k) // 2] * 4) for c, k in zip(convs, _KERNELS, strict=True)
-        ]
+        largest = _KERNELS[-1]
+        weights: list[Tensor] = [getattr(self, f"depthwise_{k}_weight") for k in _KERNELS]
+        margins = [(largest - k) // 2 for k in _KERNELS]
+        padded = [F.pad(w, [margin] * 4) for w, margin in zip(weights, margins, strict=True)]
         weight = torch.stack(padded).mean(0)
         centre = torch.zeros_like(weight[:1])
         centre[..., largest // 2, largest // 2] = 1
-        if convs[0].bias is None:
+        if self.bias is None:
             return weight + centre, None
-        return weight + centre, torch.stack([cast(Tensor, c.bias) for c in convs]).mean(0)
+        biases: list[Tensor] = [getattr(self, f"depthwise_{k}_bias") for k in _KERNELS]
+        return weight + centre, torch.stack(biases).mean(0)
 
 
 def apply_bottleneck(x: Tensor, down: nn.Module, up: nn.Module) -> Tensor:
