@@ -19,6 +19,7 @@ from ..backbones import describe_model, find_backbone, role_modules
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..tuner.base_model_config import OUTPUTS, config_fields
+from ..tuner.feature_map import forget_unused
 from ..tuner.layer import SFALayer
 
 
@@ -160,6 +161,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 setattr(parent, child_name, child.unload())
             elif isinstance(child, ModulesToSaveWrapper):
                 setattr(parent, child_name, child.original_module)
+    forget_unused(model)
     model.__dict__.pop("peft_config", None)
 
 

@@ -23,7 +23,7 @@ from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
 from ..sparse.write_lock import is_exporting, is_recorded, now_or_together
 from .adapter import Adapter, LayerStore
-from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .external import AdaptedLayer, apply_bottleneck
 from .weight_storage import fit_for_changes, refuse_offloaded, stored
 
 
@@ -77,7 +77,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         *,
         path: str,
         parameters: Sequence[str],
-        width: int,
+        external: tuple[nn.Module, nn.Module] | None,
     ) -> None:
         """Add an adapter.
 
@@ -86,20 +86,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
             path: The layer's path in the model the adapter belongs to; task models that share a
                 backbone may hold it under different names.
             parameters: Names of this layer's parameters whose entries may be selected.
-            width: Width of the external adapter, 0 for none.
+            external: The ways down and up of the external adapter, None for none.
         """
-        name, config = adapter.name, adapter.config
+        name = adapter.name
         self.adapters[name] = adapter
         for parameter in parameters:
             if adapter.pool is None:
                 adapter.make_pool(LayerStore.make(self, adapter))
             cast(Pool, adapter.pool).add(self.carrier(parameter), f"{path}.{parameter}")
-        if width:
-            down, up = make_projections(
-                self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
-            )
-            self.sfa_down[name], self.sfa_up[name] = down, up
-        self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
+        if external is not None:
+            self.sfa_down[name], self.sfa_up[name] = external
+        self.mark_active(self.active_adapters, inference_mode=adapter.config.inference_mode)
 
     def carrier(self, parameter: str) -> Weight:
         """Return what carries the changes of a parameter."""

@@ -31,7 +31,7 @@ from ..backbones import (
 )
 from ..config import SFAConfig
 from ..errors import TargetError
-from .weight_storage import feature_sizes, holds_codes, is_packed
+from .weight_storage import feature_sizes, holds_codes, is_norm, is_packed
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")
@@ -63,7 +63,7 @@ class Matches:
 
     Attributes:
         parameters: By layer, in model order, the names of its parameters that may be selected from.
-        whole: Layers that are matched as layers, not by names of parameters.
+        whole: Layers that are matched as layers, not by names of parameters, but for norms.
         outputs: Layers that get an external adapter.
     """
 
@@ -99,7 +99,8 @@ def match_layers(
         if own:
             parameters[name] = tuple(own)
     _refuse_unmatched(config, parameters)
-    return Matches(parameters, eligible | outputs, outputs)
+    whole = eligible | {name for name in outputs if not is_norm(modules[name])}
+    return Matches(parameters, whole, outputs)
 
 
 def _names_parameter(config: SFAConfig, module: str, parameter: str) -> bool:
