@@ -17,12 +17,12 @@ DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)$", re.MULTILINE)
 NAMES = {
     "sfa_peft": """
         AdapterFileError Backbone BudgetError BudgetReport BudgetWarning ConfigError DataWarning
-        EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
-        OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
-        SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
-        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
-        limit_switch_memory load_task parameter_groups plot_selection register_score role_modules
-        selection_summary set_card_metrics
+        EmptySelectionWarning FrozenHeadWarning GradientWarning LearningRateWarning
+        LossScaleWarning MergeWarning OptimizerWarning OtherBaseWarning ParameterGroupWarning
+        ResumedRunWarning RoleModule SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector
+        SFAWarning SelectionError TargetError UnfinishedSelectionWarning budget_report
+        find_backbone head_modules limit_switch_memory load_task parameter_groups plot_selection
+        register_score role_modules selection_summary set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport DiffReport ExportReport ExtractReport LostTensor PairOverlap SavedPart
