@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 # No deadline: on a shared machine the time of one example says nothing about the code.
 settings.register_profile("dev", max_examples=50, deadline=None)
-settings.register_profile("ci", max_examples=300, deadline=None, derandomize=True)
+settings.register_profile("ci", max_examples=100, deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
