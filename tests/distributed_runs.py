@@ -7,7 +7,6 @@ python -m tests.distributed_runs    # prints the tables of docs/distributed.md
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -33,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sfa_peft import SFAConfig, SFAError, SFASelector, register_score
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import free_port, run_ranks
 
 STEPS, WORLD = 12, 2
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -226,16 +225,10 @@ def process_group(rank=0, world=1, port=None):
         dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rows_of_cases() -> list[list[str]]:
     """Run everything on two processes and on one; return what came out, a row for each case."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (WORLD, free_port(), folder), nprocs=WORLD)
+        run_ranks(_worker, WORLD, free_port(), folder)
         ranks = [torch.load(Path(folder, f"rank{r}.pt")) for r in range(WORLD)]
     return [[name, *verdict(name, ranks)] for name in CASES]
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -45,6 +44,7 @@ from tests.distributed_runs import (
     verdict,
     whole,
 )
+from tests.processes import run_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 MIXED = {"rho": 0.5, "budget": 0.9, "external_modules": ["second"]}
@@ -200,7 +200,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (WORLD, free_port(), str(folder)), nprocs=WORLD)
+    run_ranks(_worker, WORLD, free_port(), str(folder))
     return [torch.load(folder / f"rank{r}.pt") | {"folder": folder} for r in range(WORLD)]
 
 

@@ -3,13 +3,13 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import run_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)$", re.MULTILINE)
@@ -102,5 +102,5 @@ def test_the_package_brings_nothing_heavy_that_peft_does_not():
         "import sys, peft; before = set(sys.modules); import sfa_peft\n"
         f"print(*sorted((set(sys.modules) - before) & set('{heavy}'.split())))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == ""
+    run = run_code(code)
+    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr
