@@ -30,9 +30,10 @@ NAMES = {
         export_overwrites extract inspect load_task merge overlaps plan_training plot_saved verify
     """,
     "sfa_peft.dense": """
-        CLASS_NAMES CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData DenseMaps
-        DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
-        IMAGENET_STD MAX_DEPTH MapNorm Mask2FormerForSemanticSegmentation NormedFeatures
+        CLASS_NAMES ClassMaps CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData
+        DenseMaps DepthEvalTransform DepthMetrics DepthTrainTransform EomtForSemanticSegmentation
+        EvalTransform IGNORE_INDEX IMAGENET_MEAN IMAGENET_STD MAX_DEPTH MapNorm
+        Mask2FormerForSemanticSegmentation NormedFeatures
         ObjectPicture ObjectResize ObjectScaleCrop ObjectShortestEdge Objects Preprocessing
         Pretrained RCNNConfig RCNNForObjectDetection SILogLoss Scene SceneDataset SceneSplit
         SegmentationData SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES
