@@ -57,6 +57,7 @@ CASES = {
     "FSDP2, gradient clipping": ({}, {"clip": 0.05}),
     "FSDP2, gradient checkpointing": ({}, {"checkpoints": True}),
     "FSDP2, evaluation between steps": ({}, {"evaluates": True}),
+    "FSDP2, torch.compile": ({}, {"compiled": True}),
     "FSDP2, external adapters": ({"rho": 0.5, "budget": 0.9, "external_modules": ["second"]}, {}),
     "FSDP2, target_parameters": ({"target_parameters": ["bias"]}, {}),
     "FSDP2, late_bias_correction=False": ({"late_bias_correction": False}, {}),
@@ -195,13 +196,15 @@ def outcome(model):
 def run(rank, world, name):
     """Train as a case says; return what was selected and learned."""
     options, how = CASES[name]
-    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True} | how
+    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True, "compiled": False} | how
     model = adapted(checkpoints=how.pop("checkpoints", False), **options)
     wrap, blocks, policy = how.pop("wrap"), how.pop("blocks"), how.pop("policy")
     del how["exact"]
     if world > 1 and wrap == "fsdp2":
         sharded(model, blocks=blocks, **policy)
     net = DistributedDataParallel(model) if world > 1 and wrap == "ddp" else model.train()
+    if how.pop("compiled") and world > 1:
+        net = torch.compile(net, backend="aot_eager")
     optimizer = make_optimizer(model, how.pop("optimizer", "AdamW"), how.pop("weight_decay", 0.0))
     selector = SFASelector(net, total_steps=STEPS)
     losses = train(net, selector, optimizer, rank, world, slice(None), **how)
