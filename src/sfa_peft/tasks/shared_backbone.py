@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..backbones import describe_model, find_backbone, role_modules
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..feature_map import forget_unused
 from ..tuner.base_model_config import OUTPUTS, config_fields
-from ..tuner.feature_map import forget_unused
 from ..tuner.layer import SFALayer
 
 
