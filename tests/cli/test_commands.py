@@ -2,8 +2,6 @@
 """Each command as it is typed, in this process, and once in one of its own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +11,10 @@ from PIL import Image
 
 import sfa_peft
 from sfa_peft import SFAConfig
-from sfa_peft.cli import main
+from sfa_peft.cli import commands, main
 from sfa_peft.dense import predict
 from sfa_peft.tasks import ExportReport, diff, inspect, overlaps, plan_training
+from tests.processes import run_code
 from tests.task_folder import describe, plain_model, save_backbone, save_task
 
 
@@ -159,6 +158,18 @@ def test_export(kind, root, answer, run, monkeypatch):
     assert (status, "--base_onnx" in error) == (1, True)
 
 
+def test_an_installed_command_finds_the_scripts_of_the_clone_that_one_stands_in(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "a/b/c/d/e.py"))
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run("train", "depth")
+    assert (status, "examples/depth_estimation.py: no such script" in error) == (1, True)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "semantic_segmentation.py").touch()
+    assert commands._scripts() == Path("examples")
+
+
 def test_train(answer, run, root, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--max_steps", 2, "--per_device_train_batch_size", 2, "--max_eval_samples", 2]
@@ -202,8 +213,7 @@ def test_the_overview_is_shown_for_no_command(run):
 
 def test_as_a_program_of_its_own(root):
     code = "import sys; from sfa_peft.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "inspect", str(root / "a"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_code(code, "inspect", root / "a", "--json")
     assert json.loads(done.stdout)["source"] == str(root / "a")
     script = 'sfa-peft = "sfa_peft.cli:main"'
     assert script in (Path(__file__).parents[2] / "pyproject.toml").read_text()

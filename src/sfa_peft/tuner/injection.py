@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 
+from ..backbones import outside_backbone
 from ..config import SFAConfig
 from ..errors import FrozenHeadWarning, TargetError, warn
 from ..feature_map import Place, find_place, listen
@@ -155,13 +156,12 @@ class Injection:
     def _warn_of_frozen_head(self) -> None:
         """Say when parameters outside the backbone will not be trained (a forgotten head)."""
         backbone, saved = self.plan.backbone, self.config.modules_to_save or []
-        if backbone is None or self.plan.loaded or not backbone.name:
+        if backbone is None or self.plan.loaded:
             return
         frozen = [
             n
-            for n, _ in self.model.named_parameters()
-            if not n.startswith(f"{backbone.name}.")
-            and not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
+            for n in outside_backbone(self.model, backbone)
+            if not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
             and "modules_to_save" not in n
         ]
         if frozen:

@@ -187,6 +187,7 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
     """Return |theta(T)|: the backbone, or the model without modules_to_save where there is none."""
     root = backbone.module if backbone else model
     saved = [] if backbone else list(config.modules_to_save or [])
+    heads = [f"{h.removeprefix(f'{backbone.name}.')}." for h in backbone.heads] if backbone else []
     tuned = [n + "." for n, m in root.named_modules() if isinstance(m, BaseTunerLayer)]
     wrapped = [n + "." for n, m in root.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     sizes: dict[int, int] = {}  # each once, since some are shared
@@ -196,7 +197,7 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
             continue
         if any(name.startswith(w) and not name.startswith(w + "original_module.") for w in wrapped):
             continue
-        if any(f".{s}." in f".{name}" for s in saved):
+        if name.startswith(tuple(heads)) or any(f".{s}." in f".{name}" for s in saved):
             continue
         sizes |= {id(holder): size for holder, size in own_sizes(module)}
     return sum(sizes.values())

@@ -6,6 +6,7 @@ Original entries are always put back by overwriting, so every state is exact, wh
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -20,7 +21,7 @@ from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
-from ..sparse.write_lock import now_or_together
+from ..sparse.write_lock import is_exporting, is_recorded, now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck
 from .weight_storage import fit_for_changes, refuse_offloaded, stored
@@ -170,7 +171,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if not compiling and all(weight.is_current(names) for weight in weights):
             return False
         is_transformed = not compiling and any(weight.is_stand_in for weight in weights)
-        if not torch.compiler.is_exporting() and not is_transformed:
+        if not is_exporting() and not is_transformed:
             self.refresh(names)
         elif not all(weight.holds(names) for weight in weights):
             raise SFAError(
@@ -200,8 +201,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _base_forward(self, names: list[str], is_transformed: bool, args: Any, kwargs: Any) -> Any:
         base = self.base_layer
-        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore
-        if not torch.is_grad_enabled() or self.merged_adapters or recorded:
+        if not torch.is_grad_enabled() or self.merged_adapters or is_recorded():
             return base(*args, **kwargs)
         if is_transformed:
             computed = {name: weight.computed(names) for name, weight in self.weights.items()}
@@ -210,7 +210,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if self.whole.is_traced and not self.whole.is_tapped:
                 return base(*args, **kwargs)
             tapped = {name: w.prepared or self.taps(w) for name, w in self.weights.items()}
-            if not self.whole.is_traced:  # later picks need not lead to other graphs
+            compiling = torch.compiler.is_compiling()
+            if compiling and not self.whole.is_traced:  # later picks need not lead to other graphs
                 tapped = {name: found.dense() for name, found in tapped.items()}
         else:
             tapped = {name: self.taps(w) for name, w in self.weights.items()}
@@ -232,10 +233,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return weight.taps()
 
     def _is_prepared(self) -> bool:
-        """Whether this is a compiled forward for which `layers` has prepared the weights."""
+        """Whether this is part of a forward for which `adapted_layers` has prepared the weights."""
+        found = self.prepared_for
         if not torch.compiler.is_compiling():
-            return False
-        opened = self.prepared_for is not None and self.prepared_for.is_open
+            return found is not None and found.is_open and found.thread == threading.get_ident()
+        opened = found is not None and found.is_open
         return opened or (self.whole is not None and self.whole.is_traced)
 
     # --- the changes on its weights ------------------------------------------------------------
