@@ -23,6 +23,7 @@ from tests.tiny import MLP
         ({"rho": 0.5, "adapter_dim": 8}, "both given"),
         ({"adapter_dim": 0}, "width of at least 1"),
         ({"adapter_dim": 1.5}, "width of at least 1"),
+        ({"external_type": "conv"}, "external_type: expected one of bottleneck, mona, got 'conv'"),
         ({"score": "fisher"}, "unknown score 'fisher'.*accumulated_gradient"),
         ({"selection_steps": 0}, "at least 1, got 0"),
         ({"total_steps": -5}, "at least 1, got -5"),

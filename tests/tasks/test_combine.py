@@ -145,7 +145,7 @@ def test_disjoint_adapters_unite_and_others_are_refused():
     assert "combined" not in overlapping.peft_config
 
 
-def task_model(folder, seed, rho=0.5):
+def task_model(folder, seed, rho=0.5, **options):
     config = SFAConfig(
         budget=0.2,
         rho=rho,
@@ -153,6 +153,7 @@ def task_model(folder, seed, rho=0.5):
         seed=seed,
         init_weights=False,
         modules_to_save=["decode_head"],
+        **options,
     )
     model = get_peft_model(upernet(), config)
     with torch.no_grad():
@@ -161,8 +162,9 @@ def task_model(folder, seed, rho=0.5):
     return model.eval()
 
 
-def test_external_adapters_and_head_are_those_to_keep(tmp_path):
-    kept = task_model(tmp_path / "kept", 1)
+@pytest.mark.parametrize("kind", ["bottleneck", "mona"])
+def test_external_adapters_and_head_are_those_to_keep(kind, tmp_path):
+    kept = task_model(tmp_path / "kept", 1, external_type=kind)
     task_model(tmp_path / "other", 2, rho=0)
     adapters = [tmp_path / "other", tmp_path / "kept"]
     with pytest.raises(SFAError, match="external adapters, which are not linear"):

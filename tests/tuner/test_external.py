@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from sfa_peft import MergeWarning, SFAConfig, SFASelector, TargetError, budget_report
 from sfa_peft.budget import External
+from sfa_peft.feature_map import FeatureMap, Place
 from sfa_peft.tuner.external import apply_bottleneck, make_projections
-from sfa_peft.tuner.feature_map import FeatureMap, Place
 from tests.slow_mona import branch
 from tests.tiny import images, upernet
 from tests.whole_life import adapters

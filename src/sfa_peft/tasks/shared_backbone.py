@@ -19,8 +19,8 @@ from ..backbones import Backbone, describe_model, find_backbone, role_modules
 from ..blocks import join
 from ..config import SFAConfig
 from ..errors import SFAError
+from ..feature_map import forget_unused
 from ..tuner.base_model_config import OUTPUTS, config_fields
-from ..tuner.feature_map import forget_unused
 from ..tuner.layer import SFALayer
 
 

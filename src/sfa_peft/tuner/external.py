@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .feature_map import FeatureMap
+from ..feature_map import FeatureMap
 from .weight_storage import is_packed, stored
 
 #: Sizes of Mona's depthwise convolutions, and what its norm is multiplied by at the start.

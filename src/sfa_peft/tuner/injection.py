@@ -14,6 +14,7 @@ from torch import nn
 from ..backbones import outside_backbone
 from ..config import SFAConfig
 from ..errors import FrozenHeadWarning, TargetError, warn
+from ..feature_map import Place, find_place, listen
 from ..files.adapter_config import Link
 from ..selection.pick import select_without_data
 from ..sparse.pool import Pool
@@ -21,7 +22,6 @@ from ..sparse.stores import OwnStore
 from ..sparse.weight import Weight
 from .adapter import Adapter, check_name
 from .external import make_projections
-from .feature_map import Place, find_place, listen
 from .injection_plan import Plan, make_plan
 from .layer import SFALayer
 from .load_adapter import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse

@@ -12,12 +12,12 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
 from ..errors import EmptySelectionWarning, MergeWarning, SFAError, warn
+from ..feature_map import forget_unused
 from ..sparse.shards import whole
 from ..sparse.write_lock import together
 from . import adapted_layers
 from .adapted_layers import Switched, find_adapter, refuse_offloaded_weights
 from .adapter import pack_state
-from .feature_map import forget_unused
 from .injection import Injection
 from .layer import SFALayer
 from .load_adapter import in_pool_type, unpack_state

@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ...feature_map import forget_unused
 from .. import adapted_layers
 from ..adapted_layers import adapter_layers
-from ..feature_map import forget_unused
 from ..layer import SFALayer
 
 _CONTAINERS = ("_modules", "_parameters", "_buffers")

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones import Backbone
-from ..errors import SFAError, TargetError
+from .backbones import Backbone
+from .errors import SFAError, TargetError
 
 #: Tokens before the map of plain vision transformers: class, distillation; registers come on top.
 _LEADING = {

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from sfa_peft import MergeWarning, SFAConfig, SFAError, TargetError
-from sfa_peft.tuner.feature_map import FeatureMap
+from sfa_peft.feature_map import FeatureMap
 from tests.model_zoo import FAMILIES, pixels
 from tests.slow_mona import branch
 from tests.tuner.test_external import by_name, scattered
