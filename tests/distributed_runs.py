@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sfa_peft import SFAConfig, SFAError, SFASelector
+from sfa_peft import SFAConfig, SFAError, SFASelector, register_score
 from sfa_peft.tuner.adapted_layers import find_pool
 from tests.processes import free_port, run_ranks
 
@@ -57,6 +57,7 @@ CASES = {
     "FSDP2, gradient clipping": ({}, {"clip": 0.05}),
     "FSDP2, gradient checkpointing": ({}, {"checkpoints": True}),
     "FSDP2, evaluation between steps": ({}, {"evaluates": True}),
+    "FSDP2, torch.compile": ({}, {"compiled": True}),
     "FSDP2, external adapters": ({"rho": 0.5, "budget": 0.9, "external_modules": ["second"]}, {}),
     "FSDP2, target_parameters": ({"target_parameters": ["bias"]}, {}),
     "FSDP2, late_bias_correction=False": ({"late_bias_correction": False}, {}),
@@ -70,6 +71,7 @@ CASES = {
         {"weight_decay": 0.1, "optimizer": "SGD"},
     ),
     "FSDP2, score='absolute_gradient'": ({"score": "absolute_gradient"}, {}),
+    "FSDP2, a score of one's own, elementwise": ({"score": "own_by_entry"}, {}),
     "FSDP2, score='movement'": ({"score": "movement"}, {}),
     "FSDP2, score='weight_difference'": ({"score": "weight_difference"}, {}),
     "FSDP2, score_dtype='bfloat16'": ({"score_dtype": "bfloat16"}, {"exact": False}),
@@ -78,6 +80,9 @@ CASES = {
     "FSDP2, granularity='row'": ({"granularity": "row"}, {}),
     "FSDP2, granularity='row', ranking='layer'": ({"granularity": "row", "ranking": "layer"}, {}),
 }
+
+
+register_score("own_by_entry", lambda w, g, state: state.add_(g * w.abs()), elementwise=True)
 
 
 class Net(nn.Module):
@@ -191,13 +196,15 @@ def outcome(model):
 def run(rank, world, name):
     """Train as a case says; return what was selected and learned."""
     options, how = CASES[name]
-    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True} | how
+    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True, "compiled": False} | how
     model = adapted(checkpoints=how.pop("checkpoints", False), **options)
     wrap, blocks, policy = how.pop("wrap"), how.pop("blocks"), how.pop("policy")
     del how["exact"]
     if world > 1 and wrap == "fsdp2":
         sharded(model, blocks=blocks, **policy)
     net = DistributedDataParallel(model) if world > 1 and wrap == "ddp" else model.train()
+    if how.pop("compiled") and world > 1:
+        net = torch.compile(net, backend="aot_eager")
     optimizer = make_optimizer(model, how.pop("optimizer", "AdamW"), how.pop("weight_decay", 0.0))
     selector = SFASelector(net, total_steps=STEPS)
     losses = train(net, selector, optimizer, rank, world, slice(None), **how)
@@ -309,6 +316,13 @@ def _by_output():
     return lambda: SFASelector(model, total_steps=STEPS)
 
 
+def _of_whole_weights():
+    register_score("of_whole_weights", lambda w, g, state: state.add_(g / w.norm()))
+    model = adapted(score="of_whole_weights")
+    sharded(model).train()
+    return lambda: SFASelector(model, total_steps=STEPS)
+
+
 def _other_rate_on_copies():
     model = adapted(internal_lr_ratio=2.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -339,6 +353,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "FSDP2 of the whole in one group without model.train()": _without_train,
     "FSDP2 of an adapted layer by itself": _layers_by_themselves,
     "FSDP2, ranking='output'": _by_output,
+    "FSDP2, a score of one's own": _of_whole_weights,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,
     "nn.DataParallel": _data_parallel,
 }

@@ -47,7 +47,7 @@ CURVE = (0.5, 0.75, 1.0)
 _PROBES: dict[str, Probe] = {}
 #: Rendered scenes by task set, of the last two.
 _SCENES: dict[Any, list[Any]] = {}
-PACKAGES = ("sfa-peft", "peft", "transformers", "torch", "numpy")
+PACKAGES = ("peft", "transformers", "torch", "numpy")
 
 
 def run_experiment(run: Run, experiment: Experiment, task: TaskSet | None = None) -> dict[str, Any]:
@@ -88,7 +88,10 @@ def run_experiment(run: Run, experiment: Experiment, task: TaskSet | None = None
         "meta_info": {
             "model_info": {"backbone": Path(trial.args.backbone).name, "head": task.script},
             "dataset_info": {"name": task.name, "is_rendered": task.folder is None},
-            "package_info": {name: version(name) for name in PACKAGES},
+            "package_info": {
+                "sfa-peft": sfa_peft.__version__,
+                **{name: version(name) for name in PACKAGES},
+            },
             "system_info": {"machine": platform.machine(), "system": platform.system()},
             "pytorch_info": {"device": str(trial.device), "threads": torch.get_num_threads()},
         },

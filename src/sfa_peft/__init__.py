@@ -15,6 +15,7 @@ from .errors import DataWarning as DataWarning
 from .errors import EmptySelectionWarning as EmptySelectionWarning
 from .errors import FrozenHeadWarning as FrozenHeadWarning
 from .errors import GradientWarning as GradientWarning
+from .errors import LearningRateWarning as LearningRateWarning
 from .errors import LossScaleWarning as LossScaleWarning
 from .errors import MergeWarning as MergeWarning
 from .errors import OptimizerWarning as OptimizerWarning
@@ -39,8 +40,7 @@ from .tuner.report import BudgetReport as BudgetReport
 from .tuner.report import budget_report as budget_report
 from .tuner.report import plot_selection as plot_selection
 from .tuner.report import selection_summary as selection_summary
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "AdapterFileError",
@@ -53,6 +53,7 @@ __all__ = [
     "EmptySelectionWarning",
     "FrozenHeadWarning",
     "GradientWarning",
+    "LearningRateWarning",
     "LossScaleWarning",
     "MergeWarning",
     "OptimizerWarning",

@@ -63,6 +63,10 @@ class LossScaleWarning(SFAWarning):
     """The loss is a multiple of what it should be."""
 
 
+class LearningRateWarning(SFAWarning):
+    """The learning rate is one that leaves a fresh adapter nearly where it starts."""
+
+
 class OptimizerWarning(SFAWarning):
     """The optimizer gives late entries no bias correction of their own age."""
 

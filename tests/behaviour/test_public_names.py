@@ -17,12 +17,12 @@ DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)$", re.MULTILINE)
 NAMES = {
     "sfa_peft": """
         AdapterFileError Backbone BudgetError BudgetReport BudgetWarning ConfigError DataWarning
-        EmptySelectionWarning FrozenHeadWarning GradientWarning LossScaleWarning MergeWarning
-        OptimizerWarning OtherBaseWarning ParameterGroupWarning ResumedRunWarning RoleModule
-        SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector SFAWarning SelectionError
-        TargetError UnfinishedSelectionWarning budget_report find_backbone head_modules
-        limit_switch_memory load_task parameter_groups plot_selection register_score role_modules
-        selection_summary set_card_metrics
+        EmptySelectionWarning FrozenHeadWarning GradientWarning LearningRateWarning
+        LossScaleWarning MergeWarning OptimizerWarning OtherBaseWarning ParameterGroupWarning
+        ResumedRunWarning RoleModule SFACallback SFAConfig SFAError SFALayer SFAModel SFASelector
+        SFAWarning SelectionError TargetError UnfinishedSelectionWarning budget_report
+        find_backbone head_modules limit_switch_memory load_task parameter_groups plot_selection
+        register_score role_modules selection_summary set_card_metrics
     """,
     "sfa_peft.tasks": """
         CombineReport DiffReport ExportReport ExtractReport LostTensor PairOverlap SavedPart
@@ -30,9 +30,10 @@ NAMES = {
         export_overwrites extract inspect load_task merge overlaps plan_training plot_saved verify
     """,
     "sfa_peft.dense": """
-        CLASS_NAMES CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData DenseMaps
-        DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
-        IMAGENET_STD MAX_DEPTH MapNorm Mask2FormerForSemanticSegmentation NormedFeatures
+        CLASS_NAMES ClassMaps CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData
+        DenseMaps DepthEvalTransform DepthMetrics DepthTrainTransform EomtForSemanticSegmentation
+        EvalTransform IGNORE_INDEX IMAGENET_MEAN IMAGENET_STD MAX_DEPTH MapNorm
+        Mask2FormerForSemanticSegmentation NormedFeatures
         ObjectPicture ObjectResize ObjectScaleCrop ObjectShortestEdge Objects Preprocessing
         Pretrained RCNNConfig RCNNForObjectDetection SILogLoss Scene SceneDataset SceneSplit
         SegmentationData SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sfa_peft
 from sfa_peft import SFAConfig
-from sfa_peft.cli import main
+from sfa_peft.cli import commands, main
 from sfa_peft.dense import predict
 from sfa_peft.tasks import ExportReport, diff, inspect, overlaps, plan_training
 from tests.processes import run_code
@@ -156,6 +156,18 @@ def test_export(kind, root, answer, run, monkeypatch):
     assert seen[kind][1]["size"] == (64, 96)
     status, _, error = run("export", folder, "--overwrites", "o")
     assert (status, "--base_onnx" in error) == (1, True)
+
+
+def test_an_installed_command_finds_the_scripts_of_the_clone_that_one_stands_in(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "a/b/c/d/e.py"))
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run("train", "depth")
+    assert (status, "examples/depth_estimation.py: no such script" in error) == (1, True)
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "semantic_segmentation.py").touch()
+    assert commands._scripts() == Path("examples")
 
 
 def test_train(answer, run, root, tmp_path, capsys):

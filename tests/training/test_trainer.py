@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from torch.utils.data import Subset
 from transformers import (
     EarlyStoppingCallback,
@@ -18,6 +19,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 from sfa_peft import (
+    LearningRateWarning,
     LossScaleWarning,
     SelectionError,
     SFACallback,
@@ -308,6 +310,24 @@ def test_losses_that_would_be_added_up_are_warned_of_and_the_remedy_works(tmp_pa
     assert sum("4 times too large" in str(w.message) for w in caught) == 1
     assert summed == pytest.approx(4 * decided, rel=1e-3)
     assert decided == pytest.approx(whole, rel=0.2)  # batch norm sees other batches
+
+
+@pytest.mark.parametrize(("rate", "trained"), [(None, False), (1e-3, False), (None, True)])
+def test_the_trainers_own_rate_is_warned_of_where_an_adapter_is_fresh(
+    rate, trained, tmp_path, recwarn
+):
+    model = get_peft_model(upernet(), SFAConfig(budget=0.1, score="random", modules_to_save="auto"))
+    if trained:
+        nn.init.constant_(model.get_parameter(sorted(by_name(model, "sfa_up"))[0]), 1e-3)
+    rates = {} if rate is None else {"learning_rate": rate}
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, **rates, **QUIET)
+    Trainer(model, arguments, train_dataset=Images(), callbacks=[SFACallback()]).train()
+    warned = [w for w in recwarn if issubclass(w.category, LearningRateWarning)]
+    assert len(warned) == (rate is None and not trained)
+
+
+def by_name(model, part):
+    return [name for name, _ in model.named_parameters() if part in name]
 
 
 def test_two_callbacks_are_refused(tmp_path):

@@ -128,11 +128,17 @@ def _train_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help=", ".join(sorted(set(SCRIPTS.values()))))
     parser.add_argument(
         "--scripts",
-        default=str(Path(__file__).resolve().parents[3] / "examples"),
-        help="The repository's folder `examples`, where this is not run from a clone.",
+        default=str(_scripts()),
+        help="The repository's folder `examples`, where this is not run in a clone.",
     )
     parser.epilog = "All other options are the script's: `train TASK --options` lists them."
     parser.add_argument("--options", action="store_true", help="List the options of the script.")
+
+
+def _scripts() -> Path:
+    """Return the folder of scripts: of the clone that this lies in, else that one stands in."""
+    folders = [Path(__file__).resolve().parents[3] / "examples", Path("examples")]
+    return next((f for f in folders if (f / "semantic_segmentation.py").is_file()), folders[-1])
 
 
 def _train(args: Namespace) -> Answer:

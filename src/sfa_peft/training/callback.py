@@ -20,6 +20,7 @@ from .trainer import (
     calling_trainer,
     resume_from_whole,
     resumed_checkpoint,
+    warn_of_default_rate,
     warn_of_summed_loss,
 )
 
@@ -83,6 +84,8 @@ class SFACallback(TrainerCallback):
         trainer = calling_trainer()
         _refuse_second_callback(trainer)
         warn_of_summed_loss(args, kwargs["model"], trainer)
+        if state.global_step == 0:
+            warn_of_default_rate(kwargs["model"], kwargs.get("optimizer"))
         if not self._begins_again(state, kwargs["model"]):
             self._begin(state, **kwargs)
         self._is_training = True

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import LossScaleWarning, ResumedRunWarning, warn
+from ..errors import LearningRateWarning, LossScaleWarning, ResumedRunWarning, warn
 
 # `transformers.trainer` has a name for it too, but brings datasets and pandas along: 80 MB.
 STATE_NAME = "trainer_state.json"
@@ -142,6 +142,22 @@ def warn_of_summed_loss(args: TrainingArguments, model: Any, trainer: Any) -> No
             f"are {micro_batches} times too large. Set model.get_base_model().accepts_loss_kwargs "
             "= False before the Trainer is made (True, if the model does divide).",
             LossScaleWarning,
+        )
+
+
+def warn_of_default_rate(model: Any, optimizer: Any) -> None:
+    """Warn where a fresh adapter would train at the rate that nobody chose, the Trainer's own."""
+    default = TrainingArguments.learning_rate
+    groups = getattr(optimizer, "param_groups", ())
+    if not groups or any(g.get("initial_lr", g["lr"]) != default for g in groups):
+        return
+    changes = [p for n, p in model.named_parameters() if ".sfa_pool." in n or ".sfa_up." in n]
+    if not any(bool(getattr(p, "_local_tensor", p).any()) for p in changes if p.requires_grad):
+        warn(
+            f"The learning rate is the Trainer's default, {default:g}, which suits a full "
+            "fine-tuning; a fresh adapter hardly moves with it. Try ten to a hundred times as "
+            "much: TrainingArguments(..., learning_rate=1e-3). See docs/learning-rates.md.",
+            LearningRateWarning,
         )
 
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import shutil
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Swinv2Backbone
 
+import sfa_peft
 from sfa_peft.dense import NormedFeatures, Preprocessing, TaskSpec
 from sfa_peft.dense.prediction.spec import spec_of
 from sfa_peft.errors import SFAError
@@ -43,6 +45,16 @@ def test_what_is_written_is_read_again(backbone, tmp_path):
     assert set(found.versions) == {"sfa-peft", "peft", "transformers", "torch"}
     assert found.pretrained.beside == "../backbone"
     assert [path.name for path in (tmp_path / "task").iterdir()] == ["task.json"]
+
+
+def test_a_checkout_that_is_not_installed_has_its_own_version(backbone, monkeypatch):
+    def not_installed(name):
+        if name == "sfa-peft":
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr("sfa_peft.version.version", not_installed)
+    assert described(backbone).versions["sfa-peft"] == sfa_peft.__version__
 
 
 def test_a_built_model_has_the_pretrained_weights_and_names_its_classes(backbone, tmp_path):

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,14 @@ from transformers import PreTrainedModel
 
 from sfa_peft.dense.heads.deconv_depth import DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import add_norms, find_norms
-from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
+from sfa_peft.dense.heads.mask2former import (
+    EomtForSemanticSegmentation,
+    Mask2FormerForSemanticSegmentation,
+)
 from sfa_peft.dense.heads.rcnn import RCNNForObjectDetection
 from sfa_peft.dense.prediction.preprocessing import Preprocessing
 from sfa_peft.errors import SFAError
+from sfa_peft.version import package_versions
 
 SPEC_NAME = "task.json"
 FORMAT = 1
@@ -36,10 +39,10 @@ TASKS = (
 )
 _OWN: dict[str, type[PreTrainedModel]] = {
     "DeconvForDepthEstimation": DeconvForDepthEstimation,
+    "EomtForSemanticSegmentation": EomtForSemanticSegmentation,
     "Mask2FormerForSemanticSegmentation": Mask2FormerForSemanticSegmentation,
     "RCNNForObjectDetection": RCNNForObjectDetection,
 }
-_PACKAGES = ("sfa-peft", "peft", "transformers", "torch")
 _LARGEST = 1 << 24  # bytes of a file
 
 
@@ -148,7 +151,7 @@ class TaskSpec:
             preprocessing=preprocessing,
             class_names=tuple(class_names),
             norms=find_norms(model),
-            versions={name: version(name) for name in _PACKAGES},
+            versions=package_versions("peft", "transformers", "torch"),
         )
 
     # --- the model -----------------------------------------------------------------------------
