@@ -2,6 +2,8 @@
 PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 2
+# Neighbours stay together: what a file's tests share is made once. Who is idle takes over half.
+SPREAD  := -n $(WORKERS) --dist worksteal
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 WHEEL   := out/wheel
@@ -37,7 +39,7 @@ demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pict
 
 test: $(STAMP)  ## run the tests
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n $(WORKERS)
+	@$(BIN)/python -m pytest -q $(SPREAD)
 
 pretended: $(STAMP)  ## run the tests on a pretended GPU, in a process of its own; needs a C++ compiler
 	@echo "== pytest, on a pretended GPU"
@@ -46,7 +48,7 @@ pretended: $(STAMP)  ## run the tests on a pretended GPU, in a process of its ow
 coverage: $(STAMP)  ## run the tests and note which lines they run; `make house` has the floors
 	@echo "== pytest, with coverage"
 	@rm -rf $(LINES)
-	@LINES_FOLDER=$(LINES) $(BIN)/python -m pytest -q -n $(WORKERS)
+	@LINES_FOLDER=$(LINES) $(BIN)/python -m pytest -q $(SPREAD)
 	@$(BIN)/python -m coverage combine -q $(LINES)
 
 wheel-test: $(STAMP)  ## build the wheel and run a few tests on it, installed, without src
@@ -57,7 +59,7 @@ wheel-test: $(STAMP)  ## build the wheel and run a few tests on it, installed, w
 	@$(BIN)/python -m pip --python $(WHEEL)/venv install -qq --no-deps $(WHEEL)/*.whl
 	@$(BIN)/python -c "import sys; print(*(p for p in sys.path if p.endswith('site-packages')), sep='\n')" \
 		> "$$(echo $(WHEEL)/venv/lib/python3.*/site-packages)/tools.pth"
-	@env -u PYTHONPATH $(WHEEL)/venv/bin/python -m pytest -q -n $(WORKERS) -p no:cacheprovider $(WHEEL_TESTS)
+	@env -u PYTHONPATH $(WHEEL)/venv/bin/python -m pytest -q $(SPREAD) -p no:cacheprovider $(WHEEL_TESTS)
 
 e2e: $(STAMP)  ## test the page of examples/serve_tasks.py in a headless Chromium, installed if there is none
 	@echo "== browser"

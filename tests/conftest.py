@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make every test process small, offline and repeatable, before transformers is imported."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -32,6 +33,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     trains = any(item.path.is_relative_to(HERE / name) for name in ("benchmarks", "examples"))
     with lines.uncounted() if trains else nullcontext():
         return (yield)
+
+
+def pytest_collection_finish() -> None:
+    # A Trainer collects garbage at its end, and looks through all that torch and PEFT have made.
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

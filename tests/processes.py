@@ -6,6 +6,7 @@ PEFT, with torch and transformers, takes seconds to import: as long as most of w
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -139,6 +140,7 @@ def _work(environment: dict[str, str], pickled: bytes, *first: object) -> None:
     torch.set_num_threads(1)
     lines.begin()
     work, arguments = pickle.loads(pickled)  # not before: it may import the package
+    gc.freeze()  # a Trainer looks for garbage in all that was imported
     try:
         work(*first, *arguments)
     finally:

@@ -70,7 +70,7 @@ def _names(kit: Kit) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["mlp", "head"])
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     st.lists(st.sampled_from(ACTIONS), max_size=14),
     st.sampled_from(["both", "merge_and_unload", "unload"]),

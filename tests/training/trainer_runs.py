@@ -130,6 +130,6 @@ def run_cases(folder: Path, cases: list[dict]) -> None:
             codes.append(in_child(straight, options, save_strategy="no"))
         out = folder / str(number)
         codes.append(in_child(out, options, kill=case["kill"], **changes))
-        codes.append(in_child(out, options, resume=True, **changes))
+        codes.append(in_child(out, options, resume=True, save_steps=4, **changes))
         (folder / f"{number}.json").write_text(json.dumps({"codes": codes}))
         (folder / f"{number}.straight").symlink_to(straight)
