@@ -21,9 +21,12 @@ settings.register_profile("ci", max_examples=300, deadline=None, derandomize=Tru
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
+UNCOUNTED = ("benchmarks", "docs", "examples")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:  # these train whole models: they may not count, nor be slowed, as coverage
-        if any(item.path.is_relative_to(HERE / name) for name in ("benchmarks", "examples")):
+        if any(item.path.is_relative_to(HERE / name) for name in UNCOUNTED):
             item.add_marker(pytest.mark.no_cover)
     if torch.cuda.is_available():
         return

@@ -58,7 +58,10 @@ def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: lis
     assert true.patches[0].get_bbox().extents.tolist() == [1.5, 2.5, 8.5, 7.5]
     # The second box begins at the image's top: its name is written inside.
     assert [t.get_verticalalignment() for t in true.texts] == ["bottom", "top"]
-    colours = [tuple(p.get_edgecolor()[:3]) for p in true.patches]
+    *boxes, frame = true.patches  # the truth is framed, what models found is not
+    assert frame.get_bbox().extents.tolist() == [0, 0, 1, 1]
+    assert len(predicted.patches) == len(boxes)
+    colours = [tuple(p.get_edgecolor()[:3]) for p in boxes]
     assert colours == [tuple(class_palette(255)[2 + c] / 255) for c in (1, 0)]
     with Image.open(path) as written:
         assert written.width > written.height
