@@ -5,6 +5,7 @@ WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 WHEEL   := out/wheel
+LINES   := $(CURDIR)/out/lines
 # What needs the package's metadata, its data files, or most of its modules.
 WHEEL_TESTS := tests/behaviour/test_wheel.py tests/behaviour/test_public_names.py tests/tuner/test_adapter.py \
 	tests/tasks/test_bank.py tests/dense/metrics/test_evaluate_modules.py
@@ -42,9 +43,11 @@ pretended: $(STAMP)  ## run the tests on a pretended GPU, in a process of its ow
 	@echo "== pytest, on a pretended GPU"
 	@$(BIN)/python -m pytest -q tests/pretended
 
-coverage: $(STAMP)  ## run the tests and measure which lines they run; `make house` has the floors
+coverage: $(STAMP)  ## run the tests and note which lines they run; `make house` has the floors
 	@echo "== pytest, with coverage"
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --cov --cov-report=
+	@rm -rf $(LINES)
+	@LINES_FOLDER=$(LINES) $(BIN)/python -m pytest -q -n $(WORKERS)
+	@$(BIN)/python -m coverage combine -q $(LINES)
 
 wheel-test: $(STAMP)  ## build the wheel and run a few tests on it, installed, without src
 	@echo "== pytest, on the wheel"
@@ -112,5 +115,5 @@ format: $(STAMP)  ## let ruff repair what it can
 check: lint types imports docs coverage pretended house wheel-test conformance-quick  ## all of the above: what CI runs
 
 clean:  ## remove build results and caches; the virtual environment stays
-	@rm -rf out/demo out/pretended out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf out/demo out/lines out/pretended out/wheel dist .coverage docs/_build .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests examples docs -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

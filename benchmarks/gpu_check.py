@@ -12,6 +12,7 @@ exit status is 1 if something is not as it must be.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -20,7 +21,9 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that runs can be repeated
@@ -36,11 +39,16 @@ from gpu_runs import (
     answer,
     chosen,
     counted_waits,
+    cut,
+    forward_turns,
+    loaded_models,
+    one_rank,
     save,
     share_of_same,
     train,
 )
 from peft import PeftModel
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer, TrainingArguments
 
 from sfa_peft import SFACallback
@@ -198,33 +206,81 @@ def compiled(place: Place) -> Findings:
             yield f"{mode}, {name}", found
 
 
+def sharded(place: Place) -> Findings:
+    """One rank of FSDP2, on the card's own backend, selects and saves what it does without."""
+    policies: dict[str, dict[str, Any]] = {
+        "float32": {},
+        "bfloat16": {"dtype": torch.bfloat16},
+        "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=place.is_gpu)},
+    }
+    expected, _ = train(place, adapt(place.task()))
+    for name, policy in policies.items():
+        with one_rank(place):
+            model = cut(adapt(place.task()), **policy).train()
+            selector, losses = train(place, model)
+            folder, trained = save(model), answer(place, model)
+        same = share_of_same(chosen(expected), chosen(selector))
+        again = answer(place, PeftModel.from_pretrained(place.task(), folder))
+        off = float((trained.float() - again).abs().max() / again.abs().max())
+        ok = same > 0.9 and off < 1e-4 if name != "bfloat16" else selector.selected_share == 1
+        yield name, {"ok": ok, "same selection": same, "difference": off, "last loss": losses[-1]}
+
+
+def inference(place: Place) -> Findings:
+    """Milliseconds of a forward with loaded adapters beside the bare model's, in turns."""
+    for backbone, pixels in [("base", 512), ("tiny", 64)] if place.is_gpu else [("nano", 64)]:
+        make = partial(make_task, backbone, pixels, torch.float32, place.device)
+        models = loaded_models(make)
+        x = torch.randn(1, 3, pixels, pixels, device=place.device)
+        turns = forward_turns(place, models, x, 20 if place.is_gpu else 2)
+        yield f"{backbone}, {pixels} px", {"ok": True, **turns}
+
+
+def graphs(place: Place) -> Findings:
+    """Loaded adapters compile to one graph, and answer as they do without, also when recorded."""
+    backend = {"mode": "reduce-overhead"} if place.is_gpu else {"backend": "eager"}
+    make = partial(make_task, "nano", 64, torch.float32, place.device)
+    for name, model in loaded_models(make).items():
+        if not (place.is_gpu or name == "both"):
+            continue
+        torch._dynamo.reset()
+        net = torch.compile(model, fullgraph=True, **backend)
+        x = place.images()
+        with torch.no_grad():
+            expected = model(x)
+            off = max(abs(float(net(x) - expected)) for _ in range(4)) / abs(float(expected))
+        yield name, {"ok": off < 1e-4, "difference": off}
+
+
 def costs(place: Place) -> Findings:
     """Milliseconds and megabytes of a step, a pick and a switch."""
     backbone, pixels, count = ("base", 512, 10) if place.is_gpu else ("nano", 64, 1)
     settings = {"backbone": backbone, "resolution": pixels, "batch_size": 2, "rounds": 3}
-    settings |= {"device": place.device, "dtype": "float32"}
     cases = [Case("frozen"), Case("full"), Case("lora", budget=0.05)]
     for method, (options, phases) in SFA_METHODS.items():
         cases += [Case(method, phase, 0.05, options) for phase in phases]
-    for case in cases:
-        job = Job(case.to_dict(), settings)
-        if case.phase == "pick":
-            yield "pick", job.pick() | {"ok": True}
-            continue
-        job.memory.reset()
-        found = job.steps(count)
-        peak = job.peak()
-        yield (
-            case.label,
-            {
-                "ok": True,
-                "ms": 1e3 * min(found["seconds"]),
-                "host ms": 1e3 * min(found["host_seconds"]),
-                "launches": peak["launches"],
-                "peak MB": peak["peak_bytes"] / 1e6,
-            },
-        )
-        del job
+    for dtype in ("float32", "bfloat16"):
+        for case in cases:
+            job = Job(case.to_dict(), settings | {"device": place.device, "dtype": dtype})
+            if case.phase == "pick":
+                yield f"{dtype}: pick", job.pick() | {"ok": True}
+                continue
+            job.memory.reset()
+            found = job.steps(count)
+            peak = job.peak()
+            yield (
+                f"{dtype}: {case.label}",
+                {
+                    "ok": True,
+                    "ms": 1e3 * median(found["seconds"]),
+                    "least ms": 1e3 * min(found["seconds"]),
+                    "host ms": 1e3 * median(found["host_seconds"]),
+                    "launches": peak["launches"],
+                    "peak MB": peak["peak_bytes"] / 1e6,
+                },
+            )
+            del job
+            gc.collect()  # a model and its hooks know each other
     folders = [save(adapt(make_task(backbone, pixels, torch.float32, place.device), rho=0.0,
                           score="random", seed=seed, budget=0.05)) for seed in (1, 2)]  # fmt: skip
     task = make_task(backbone, pixels, torch.float32, place.device)
@@ -260,6 +316,9 @@ CHECKS: dict[str, Callable[[Place], Findings]] = {
         waits,
         trainer,
         repeat,
+        sharded,
+        inference,
+        graphs,
         costs,
         compiled,
         demo,

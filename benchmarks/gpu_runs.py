@@ -7,15 +7,18 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from cost_models import make_task
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from sfa_peft import SFAConfig, SFASelector
 
@@ -126,6 +129,70 @@ def chosen(selector: SFASelector) -> Tensor:
 def share_of_same(one: Tensor, two: Tensor) -> float:
     """Return which share of one selection is in another of the same size; 0 for other sizes."""
     return float(torch.isin(one, two).float().mean()) if len(one) == len(two) else 0.0
+
+
+@contextmanager
+def one_rank(place: Place) -> Iterator[None]:
+    """Be the only process of a group, which talks as several cards would."""
+    backend = "cpu:gloo,cuda:nccl" if place.is_gpu else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        store = dist.FileStore(f"{folder}/store", 1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+def cut(model: nn.Module, dtype: torch.dtype | None = None, **policy: Any) -> nn.Module:
+    """Cut a model by FSDP2, each stage by itself; compute in `dtype`."""
+    if dtype is not None:
+        policy["mp_policy"] = MixedPrecisionPolicy(param_dtype=dtype)
+        for name, table in model.named_buffers():  # FSDP2 casts parameters and inputs only
+            if name.endswith("relative_coords_table"):
+                table.data = table.data.to(dtype)
+    for stage in model.get_base_model().backbone.encoder.layers:
+        fully_shard(stage, **policy)
+    return fully_shard(model, **policy)
+
+
+def loaded_models(make: Callable[[], nn.Module]) -> dict[str, nn.Module]:
+    """Return the bare model and saved adapters loaded into it, ready for inference."""
+    kinds = {"internal": {"rho": 0.0}, "both": {"rho": 0.5}, "external": {"rho": 1.0}}
+    models: dict[str, nn.Module] = {"bare": make()}
+    for name, options in kinds.items():
+        folder = save(adapt(make(), score="random", budget=0.1, **options))
+        models[name] = PeftModel.from_pretrained(make(), folder)
+    return {name: model.eval() for name, model in models.items()}
+
+
+def forward_turns(
+    place: Place, models: dict[str, nn.Module], x: Tensor, rounds: int
+) -> dict[str, Any]:
+    """Return the median milliseconds of a forward of each model, and until the host is free."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    host: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for turn in range(rounds + 2):  # the first two warm up
+            for name, model in models.items():
+
+                def forward(name: str = name, model: nn.Module = model) -> None:
+                    start = time.perf_counter()
+                    model(x)
+                    host[name].append(1e3 * (time.perf_counter() - start))
+
+                times[name].append(place.timed(forward))
+                if turn < 2:
+                    times[name].clear()
+                    host[name].clear()
+    return {
+        name: {
+            "ms": median(times[name]),
+            "host ms": median(host[name]),
+            "to bare": median(a / b for a, b in zip(times[name], times["bare"], strict=True)),
+        }
+        for name in models
+    }
 
 
 @contextmanager

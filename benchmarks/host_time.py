@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a forward costs in Python: many layers so small that nothing else takes time.
+"""What training steps and forwards cost in Python: many layers so small that nothing else counts.
 
 A GPU waits for that; on a CPU it hides behind the products. Processor time of this thread only, so
-load from elsewhere does not count; the least of many forwards, in turns::
+load from elsewhere does not count; the least of many steps, in turns::
 
     python benchmarks/host_time.py --output out/host_time.json
 """
@@ -19,14 +19,19 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import itertools
+
 import torch
 from cost_table import align
+from cost_worker import trainers_optimizer
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from sfa_peft import SFAConfig
+from sfa_peft import SFAConfig, SFASelector
 
 WIDTH = 16
+#: Parts of a training step, and a forward in eval mode.
+PARTS = ("forward", "backward", "update", "step", "eval")
 
 
 class Tower(nn.Module):
@@ -44,46 +49,76 @@ class Tower(nn.Module):
         return self.head(x)
 
 
-def make_models(layers: int) -> dict[str, nn.Module]:
+class Job:
+    """A model and what trains it."""
+
+    def __init__(self, model: nn.Module, *, selects: bool = False) -> None:
+        self.model = model
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-5, **trainers_optimizer())
+        # A run so long that it does not get to its first pick.
+        self.selector = SFASelector(model.train(), total_steps=1 << 20) if selects else None
+
+    def step(self, x: Tensor) -> list[float]:
+        """Return milliseconds of this thread for the parts of a training step."""
+        self.model.train()
+        ends = [time.thread_time()]
+        loss = self.model(x).sum()
+        ends.append(time.thread_time())
+        loss.backward()
+        ends.append(time.thread_time())
+        self.optimizer.step()
+        if self.selector is not None:
+            self.selector.step(self.optimizer)
+        self.optimizer.zero_grad()
+        ends.append(time.thread_time())
+        parts = [1e3 * (b - a) for a, b in itertools.pairwise(ends)]
+        return [*parts, sum(parts)]
+
+    def evaluate(self, x: Tensor) -> float:
+        """Return milliseconds of a forward in eval mode."""
+        self.model.eval()
+        with torch.no_grad():
+            start = time.thread_time()
+            self.model(x)
+            return 1e3 * (time.thread_time() - start)
+
+
+def make_jobs(layers: int) -> dict[str, Job]:
     """Return the models by the names of rows."""
     names = [f"layers.{i}" for i in range(layers)]
     common: dict[str, Any] = {"target_modules": names, "modules_to_save": ["head"]}
-    sfa = common | {"score": "random", "external_modules": names}
-    inner = sfa | {"rho": 0.0, "budget": 0.1, "external_modules": None}
-    configs = {
-        "LoRA": LoraConfig(r=2, **common),
-        "SFA, selected weights": SFAConfig(**inner),
-        "SFA, external adapters": SFAConfig(**sfa | {"rho": 1.0, "budget": 0.3}),
-        "SFA, both": SFAConfig(**sfa | {"rho": 0.5, "budget": 0.6}),
-        "SFA, selected weights, loaded": SFAConfig(**inner, inference_mode=True),
+    inner = common | {"rho": 0.0, "budget": 0.1}
+    outer = common | {"score": "random", "external_modules": names}
+
+    def sfa(*, selects: bool = False, **options: Any) -> Job:
+        return Job(get_peft_model(Tower(layers), SFAConfig(**options)), selects=selects)
+
+    return {
+        "full": Job(Tower(layers)),
+        "LoRA": Job(get_peft_model(Tower(layers), LoraConfig(r=2, **common))),
+        "SFA, scoring": sfa(selects=True, selection_steps=1 << 10, **inner),
+        "SFA, selected weights": sfa(score="random", **inner),
+        "SFA, external adapters": sfa(**outer | {"rho": 1.0, "budget": 0.3}),
+        "SFA, both": sfa(**outer | {"rho": 0.5, "budget": 0.6}),
     }
-    adapted = {name: get_peft_model(Tower(layers), config) for name, config in configs.items()}
-    return {"bare": Tower(layers), **adapted}
-
-
-def milliseconds(model: nn.Module, x: Tensor) -> float:
-    """Return the processor time of a forward."""
-    start = time.thread_time()
-    model(x)
-    return 1e3 * (time.thread_time() - start)
 
 
 def measure(layers: int, rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each model: the least time of a forward in training and in eval mode."""
-    models, x = make_models(layers), torch.randn(4, WIDTH)
-    rows = [{"model": name} for name in models]
-    for mode in ("training", "eval"):
-        times: list[list[float]] = [[] for _ in models]
-        for model in models.values():
-            model.train(mode == "training")
-        with torch.set_grad_enabled(mode == "training"):
-            for _ in range(rounds):
-                for own, model in zip(times, models.values(), strict=True):
-                    own.append(milliseconds(model, x))
-        for row, own in zip(rows, times, strict=True):
-            row[mode] = min(own)
-            row[f"{mode}_per_layer"] = 1e3 * (row[mode] - rows[0][mode]) / layers
-    return rows
+    """Return a row for each model: the least time of each part of a step, and of a forward."""
+    jobs, x = make_jobs(layers), torch.randn(4, WIDTH)
+    found: dict[str, list[list[float]]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            found[name].append(job.step(x))
+    evals = {name: [job.evaluate(x) for _ in range(rounds)] for name, job in jobs.items()}
+    return [
+        {"method": name}
+        | dict(
+            zip(PARTS, [*map(min, zip(*found[name], strict=True)), min(evals[name])], strict=True)
+        )
+        for name in jobs
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -97,13 +132,9 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     rows = measure(args.layers, args.rounds)
-    heads = ["method", "training ms", "a layer, us", "eval ms", "a layer, us"]
-    cells = [
-        [row["model"], *(f"{row[mode + kind]:.1f}" for mode in ("training", "eval")
-                         for kind in ("", "_per_layer"))]
-        for row in rows
-    ]  # fmt: skip
-    print(align(heads, cells))
+    print(f"microseconds a layer, {args.layers} layers")
+    cells = [[row["method"], *(f"{1e3 * row[p] / args.layers:.0f}" for p in PARTS)] for row in rows]
+    print(align(["method", *PARTS], cells))
     if args.output is not None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         settings = {"layers": args.layers, "rounds": args.rounds, "torch": torch.__version__}

@@ -7,7 +7,6 @@ python -m tests.distributed_runs    # prints the tables of docs/distributed.md
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -31,8 +29,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sfa_peft import SFAConfig, SFAError, SFASelector
+from sfa_peft import SFAConfig, SFAError, SFASelector, register_score
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import free_port, run_ranks
 
 STEPS, WORLD = 12, 2
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -58,6 +57,7 @@ CASES = {
     "FSDP2, gradient clipping": ({}, {"clip": 0.05}),
     "FSDP2, gradient checkpointing": ({}, {"checkpoints": True}),
     "FSDP2, evaluation between steps": ({}, {"evaluates": True}),
+    "FSDP2, torch.compile": ({}, {"compiled": True}),
     "FSDP2, external adapters": ({"rho": 0.5, "budget": 0.9, "external_modules": ["second"]}, {}),
     "FSDP2, target_parameters": ({"target_parameters": ["bias"]}, {}),
     "FSDP2, late_bias_correction=False": ({"late_bias_correction": False}, {}),
@@ -71,6 +71,7 @@ CASES = {
         {"weight_decay": 0.1, "optimizer": "SGD"},
     ),
     "FSDP2, score='absolute_gradient'": ({"score": "absolute_gradient"}, {}),
+    "FSDP2, a score of one's own, elementwise": ({"score": "own_by_entry"}, {}),
     "FSDP2, score='movement'": ({"score": "movement"}, {}),
     "FSDP2, score='weight_difference'": ({"score": "weight_difference"}, {}),
     "FSDP2, score_dtype='bfloat16'": ({"score_dtype": "bfloat16"}, {"exact": False}),
@@ -79,6 +80,9 @@ CASES = {
     "FSDP2, granularity='row'": ({"granularity": "row"}, {}),
     "FSDP2, granularity='row', ranking='layer'": ({"granularity": "row", "ranking": "layer"}, {}),
 }
+
+
+register_score("own_by_entry", lambda w, g, state: state.add_(g * w.abs()), elementwise=True)
 
 
 class Net(nn.Module):
@@ -192,13 +196,15 @@ def outcome(model):
 def run(rank, world, name):
     """Train as a case says; return what was selected and learned."""
     options, how = CASES[name]
-    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True} | how
+    how = {"wrap": "fsdp2", "blocks": True, "policy": {}, "exact": True, "compiled": False} | how
     model = adapted(checkpoints=how.pop("checkpoints", False), **options)
     wrap, blocks, policy = how.pop("wrap"), how.pop("blocks"), how.pop("policy")
     del how["exact"]
     if world > 1 and wrap == "fsdp2":
         sharded(model, blocks=blocks, **policy)
     net = DistributedDataParallel(model) if world > 1 and wrap == "ddp" else model.train()
+    if how.pop("compiled") and world > 1:
+        net = torch.compile(net, backend="aot_eager")
     optimizer = make_optimizer(model, how.pop("optimizer", "AdamW"), how.pop("weight_decay", 0.0))
     selector = SFASelector(net, total_steps=STEPS)
     losses = train(net, selector, optimizer, rank, world, slice(None), **how)
@@ -222,16 +228,10 @@ def process_group(rank=0, world=1, port=None):
         dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def rows_of_cases() -> list[list[str]]:
     """Run everything on two processes and on one; return what came out, a row for each case."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (WORLD, free_port(), folder), nprocs=WORLD)
+        run_ranks(_worker, WORLD, free_port(), folder)
         ranks = [torch.load(Path(folder, f"rank{r}.pt")) for r in range(WORLD)]
     return [[name, *verdict(name, ranks)] for name in CASES]
 
@@ -316,6 +316,13 @@ def _by_output():
     return lambda: SFASelector(model, total_steps=STEPS)
 
 
+def _of_whole_weights():
+    register_score("of_whole_weights", lambda w, g, state: state.add_(g / w.norm()))
+    model = adapted(score="of_whole_weights")
+    sharded(model).train()
+    return lambda: SFASelector(model, total_steps=STEPS)
+
+
 def _other_rate_on_copies():
     model = adapted(internal_lr_ratio=2.0)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -346,6 +353,7 @@ REFUSED: dict[str, Callable[[], Callable[[], object]]] = {
     "FSDP2 of the whole in one group without model.train()": _without_train,
     "FSDP2 of an adapted layer by itself": _layers_by_themselves,
     "FSDP2, ranking='output'": _by_output,
+    "FSDP2, a score of one's own": _of_whole_weights,
     "internal_lr_ratio with an optimizer on copies": _other_rate_on_copies,
     "nn.DataParallel": _data_parallel,
 }

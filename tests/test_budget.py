@@ -7,19 +7,21 @@ from transformers import Swinv2Config, Swinv2Model
 
 from sfa_peft import BudgetError
 from sfa_peft.backbones import find_backbone, role_modules
-from sfa_peft.budget import external_parameters, solve_budget
+from sfa_peft.budget import External, solve_budget
 
 OUTPUTS = st.dictionaries(st.text(min_size=1, max_size=3), st.integers(1, 300), max_size=6)
 
 
-@given(st.integers(1, 1000), st.floats(0, 1), st.booleans(), OUTPUTS, st.integers(100, 100_000))
-def test_the_budget_is_never_exceeded_and_nearly_used_up(permille, rho, bias, outputs, total):
+EXTERNAL = st.builds(External, OUTPUTS, st.booleans(), st.sampled_from(["bottleneck", "mona"]))
+
+
+@given(st.integers(1, 1000), st.floats(0, 1), EXTERNAL, st.integers(100, 100_000))
+def test_the_budget_is_never_exceeded_and_nearly_used_up(permille, rho, external, total):
     arguments = {
         "budget": permille / 1000,
         "adapter_dim": None,
-        "bias": bias,
         "total": total,
-        "outputs": outputs,
+        "external": external,
         "eligible": total,
     }
     try:
@@ -28,11 +30,11 @@ def test_the_budget_is_never_exceeded_and_nearly_used_up(permille, rho, bias, ou
         assume(False)
     trained = plan.external + plan.internal
     assert trained * 1000 <= permille * total
-    assert plan.external == external_parameters(outputs, plan.adapter_dim, bias)
+    assert plan.external == external.parameters(plan.adapter_dim)
     if rho < 1:
         assert trained == plan.allowed  # what the widths leave over goes to selected weights
-    elif plan.adapter_dim < max(outputs.values()):
-        assert external_parameters(outputs, plan.adapter_dim + 1, bias) > plan.allowed
+    elif plan.adapter_dim < max(external.outputs.values()):
+        assert external.parameters(plan.adapter_dim + 1) > plan.allowed
 
 
 def _solve(**changes):
@@ -40,9 +42,8 @@ def _solve(**changes):
         "budget": 0.1,
         "rho": 0.5,
         "adapter_dim": None,
-        "bias": True,
         "total": 10_000,
-        "outputs": {"a": 10, "b": 20},
+        "external": External({"a": 10, "b": 20}),
         "eligible": 8000,
     }
     return solve_budget(**(arguments | changes))
@@ -61,12 +62,12 @@ def test_the_smallest_budget_that_an_error_names_works(changes):
 @pytest.mark.parametrize("changes", [{"rho": 0.5}, {"rho": None, "adapter_dim": 4}])
 def test_external_adapters_without_a_place_are_refused(changes):
     with pytest.raises(BudgetError, match="none of the targeted layers ends"):
-        _solve(outputs={}, **changes)
+        _solve(external=External({}), **changes)
 
 
 def test_a_decimal_budget_is_taken_as_written():
-    assert _solve(budget=0.3, rho=0, total=10, outputs={}, eligible=10).internal == 3
-    assert _solve(budget=0.29, rho=0, total=100, outputs={}, eligible=100).internal == 29
+    assert _solve(budget=0.3, rho=0, total=10, external=External({}), eligible=10).internal == 3
+    assert _solve(budget=0.29, rho=0, total=100, external=External({}), eligible=100).internal == 29
 
 
 def _paper_backbone(embed_dim: int, heads: list[int]) -> Swinv2Model:
@@ -104,7 +105,7 @@ def test_backbone_and_eligible_sizes_are_those_of_the_paper(base):
 def test_external_counts_of_swinv2_base_are_those_of_table_4(base, dim, millions):
     outputs, _ = _sizes(base)
     assert sum(outputs.values()) == 2 * 12_032
-    assert round(external_parameters(outputs, dim, bias=False) / 1e6, 3) == millions
+    assert round(External(outputs, bias=False).parameters(dim) / 1e6, 3) == millions
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_external_counts_of_swinv2_base_are_those_of_table_4(base, dim, millions
 )
 def test_one_adapter_per_block_gives_adaptformers_counts_of_table_4(base, dim, millions):
     outputs = {n: d for n, d in _sizes(base)[0].items() if "attention" not in n}
-    assert round(external_parameters(outputs, dim, bias=False) / 1e6, 3) == millions
+    assert round(External(outputs, bias=False).parameters(dim) / 1e6, 3) == millions
 
 
 @pytest.mark.parametrize(("budget", "dim"), [(0.05, 45), (0.2, 182)])
@@ -123,9 +124,8 @@ def test_half_of_the_papers_budgets_gives_the_expected_width(base, budget, dim):
         budget=budget,
         rho=0.5,
         adapter_dim=None,
-        bias=False,
         total=86_893_816,
-        outputs=outputs,
+        external=External(outputs, bias=False),
         eligible=eligible,
     )
     assert abs(plan.adapter_dim - dim) <= 1

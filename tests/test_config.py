@@ -3,9 +3,11 @@ import copy
 import json
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 
-from sfa_peft import ConfigError, SFAConfig
+from sfa_peft import ConfigError, SFAConfig, SFASelector, budget_report
+from tests.tiny import MLP
 
 
 @pytest.mark.parametrize(
@@ -125,3 +127,28 @@ def test_what_belongs_to_a_run_is_dropped_from_a_file_as_peft_does(tmp_path):
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {"runtime_config": {"ephemeral_gpu_offload": True}}))
     assert SFAConfig.from_json_file(path) == fields
+
+
+def test_the_papers_settings_may_be_changed_one_by_one():
+    config = SFAConfig.paper()
+    assert (config.budget, config.rho, config.schedule) == (0.2, 0.5, "literal")
+    small = SFAConfig.paper(0.048, adapter_dim=64, ranking="layer")
+    assert (small.budget, small.rho, small.adapter_dim) == (0.048, None, 64)
+    assert (small.ranking, small.schedule) == ("layer", "literal")
+
+
+def test_the_papers_loop_leaves_one_round_of_the_budget_and_counts_no_biases():
+    layers = ["first", "second"]
+    options = {"target_modules": layers, "external_modules": ["second"], "selection_steps": 5}
+    model = get_peft_model(MLP(), SFAConfig.paper(0.5, **options))
+    selector = SFASelector(model, total_steps=20)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(20):
+        model(torch.randn(4, 12)).square().sum().backward()
+        optimizer.step()
+        selector.step(optimizer)
+        optimizer.zero_grad()
+
+    report = budget_report(model)
+    assert report.external == 2 * 16 * report.adapter_dim > 0
+    assert report.selected == report.internal * 3 // 4

@@ -42,6 +42,7 @@ FOLLOWERS = {
 TESTS = ("tuner", "tasks", "training", "behaviour", "files", "selection", "sparse")
 # Without what they ask for in turn: timm wants torchvision, which may have no build for this torch.
 LIGHTNING = ("lightning", "lightning-utilities", "pytorch-lightning", "torchmetrics")
+ENCODERS = ("segmentation-models-pytorch", "timm")
 AVERAGES = ("diffusers", "einops", "ema-pytorch", "timm", "torch-ema", *LIGHTNING)
 # A torch and what was built for it.
 TORCHVISION = ("torch==2.14.1", "torchvision==0.29.1")
@@ -85,7 +86,7 @@ ENVIRONMENTS = (
         "torchvision",
         "peft",
         "transformers",
-        LIGHTNING,
+        (*LIGHTNING, *ENCODERS),
         torch=TORCHVISION,
         more=("dense", "examples"),
     ),

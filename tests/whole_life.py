@@ -101,8 +101,8 @@ def live_through(
     report = budget_report(model)
     plain = fresh(build)
     backbone = find_backbone(plain)
-    counted = backbone.module if backbone else plain
-    assert report.backbone == sum(p.numel() for p in counted.parameters())
+    counted = [p for n, p in plain.named_parameters() if backbone is None or backbone.holds(n)]
+    assert report.backbone == sum(p.numel() for p in counted)
     assert report.external + report.internal <= BUDGET * report.backbone
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trainable == report.external + report.internal

@@ -77,6 +77,12 @@ class SharedArguments:
             "AdaptFormer, Adapter+ and Mona, instead of what the budget allows."
         },
     )
+    external_type: str = field(
+        default="bottleneck",
+        metadata={
+            "help": "Of SFA: form of external adapters, bottleneck or mona (with convolutions)."
+        },
+    )
     score: str = field(
         default="accumulated_gradient", metadata={"help": "Of SFA: how weights are ranked."}
     )

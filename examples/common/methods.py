@@ -95,6 +95,7 @@ def sfa_config(backbone: Backbone, args: SharedArguments, head: list[str]) -> SF
     }[args.method]
     options = {
         "budget": args.budget,
+        "external_type": args.external_type,
         "score": args.score,
         "schedule": args.schedule,
         "select_until": args.select_until,

@@ -10,15 +10,23 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .blocks import (
+    image_encoder,
+    innermost,
+    is_inside,
+    is_linear,
+    join,
+    match_roles,
+    stage_of_block,
+    walk,
+)
 from .errors import TargetError
-
-ROLES = ("attn_in", "attn_out", "mlp_in", "mlp_out")
 
 SUPPORTED_MODEL_TYPES = frozenset(
     {
@@ -54,24 +62,11 @@ SUPPORTED_MODEL_TYPES = frozenset(
         "yolos",
     }
 )
-
-# What follows a block's number in the path. The alternatives are the spellings of transformers 4
-# and 5 (and timm); ConvNeXt has no attention, its depthwise convolution plays that part.
-_ROLE_PATTERNS = {
-    "attn_in": r"(?:attention|attn|self_attn)\.(?:(?:self|attention)\.)?"
-    r"(?:query|key|value|qkv|kv|q|[qkv]_proj)|modulation\.projection_in",
-    "attn_out": r"(?:attention|attn|self_attn)\.(?:output\.dense|o_proj|out_proj|proj)"
-    r"|modulation\.projection_out",
-    "mlp_in": r"mlp\.(?:fc1|dense1|lin1|up_proj|gate_proj|weights_in)|intermediate\.dense"
-    r"|(?:pwconv|pointwise_conv)1",
-    "mlp_out": r"mlp\.(?:fc2|dense2|lin2|down_proj|weights_out)|output\.dense"
-    r"|(?:pwconv|pointwise_conv)2",
-}
-# The number directly before the role is what keeps pooling heads (SigLIP's `head.mlp.fc1`) out.
-_ROLE_PATH = re.compile(
-    r"(?P<block>(?:.*\.)?\d+)\.(?:"
-    + "|".join(f"(?P<{role}>{_ROLE_PATTERNS[role]})" for role in ROLES)
-    + ")"
+#: Families whose model for a task has the head beside the blocks, with no backbone of its own.
+_HOLDING_HEADS = frozenset({"eomt"})
+#: Names of heads directly below such a module: of EoMT, and the classifiers of timm's models.
+_HEAD_NAME = re.compile(
+    r"query|upscale_block|mask_head|class_predictor|(?:aux_)?heads?(?:_dist)?|classifier|fc"
 )
 
 
@@ -82,12 +77,19 @@ class Backbone:
     Attributes:
         name: Path inside the model, ``""`` when the model is the backbone.
         module: The backbone itself.
-        model_type: ``config.model_type`` of the backbone.
+        model_type: ``config.model_type`` of the backbone; of one without a config its class's name.
+        heads: Paths inside the model of what the module holds for a task and is no part of the
+            backbone: the classifier of a timm model, the head of an EoMT.
     """
 
     name: str
     module: nn.Module
     model_type: str
+    heads: tuple[str, ...] = ()
+
+    def holds(self, path: str) -> bool:
+        """Whether a path inside the model leads to the backbone or a part of it."""
+        return _at_or_inside(path, [self.name]) and not _at_or_inside(path, self.heads)
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,22 @@ def find_backbone(model: nn.Module) -> Backbone | None:
     """Find the vision backbone of a task model.
 
     A part inside a Transformers model is preferred to that model itself, since a task model often
-    shares its ``model_type`` with the backbone it holds.
+    shares its ``model_type`` with the backbone it holds. Where no ``model_type`` is known, blocks
+    are looked for by the names in them, behind a convolution of the image.
 
     Args:
         model: A task model, a bare backbone, or either of them inside a tuner.
 
     Returns:
-        The first supported backbone in module order, or None when there is none.
+        The first supported backbone in module order, else the one that `blocks.image_encoder` sees;
+        None when there is none.
     """
     # Transformers 4 keeps the vision tower of CLIP and SigLIP task models as a plain module.
     found = _candidates(model, PreTrainedModel) or _candidates(model, nn.Module)
     if not found:
-        return None
+        return _by_blocks(model)
     first = found[0]
-    if len(found) > 1 and _is_inside(found[1].name, first.name) and _is_outermost(model, first):
+    if len(found) > 1 and is_inside(found[1].name, first.name) and _is_outermost(model, first):
         return found[1]
     return first
 
@@ -141,11 +145,13 @@ def role_modules(backbone: Backbone) -> list[RoleModule]:
     """
     blocks: dict[str, int] = {}
     found = []
-    for path, match in _matches(backbone.module):
+    for path, match in match_roles(backbone.module):
         block = blocks.setdefault(match["block"], len(blocks))
         if match.string == path:
-            name = _join(backbone.name, path)
-            found.append(RoleModule(name, str(match.lastgroup), block, _stage(match["block"])))
+            name = join(backbone.name, path)
+            found.append(
+                RoleModule(name, str(match.lastgroup), block, stage_of_block(match["block"]))
+            )
     return found
 
 
@@ -161,43 +167,23 @@ def layer_positions(model: nn.Module) -> dict[str, int]:
     """
     backbone = find_backbone(model) or Backbone("", model, "")
     positions, stage, top = {}, None, 0
-    for _, match in _matches(backbone.module):
-        path = _join(backbone.name, match["block"])
+    for _, match in match_roles(backbone.module):
+        path = join(backbone.name, match["block"])
         if path not in positions:
-            between = stage is not None and stage != _stage(match["block"])
-            stage, top = _stage(match["block"]), top + 1 + between
+            between = stage is not None and stage != stage_of_block(match["block"])
+            stage, top = stage_of_block(match["block"]), top + 1 + between
             positions[path] = top
     waiting, found, block = [*positions], {}, ""
     for path, _ in model.named_modules():
         if waiting and path == waiting[0]:
             block = waiting.pop(0)
-        if not (path == backbone.name or _is_inside(path, backbone.name)):
+        if not backbone.holds(path):
             found[path] = top + 1
-        elif block and (path == block or _is_inside(path, block)):
+        elif block and (path == block or is_inside(path, block)):
             found[path] = positions[block]
         else:  # one before the next block
             found[path] = positions[waiting[0]] - 1 if waiting else top + 1
     return found
-
-
-def role_of(path: str) -> str | None:
-    """Tell the role a module has by its path alone.
-
-    Args:
-        path: Module path with the number of its block, in the names of transformers 4 or 5, or of
-            timm (``blocks.3.attn.qkv``).
-
-    Returns:
-        One of ``ROLES``, or None when the path is not that of a role linear.
-    """
-    match = _ROLE_PATH.fullmatch(path)
-    return None if match is None else match.lastgroup
-
-
-def stage_of(path: str) -> int | None:
-    """Tell the stage of a role linear by its path alone; None where it is none. See `role_of`."""
-    match = _ROLE_PATH.fullmatch(path)
-    return None if match is None else _stage(match["block"])
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -220,10 +206,28 @@ def head_modules(model: nn.Module) -> list[str]:
             "head_modules: no known vision backbone in the model, so what lies outside it is not "
             f"known. Name the head yourself. The model has: {describe_model(model)}"
         )
+    inside = [(path, model.get_submodule(path)) for path in reversed(backbone.heads)]
+    return _largest_parts(model, backbone, [("", model)]) or _largest_parts(model, backbone, inside)
+
+
+def outside_backbone(model: nn.Module, backbone: Backbone) -> list[str]:
+    """Return the names of parameters that are no part of the backbone.
+
+    Those of a classifier in it count where there are no others: a head that is put on an encoder
+    does not use it.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    others = [name for name in names if not _at_or_inside(name, [backbone.name])]
+    return others or [name for name in names if not backbone.holds(name)]
+
+
+def _largest_parts(
+    model: nn.Module, backbone: Backbone, waiting: list[tuple[str, nn.Module]]
+) -> list[str]:
+    """Return the largest parts of some modules that PEFT can name, without the backbone."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     found: list[str] = []
     seen: set[int] = set()
-    waiting = [] if not backbone.name else [("", model)]
     while waiting:
         path, module = waiting.pop()
         own = {id(p) for p in module.parameters()} - seen
@@ -232,8 +236,8 @@ def head_modules(model: nn.Module) -> list[str]:
         others = [n for n in names if n != path and n.endswith(path)]
         # PEFT refuses lists.
         divided = isinstance(module, (nn.ModuleList, nn.ModuleDict)) or others
-        children = [(_join(path, name), child) for name, child in module.named_children()]
-        if _is_inside(backbone.name, path) or (divided and children):
+        children = [(join(path, name), child) for name, child in module.named_children()]
+        if is_inside(backbone.name, path) or (divided and children):
             waiting += reversed(children)
         elif others:
             raise TargetError(
@@ -246,24 +250,6 @@ def head_modules(model: nn.Module) -> list[str]:
     return found
 
 
-def suggest_targets(model: nn.Module) -> str | None:
-    """Return the `target_modules` that take the role layers of an unknown model.
-
-    Args:
-        model: Any module; numbered blocks with the names of Transformers or timm are looked for.
-
-    Returns:
-        One regular expression for whole paths, None where no layer is named like that.
-    """
-    found = set()
-    for path, module in _walk(model):
-        match = _ROLE_PATH.fullmatch(path)
-        if match is not None and isinstance(_innermost(module), (nn.Linear, nn.Conv2d)):
-            found.add(path.removeprefix(match["block"] + "."))
-    names = "|".join(re.escape(name) for name in sorted(found))
-    return rf".*\b\d+\.({names})" if names else None
-
-
 def describe_model(model: nn.Module) -> str:
     """Describe a model in short, for the error that says it has no supported backbone.
 
@@ -274,7 +260,7 @@ def describe_model(model: nn.Module) -> str:
         The Transformers models in it, parted by ``; ``: path, class, ``model_type`` and the number
         of Linear and Conv2d layers by class (those of inner parts included).
     """
-    parts = [(path, m) for path, m in _walk(model) if isinstance(m, PreTrainedModel)]
+    parts = [(path, m) for path, m in walk(model) if isinstance(m, PreTrainedModel)]
     lines = [
         f"{path or 'the model'}: {type(m).__name__} (model_type {_model_type(m)!r}), {_layers(m)}"
         for path, m in parts
@@ -284,22 +270,34 @@ def describe_model(model: nn.Module) -> str:
     return "; ".join(lines)
 
 
-def _matches(module: nn.Module) -> Iterator[tuple[str, re.Match[str]]]:
-    """Yield the path of each role linear, and how the names in it match.
+def _by_blocks(model: nn.Module) -> Backbone | None:
+    """Return the backbone whose blocks read the image, by names alone."""
+    row = image_encoder(model)
+    if row is None or row.root is None:
+        return None
+    name, module = row.root, model.get_submodule(row.root)
+    heads = _heads_in(name, module)
+    size = sum(1 for _ in module.parameters())
+    while name:  # Transformers puts timm's models into one of its own, which has the config
+        outer = name.rpartition(".")[0]
+        parent = model.get_submodule(outer)
+        if not isinstance(parent, PreTrainedModel) or sum(1 for _ in parent.parameters()) > size:
+            break
+        name, module = outer, parent
+    model_type = _model_type(module) or type(module).__name__
+    return Backbone(name, module, model_type, heads)
 
-    A block that PEFT trains as a copy is among them, so that the ordinals of others do not depend
-    on it; it matches without the name of the copy.
-    """
-    for path, child in _walk(module):
-        match = _ROLE_PATH.fullmatch(path.replace(".original_module", ""))
-        if match is not None and _is_linear(_innermost(child)):
-            yield path, match
+
+def _heads_in(name: str, module: nn.Module) -> tuple[str, ...]:
+    """Return the paths of what a module at some path holds for a task, with parameters."""
+    parts = ((n, next(m.parameters(), None)) for n, m in module.named_children())
+    return tuple(join(name, n) for n, own in parts if _HEAD_NAME.fullmatch(n) and own is not None)
 
 
 def _candidates(model: nn.Module, kind: type[nn.Module]) -> list[Backbone]:
     """List the modules of a kind that could be the backbone, in module order."""
     found = []
-    for path, module in _walk(model):
+    for path, module in walk(model):
         model_type = _model_type(module)
         if (
             isinstance(module, kind)
@@ -307,7 +305,8 @@ def _candidates(model: nn.Module, kind: type[nn.Module]) -> list[Backbone]:
             and "original_module" not in path.split(".")
             and _takes_pixels(module)
         ):
-            candidate = Backbone(path, module, model_type)
+            heads = _heads_in(path, module) if model_type in _HOLDING_HEADS else ()
+            candidate = Backbone(path, module, model_type, heads)
             # Patch embeddings carry the backbone's config and take pixels too, but have no roles.
             if role_modules(candidate):
                 found.append(candidate)
@@ -329,57 +328,17 @@ def _is_outermost(model: nn.Module, backbone: Backbone) -> bool:
     return not any(
         isinstance(module, PreTrainedModel)
         and module is not backbone.module
-        and _is_inside(backbone.name, path)
-        for path, module in _walk(model)
+        and is_inside(backbone.name, path)
+        for path, module in walk(model)
     )
-
-
-def _walk(
-    module: nn.Module, path: str = "", seen: set[nn.Module] | None = None
-) -> Iterator[tuple[str, nn.Module]]:
-    """Yield paths and modules like `named_modules`, without a tuner's layers and PEFT's copies."""
-    seen = set() if seen is None else seen
-    if module in seen:
-        return
-    seen.add(module)
-    yield path, module
-    if _innermost(module) is not module:
-        return
-    is_copied = isinstance(getattr(module, "original_module", None), nn.Module)
-    for name, child in module.named_children():
-        if not (is_copied and name == "modules_to_save"):
-            yield from _walk(child, _join(path, name), seen)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer; quantised ones need not be an `nn.Linear`."""
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return isinstance(module, nn.Linear) or all(isinstance(size, int) for size in sizes)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    """Unwrap a layer that tuners have wrapped, however often."""
-    while isinstance(base := getattr(module, "base_layer", None), nn.Module):
-        module = base
-    return module
 
 
 def _layers(module: nn.Module) -> str:
     """Count the linears and convolutions of a module by class."""
-    inner = (_innermost(m) for _, m in _walk(module))
-    counts = Counter(type(m).__name__ for m in inner if _is_linear(m) or isinstance(m, nn.Conv2d))
+    inner = (innermost(m) for _, m in walk(module))
+    counts = Counter(type(m).__name__ for m in inner if is_linear(m) or isinstance(m, nn.Conv2d))
     return ", ".join(f"{n} {kind}" for kind, n in sorted(counts.items())) or "no Linear or Conv2d"
 
 
-def _stage(block: str) -> int:
-    """Read the stage from a block's path: the number before the block's own, if there is one."""
-    numbers = [int(part) for part in block.split(".") if part.isdigit()]
-    return numbers[-2] if len(numbers) > 1 else 0
-
-
-def _join(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}" if prefix and path else prefix or path
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return path != outer and (not outer or path.startswith(outer + "."))
+def _at_or_inside(path: str, outer: Iterable[str]) -> bool:
+    return any(path == other or is_inside(path, other) for other in outer)

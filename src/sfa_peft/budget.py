@@ -40,16 +40,33 @@ class BudgetPlan:
     eligible: int
 
 
-def adapter_parameters(features: int, width: int, bias: bool) -> int:
-    """Return the parameters of one external adapter (Eq. 3) of `width` on `features` features."""
-    return 2 * features * width + (width + features if bias else 0)
+@dataclass(frozen=True)
+class External:
+    """What the size of external adapters depends on, beside their width.
 
+    Attributes:
+        outputs: Number of output features D of each layer that gets one.
+        bias: Whether projections (and convolutions) have biases.
+        kind: "bottleneck" (Eq. 3), or "mona" with a norm and convolutions besides.
+    """
 
-def external_parameters(outputs: Mapping[str, int], adapter_dim: int, bias: bool) -> int:
-    """Return the parameters of all external adapters at width d (each layer has min(d, D))."""
-    if adapter_dim == 0:
-        return 0
-    return sum(adapter_parameters(size, min(adapter_dim, size), bias) for size in outputs.values())
+    outputs: Mapping[str, int]
+    bias: bool = True
+    kind: str = "bottleneck"
+
+    def parameters(self, adapter_dim: int) -> int:
+        """Return the parameters of all external adapters at width d (each layer has min(d, D))."""
+        if adapter_dim == 0:
+            return 0
+        return sum(self._of_one(size, min(adapter_dim, size)) for size in self.outputs.values())
+
+    def _of_one(self, features: int, width: int) -> int:
+        count = 2 * features * width + (width + features if self.bias else 0)
+        if self.kind == "mona":
+            # Norm and two scales; depthwise convolutions of 3, 5 and 7, and one of 1.
+            count += 4 * features + (9 + 25 + 49) * width + width**2
+            count += 4 * width if self.bias else 0
+        return count
 
 
 def solve_budget(
@@ -57,9 +74,8 @@ def solve_budget(
     budget: float,
     rho: float | None,
     adapter_dim: int | None,
-    bias: bool,
     total: int,
-    outputs: Mapping[str, int],
+    external: External,
     eligible: int,
 ) -> BudgetPlan:
     """Solve (beta, rho) or (beta, d) to the largest d and number of weights within the budget.
@@ -68,9 +84,8 @@ def solve_budget(
         budget: beta, in (0, 1].
         rho: Share for the external adapters, in [0, 1]; None for the default.
         adapter_dim: d, instead of `rho`.
-        bias: Whether external adapters have biases.
         total: Parameters of the backbone.
-        outputs: Number of output features D of each layer that gets an external adapter.
+        external: The external adapters.
         eligible: Number of pretrained weights that may be selected.
 
     Raises:
@@ -80,20 +95,20 @@ def solve_budget(
     # A decimal fraction is taken as written: 0.3 of 10 is 3, whatever binary floats make of it.
     allowed = math.floor(Fraction(str(budget)) * total)
     if adapter_dim is not None:
-        dim = _given_width(adapter_dim, outputs, bias, budget, allowed, total)
+        dim = _given_width(adapter_dim, external, budget, allowed, total)
     else:
-        share = DEFAULT_RHO if rho is None and outputs else (rho or 0.0)
-        dim = _widest(share, outputs, bias, budget, total)
-    external = external_parameters(outputs, dim, bias)
+        share = DEFAULT_RHO if rho is None and external.outputs else (rho or 0.0)
+        dim = _widest(share, external, budget, total)
+    cost = external.parameters(dim)
     wants_internal = rho != 1
-    internal = min(allowed - external, eligible) if wants_internal else 0
-    if external + internal < 1:
+    internal = min(allowed - cost, eligible) if wants_internal else 0
+    if cost + internal < 1:
         raise BudgetError(
             f"budget={budget}: {budget} of {total} parameters is less than one weight. "
             f"{_smallest_budget(1, total)}."
         )
-    widths = {name: min(dim, size) for name, size in outputs.items()} if dim else {}
-    return BudgetPlan(total, allowed, dim, widths, external, internal, eligible)
+    widths = {name: min(dim, size) for name, size in external.outputs.items()} if dim else {}
+    return BudgetPlan(total, allowed, dim, widths, cost, internal, eligible)
 
 
 def with_selection(plan: BudgetPlan, count: int, budget: float) -> BudgetPlan:
@@ -114,12 +129,10 @@ def with_selection(plan: BudgetPlan, count: int, budget: float) -> BudgetPlan:
     return replace(plan, internal=count)
 
 
-def _given_width(
-    dim: int, outputs: Mapping[str, int], bias: bool, budget: float, allowed: int, total: int
-) -> int:
-    if not outputs:
+def _given_width(dim: int, external: External, budget: float, allowed: int, total: int) -> int:
+    if not external.outputs:
         raise BudgetError(_no_place("adapter_dim", dim))
-    cost = external_parameters(outputs, dim, bias)
+    cost = external.parameters(dim)
     if cost > allowed:
         raise BudgetError(
             f"adapter_dim={dim}: the external adapters alone have {cost} parameters, but "
@@ -129,13 +142,13 @@ def _given_width(
     return dim
 
 
-def _widest(rho: float, outputs: Mapping[str, int], bias: bool, budget: float, total: int) -> int:
+def _widest(rho: float, external: External, budget: float, total: int) -> int:
     if rho == 0:
         return 0
-    if not outputs:
+    if not external.outputs:
         raise BudgetError(_no_place("rho", rho))
     allowed = math.floor(Fraction(str(rho)) * Fraction(str(budget)) * total)
-    narrowest = external_parameters(outputs, 1, bias)
+    narrowest = external.parameters(1)
     if narrowest > allowed:
         needed = narrowest / Fraction(str(rho))
         raise BudgetError(
@@ -143,10 +156,10 @@ def _widest(rho: float, outputs: Mapping[str, int], bias: bool, budget: float, t
             f"parameters, but their share of {total} is {allowed}. "
             f"{_smallest_budget(needed, total)}; or use rho=0 for selected weights only."
         )
-    low, high = 1, max(outputs.values())  # d beyond the widest layer changes nothing
+    low, high = 1, max(external.outputs.values())  # d beyond the widest layer changes nothing
     while low < high:
         middle = (low + high + 1) // 2
-        if external_parameters(outputs, middle, bias) <= allowed:
+        if external.parameters(middle) <= allowed:
             low = middle
         else:
             high = middle - 1

@@ -13,6 +13,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, PeftType
 
+from .budget import DEFAULT_RHO
 from .config_fields import (
     check_fields,
     choice,
@@ -34,6 +35,20 @@ from .selection.rules import SelectionRules
 from .selection.schedule import SCHEDULES
 from .selection.scores import find_score, score_names
 
+#: How the paper does it, whatever becomes of the defaults. Of AdamW it says nothing: torch's.
+_PAPER: dict[str, Any] = {
+    "external_type": "bottleneck",
+    "external_bias": False,
+    "score": "accumulated_gradient",
+    "ranking": "global",
+    "granularity": "weight",
+    "schedule": "literal",
+    "late_bias_correction": False,
+    "internal_lr_ratio": 1.0,
+    "weight_decay_on": "weight",
+}
+#: Forms of external adapters.
+EXTERNAL_TYPES = ("bottleneck", "mona")
 #: What weight decay of the optimizer pulls towards its neutral value.
 WEIGHT_DECAYS = ("change", "weight")
 #: What the values of a saved selection start from.
@@ -69,10 +84,14 @@ class SFAConfig(PeftConfig):
             no targeted layer ends a sub-layer it means 0, and a warning says so.
         adapter_dim: Width d of the external adapters (a layer of D features gets min(d, D)); give
             it instead of `rho`, never with it.
-        external_bias: Whether the two projections of an external adapter have biases.
+        external_type: "bottleneck" (Eq. 3): two projections and a ReLU. "mona": a scaled norm and
+            depthwise convolutions over the feature map besides, as Mona has them, for tasks that
+            live on neighbourhoods; slower, and for backbones of which it is known how tokens lie in
+            the image.
+        external_bias: Whether projections and convolutions of an external adapter have biases.
         external_modules: Names (suffixes, or one regular expression, as in `target_modules`) of the
-            layers that get an external adapter on their output. None: the last linear layer of each
-            attention and MLP sub-layer.
+            layers that get an external adapter on their output: linear layers, convolutions, layer
+            norms. None: the last linear layer of each attention and MLP sub-layer.
         target_modules: Names (suffixes, or one regular expression) of the layers whose weights may
             be selected. None: the attention and MLP linear layers of the backbone.
         target_parameters: Names (suffixes such as "bias" or "norm.weight", or one regular
@@ -172,6 +191,7 @@ class SFAConfig(PeftConfig):
         "Width of the external adapters, instead of rho.",
         whole("a width of at least 1", 1, "For no external adapters use rho=0."),
     )
+    external_type: str = choice("bottleneck", EXTERNAL_TYPES, "External adapters")
     external_bias: bool = option(True, "Biases in external adapters.")
     external_modules: list[str] | str | None = patterns(
         "Layers that get an external adapter on their output."
@@ -235,6 +255,25 @@ class SFAConfig(PeftConfig):
         contradiction = next(self._contradictions(), None)
         if contradiction is not None:
             raise ConfigError(f"SFAConfig: {contradiction}")
+
+    @classmethod
+    def paper(cls, budget: float = 0.2, **options: Any) -> SFAConfig:
+        """Return the paper's own settings; to reproduce it, and to compare with it.
+
+        What differs from the defaults: picks follow Alg. 1 to the letter (`schedule="literal"`),
+        external adapters have no biases, as Table 4 counts them, and AdamW is torch's, which decays
+        weights to zero and corrects late ones by the age of the first.
+
+        Args:
+            budget: beta. The paper's SFA-B has 0.195 with `adapter_dim=128`, its SFA-S 0.048 with
+                `adapter_dim=64`; its rho is 0.5 where no width is given.
+            options: Any other fields, in the place of the paper's.
+
+        Raises:
+            ConfigError: As the class itself.
+        """
+        shares: dict[str, Any] = {} if "adapter_dim" in options else {"rho": DEFAULT_RHO}
+        return cls(budget=budget, **(_PAPER | shares | options))
 
     def _contradictions(self) -> Iterator[str]:
         """Say which fields contradict each other."""

@@ -2,7 +2,6 @@
 """Two processes select what one does on the same global batch, and send no more than they must."""
 
 import os
-import socket
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from peft import get_peft_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
 from sfa_peft.selection import accumulators
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import free_port, run_ranks
 from tests.tiny import MLP
 
 STEPS, MICRO, WORLD = 12, 2, 2
@@ -121,7 +120,6 @@ def run(
 
 
 def _worker(rank: int, world: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     results = {
@@ -137,7 +135,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (WORLD, _free_port(), str(folder)), nprocs=WORLD)
+    run_ranks(_worker, WORLD, free_port(), str(folder))
     return [torch.load(folder / f"rank{r}.pt") for r in range(WORLD)]
 
 
@@ -145,12 +143,6 @@ def test_a_loop_made_for_adalora_selects_and_learns_the_same(ranks):
     for results in ranks:
         assert torch.equal(results["allocated"]["slots"], results["default"]["slots"])
         assert torch.equal(results["allocated"]["values"], results["default"]["values"])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.parametrize("name", [*SETTINGS, "resumed"])
@@ -184,7 +176,6 @@ def test_gradients_that_are_sent_are_those_of_the_budget(ranks):
 
 def _forgetful(rank: int, world: int, port: int, folder: str, forgotten: int, every: int) -> None:
     """Train until an error; on rank 1 one call of the selector's step is missing."""
-    torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=world)
     net = DistributedDataParallel(adapted(score_every=every, modules_to_save=["head"]))
@@ -208,7 +199,7 @@ def _forgetful(rank: int, world: int, port: int, folder: str, forgotten: int, ev
     ("forgotten", "every"), [(0, 1), (2, 1), (0, 3)], ids=["in a round", "at a pick", "unscored"]
 )
 def test_a_process_that_leaves_out_a_call_says_so(tmp_path, forgotten, every):
-    mp.spawn(_forgetful, (WORLD, _free_port(), str(tmp_path), forgotten, every), nprocs=WORLD)
+    run_ranks(_forgetful, WORLD, free_port(), str(tmp_path), forgotten, every)
     errors = [(tmp_path / f"rank{rank}").read_text() for rank in range(WORLD)]
     assert errors[1].startswith("SelectionError: Process 1: SFASelector.step was not called after")
     assert f"update step {forgotten + 1}," in errors[1]
@@ -229,7 +220,7 @@ def test_scores_that_cannot_be_added_up_say_what_may_have_happened(monkeypatch):
 
 @pytest.fixture
 def mesh():
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     dist.init_process_group("gloo", rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()

@@ -3,8 +3,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sfa_peft import AdapterFileError, SFAConfig
 from sfa_peft.files import folder as files
 from sfa_peft.files.folder import WEIGHTS_NAME, check_complete
+from tests.processes import start
 from tests.tiny import upernet
 
 CONFIG = SFAConfig(budget=0.2, score="magnitude", modules_to_save=["decode_head"])
@@ -239,26 +238,22 @@ def test_a_save_that_fails_leaves_the_old_file(folder, monkeypatch):
     PeftModel.from_pretrained(upernet(), folder)
 
 
-KILLED = """
-import sys; sys.path.insert(0, ".")
-import torch; torch.set_num_threads(1)
-from tests.behaviour.test_failed_load import adapted
-model = adapted()
-print("ready", flush=True)
-while True:
-    model.save_pretrained(sys.argv[1])
-"""
+def _save_for_ever(folder: Path, ready: Path) -> None:
+    model = adapted()
+    ready.touch()
+    while True:
+        model.save_pretrained(folder)
 
 
 def test_a_killed_save_leaves_the_old_file_or_the_new_one(folder):
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True
-    )
-    with process.stdout:
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.7)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    ready = folder / "ready"
+    process = start(_save_for_ever, folder, ready)
+    while process.is_alive() and not ready.exists():
+        time.sleep(0.01)
+    time.sleep(0.7)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     pixels = torch.randn(1, 3, 32, 32)
     loaded = PeftModel.from_pretrained(upernet(), folder).eval()
     assert torch.equal(loaded(pixels).logits, adapted()(pixels).logits)

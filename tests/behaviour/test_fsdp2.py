@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from peft import PeftModel
@@ -18,10 +17,14 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from benchmarks.sharded_memory import per_rank
 from sfa_peft import ResumedRunWarning, SelectionError, SFASelector
+from sfa_peft.sparse import shards
 from tests.distributed_runs import (
     CASES,
     REFUSED,
@@ -41,6 +44,7 @@ from tests.distributed_runs import (
     verdict,
     whole,
 )
+from tests.processes import run_ranks
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 MIXED = {"rho": 0.5, "budget": 0.9, "external_modules": ["second"]}
@@ -196,7 +200,7 @@ def _worker(rank: int, world: int, port: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    mp.spawn(_worker, (WORLD, free_port(), str(folder)), nprocs=WORLD)
+    run_ranks(_worker, WORLD, free_port(), str(folder))
     return [torch.load(folder / f"rank{r}.pt") | {"folder": folder} for r in range(WORLD)]
 
 
@@ -291,3 +295,19 @@ def test_a_run_resumed_on_one_rank_selects_the_same(ranks):
         found = resumed(0, 1, ranks[0]["folder"])
     assert torch.equal(found["slots"], ranks[0]["stopped"]["slots"])
     torch.testing.assert_close(found["values"], ranks[0]["stopped"]["values"], rtol=0, atol=1e-6)
+
+
+def test_a_part_that_is_offloaded_from_a_card_stays_where_it_is():
+    """Its gradient must not go to the card: autograd would refuse it for values on the CPU."""
+    part = torch.arange(12.0).view(4, 3)
+    with process_group():
+        mesh = DeviceMesh("cuda", [0])
+        meta = TensorMeta(part.shape, part.stride(), part.dtype)
+        tensor = DTensor(
+            part, DTensorSpec(mesh, (Shard(0),), tensor_meta=meta), requires_grad=False
+        )
+        found = shards.Shard(tensor).like(part.bfloat16())
+
+    assert found.device.type == "cpu"
+    assert found.dtype == found.to_local().dtype == torch.bfloat16
+    assert found.shape == part.shape

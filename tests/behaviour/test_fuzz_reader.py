@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fuzzer finds nothing in a few seconds, and would find what it looks for."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests import fuzz_reader
 from tests.fuzz_reader import Target, fuzz, is_accepted
+from tests.processes import run_module
 
 if sys.platform != "linux":
     pytest.skip("reads /proc", allow_module_level=True)
@@ -19,13 +18,7 @@ def target(check):
 
 
 def test_the_readers_stand_a_few_seconds():
-    run = subprocess.run(
-        [sys.executable, fuzz_reader.__file__, "--seconds", "3", "--seed", "7"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(fuzz_reader.__file__).parents[1],
-    )
+    run = run_module("tests.fuzz_reader", "--seconds", 3, "--seed", 7)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "none broke a reader" in run.stdout
 

@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel, get_peft_model
 
 from sfa_peft import SelectionError, SFAConfig, SFAError, SFASelector
@@ -63,6 +64,20 @@ def test_replaced_values_are_seen_by_the_next_forward():
     assert loss_of(model).item() != before
 
 
+@pytest.fixture
+def fresh_accelerate():
+    """Accelerate's state is the process's: earlier tests' loaders would end an accumulation."""
+
+    def reset() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
 def test_accelerates_accumulate_counts_update_steps_not_micro_batches():
     plain, wrapped = make(), make()
     optimizer = torch.optim.AdamW(trained(plain), lr=1e-2)

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 from sfa_peft import SFAConfig
 from sfa_peft.__main__ import main
+from tests.processes import run_code, run_module
 from tests.tiny import MLP
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +43,6 @@ class Theirs(PeftConfig):
 """
 
 
-def run(script: str, *arguments: str, cwd=None) -> subprocess.CompletedProcess:
-    command = [sys.executable, *(["-c", script] if script else []), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
 def test_reloading_changes_nothing_and_a_second_copy_is_refused():
     script = """
 import importlib, sys, sfa_peft, sfa_peft
@@ -61,7 +57,7 @@ for name in [n for n in sys.modules if n.partition(".")[0] == "sfa_peft"]:
     del sys.modules[name]
 import sfa_peft
 """
-    result = run(script)
+    result = run_code(script)
     assert "same" in result.stdout, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert "SFAError: PEFT holds another copy of sfa_peft" in last
@@ -95,7 +91,7 @@ except ValueError as error:
 assert PEFT_TYPE_TO_TUNER_MAPPING["SFA"] is Theirs and list(PeftType) == members
 print("theirs")
 """
-    result = run(script)
+    result = run_code(script)
     assert message in result.stdout, result.stderr
     assert "theirs" in result.stdout, result.stderr
 
@@ -106,7 +102,7 @@ print("theirs")
 )
 def test_a_name_that_is_taken_afterwards_is_reported_when_the_config_is_made(afterwards):
     script = f"import sfa_peft\n{START}{afterwards}"
-    last = run(script + "sfa_peft.SFAConfig()").stderr.strip().splitlines()[-1]
+    last = run_code(script + "sfa_peft.SFAConfig()").stderr.strip().splitlines()[-1]
     assert "SFAError: Another package has put its own method (__main__.Theirs)" in last
 
 
@@ -130,7 +126,7 @@ def program(tmp_path):
 
 @pytest.mark.parametrize("target", [["serve.py"], ["-m", "serve"]])
 def test_a_program_runs_with_the_method_registered(program, target):
-    result = run("", "-m", "sfa_peft", *target, "adapter", cwd=program.parent)
+    result = run_module("sfa_peft", *target, "adapter", cwd=program.parent)
     assert "__main__ SFAModel ['adapter']" in result.stdout, result.stderr
 
 
@@ -142,7 +138,7 @@ def test_the_runner_says_how_it_is_used(arguments):
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_no_error(flag):
-    result = run("", "-m", "sfa_peft", flag)
+    result = run_module("sfa_peft", flag)
     assert result.returncode == 0
     assert result.stdout.startswith("usage: python -m sfa_peft program.py")
 
@@ -166,8 +162,8 @@ def test_a_folder_and_a_zip_file_run_as_with_python(zipped, tmp_path):
     name = "program.zip" if zipped else "program"
     if zipped:
         shutil.make_archive(str(folder), "zip", folder)
-    expected = run("", name, "a", cwd=tmp_path)
-    assert expected.stdout, expected.stderr
-    result = run("", "-m", "sfa_peft", name, "a", cwd=tmp_path)
+    plain = [sys.executable, name, "a"]
+    expected = subprocess.run(plain, capture_output=True, text=True, check=True, cwd=tmp_path)
+    result = run_module("sfa_peft", name, "a", cwd=tmp_path)
     assert Path(result.stdout.split()[-1]).name == name, result.stderr
     assert result.stdout.split()[:-1] == expected.stdout.split()[:-1]

@@ -3,13 +3,13 @@
 
 import importlib
 import re
-import subprocess
-import sys
 import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.processes import run_code
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 DIRECTIVE = re.compile(r"^\.\. (currentmodule|auto\w+):: (\S+)$", re.MULTILINE)
@@ -30,9 +30,10 @@ NAMES = {
         export_overwrites extract inspect load_task merge overlaps plan_training plot_saved verify
     """,
     "sfa_peft.dense": """
-        CLASS_NAMES CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData DenseMaps
-        DepthEvalTransform DepthMetrics DepthTrainTransform EvalTransform IGNORE_INDEX IMAGENET_MEAN
-        IMAGENET_STD MAX_DEPTH MapNorm Mask2FormerForSemanticSegmentation NormedFeatures
+        CLASS_NAMES ClassMaps CocoMetrics DeconvDepthConfig DeconvForDepthEstimation DenseData
+        DenseMaps DepthEvalTransform DepthMetrics DepthTrainTransform EomtForSemanticSegmentation
+        EvalTransform IGNORE_INDEX IMAGENET_MEAN IMAGENET_STD MAX_DEPTH MapNorm
+        Mask2FormerForSemanticSegmentation NormedFeatures
         ObjectPicture ObjectResize ObjectScaleCrop ObjectShortestEdge Objects Preprocessing
         Pretrained RCNNConfig RCNNForObjectDetection SILogLoss Scene SceneDataset SceneSplit
         SegmentationData SegmentationMetrics SegmentationSplit Split SubSplit THING_NAMES
@@ -102,5 +103,5 @@ def test_the_package_brings_nothing_heavy_that_peft_does_not():
         "import sys, peft; before = set(sys.modules); import sfa_peft\n"
         f"print(*sorted((set(sys.modules) - before) & set('{heavy}'.split())))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == ""
+    run = run_code(code)
+    assert (run.returncode, run.stdout.strip()) == (0, ""), run.stderr

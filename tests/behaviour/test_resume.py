@@ -2,11 +2,8 @@
 """A run that was killed, or went back, ends with the same bits as one that never stopped."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from sfa_peft import ResumedRunWarning, SelectionError, SFACallback, SFAConfig, SFASelector
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import start
 from tests.tiny import MLP
-from tests.training.trainer_runs import make_trainer
+from tests.training.trainer_runs import make_trainer, run_cases
 
 KILLED = -signal.SIGKILL
 #: What happens to a run of 12 steps with picks after steps 3, 6 and 9.
@@ -50,16 +48,9 @@ CASES = {
 @pytest.fixture(scope="module")
 def killed_runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    command = [sys.executable, "-m", "tests.training.trainer_runs", str(folder)]
-    done = subprocess.run(
-        [*command, json.dumps(list(CASES.values()))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    process = start(run_cases, folder, list(CASES.values()))
+    process.join()
+    assert process.exitcode == 0
     return folder
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models without a known backbone: timm's names, and what the error for the others says."""
+"""Models without a known config: what is found by names, and what the error for the others says."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from sfa_peft import SFAConfig, TargetError, budget_report
-from sfa_peft.backbones import suggest_targets
+from sfa_peft import (
+    FrozenHeadWarning,
+    SFAConfig,
+    SFAError,
+    TargetError,
+    budget_report,
+    head_modules,
+    parameter_groups,
+)
+from sfa_peft.tasks import TaskBank
 from sfa_peft.tuner import SFALayer
 from tests.model_zoo import pixels
-from tests.timm_like import SwinTransformer, VisionTransformer
-from tests.whole_life import adapters, evaluate, fresh, live_through
+from tests.timm_like import Block, SwinTransformer, VisionTransformer
+from tests.whole_life import adapters, assert_same_bits, evaluate, fresh, live_through, train
 
-#: The one expression that the documentation gives for timm.
-TIMM = r".*\d+\.(attn\.(qkv|q|kv|proj)|mlp\.fc[12])"
 MODELS = {
     "vit": (VisionTransformer, 2),
     "swin": (SwinTransformer, 3),
@@ -35,16 +41,15 @@ def refusal(model: nn.Module, **options) -> str:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_timm_model_lives_through_target_modules(name, tmp_path):
-    build, _ = MODELS[name]
-    live_through(build, {"pixel_values": pixels(name)}, tmp_path, target_modules=TIMM)
+def test_a_timm_model_lives_without_being_told_its_layers(name, tmp_path):
+    live_through(MODELS[name][0], {"pixel_values": pixels(name)}, tmp_path)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_block_of_a_timm_model_has_its_adapters_and_nothing_else_is_adapted(name):
     build, blocks = MODELS[name]
-    config = SFAConfig(budget=0.3, target_modules=TIMM, modules_to_save=["head"])
-    model = get_peft_model(fresh(build), config).eval()
+    model = get_peft_model(fresh(build), SFAConfig(budget=0.3, modules_to_save="auto")).eval()
+    assert model.peft_config["default"].modules_to_save == ["head"]
     layers = [m for m in model.modules() if isinstance(m, SFALayer)]
     assert len(layers) == blocks * (5 if name == "pvt_v2" else 4)
     assert all(type(layer.get_base_layer()) is nn.Linear for layer in layers)
@@ -58,20 +63,102 @@ def test_each_block_of_a_timm_model_has_its_adapters_and_nothing_else_is_adapted
     head = sum(p.numel() for n, p in fresh(build).named_parameters() if n.startswith("head"))
     total = sum(p.numel() for p in fresh(build).parameters()) - head
     assert budget_report(model).backbone == total
+    stages = [layer.stage for layer in layers]
+    assert sorted(set(stages)) == ([0] if name == "vit" else [0, 1])
+    assert [layer.block for layer in adapters(model)] == [b for b in range(blocks) for _ in "ab"]
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_the_error_for_a_timm_model_gives_an_expression_that_works(name):
-    build, _ = MODELS[name]
-    suggested = re.search(r'try target_modules=r"(.*?)"\.', refusal(build()))
-    assert suggested is not None
-    assert suggested[1] == suggest_targets(build())
+class Segmenter(nn.Module):
+    """An encoder with its classifier, which is not used, below a decoder with blocks."""
 
-    def targeted(pattern: str) -> list[str]:
-        model = get_peft_model(build(), SFAConfig(budget=0.3, target_modules=pattern))
-        return [m.name for m in model.modules() if isinstance(m, SFALayer)]
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = VisionTransformer(), nn.Sequential(Block(3), Block(3))
 
-    assert targeted(suggested[1]) == targeted(TIMM)
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(pixel_values)[:, None])
+
+
+def test_the_budget_of_an_encoder_leaves_out_its_decoder_and_the_classifier_that_came_with_it():
+    encoder = dict(VisionTransformer().named_parameters())
+    expected = sum(p.numel() for n, p in encoder.items() if not n.startswith("head"))
+    with pytest.warns(FrozenHeadWarning, match=r"\(in decoder\)"):
+        model = get_peft_model(Segmenter(), SFAConfig(budget=0.3))
+    assert budget_report(model).backbone == expected
+    assert all(layer.name.startswith("encoder.blocks.") for layer in adapters(model))
+    assert head_modules(Segmenter()) == ["decoder"]
+
+
+def test_a_forgotten_classifier_is_warned_of():
+    with pytest.warns(FrozenHeadWarning, match=r"2 tensors .* \(in head\)"):
+        get_peft_model(VisionTransformer(), SFAConfig(budget=0.3))
+
+
+def test_the_classifier_of_a_timm_model_has_the_rate_of_a_head():
+    model = VisionTransformer()
+    named = dict(model.named_parameters())
+    groups = parameter_groups(model, 1.0, layer_decay=0.5, head_lr=3.0)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(named["head.weight"])] == 3.0
+    assert rates[id(named["norm.weight"])] == 1.0
+    assert rates[id(named["blocks.1.mlp.fc2.weight"])] == 0.5
+    assert rates[id(named["blocks.0.attn.qkv.weight"])] == 0.25
+    assert rates[id(named["patch_embed.proj.weight"])] == 0.125
+
+
+def test_tasks_share_a_timm_model_but_for_its_classifier(tmp_path):
+    batch = {"pixel_values": pixels("vit")}
+    expected = {}
+    for seed, name in enumerate(("first", "second")):
+        model = get_peft_model(fresh(VisionTransformer), SFAConfig(modules_to_save="auto"))
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for copied, parameter in model.named_parameters():
+                if "modules_to_save" in copied:
+                    parameter.normal_()
+        train(model, batch)
+        expected[name] = evaluate(model, batch)
+        model.save_pretrained(tmp_path / name)
+    bank = TaskBank(fresh(VisionTransformer))
+    for name in expected:
+        bank.add(name, tmp_path / name, fresh(VisionTransformer))
+    for name in ("first", "second", "first"):
+        assert_same_bits(evaluate(bank[name].model, batch), expected[name])
+    models = [bank[name].model.get_base_model() for name in expected]
+    assert all(model.blocks is bank.backbone.blocks for model in models)
+    moved = fresh(VisionTransformer)
+    moved.register_parameter("pos_embed", nn.Parameter(torch.zeros(1)))
+    with pytest.raises(SFAError, match=r"`pos_embed`: the bank's has not"):
+        bank.add("third", tmp_path / "first", moved)
+
+
+def doubled() -> nn.Module:
+    return nn.ModuleDict({"left": VisionTransformer(), "right": SwinTransformer()})
+
+
+def test_the_error_for_two_encoders_gives_an_expression_for_each_that_works():
+    message = refusal(doubled())
+    assert "which of them read the image is not clear" in message
+    suggested = re.findall(r'target_modules=r"(.*?)"', message)
+    taken = []
+    for pattern in suggested:
+        model = get_peft_model(doubled(), SFAConfig(budget=0.3, target_modules=pattern))
+        taken.append([layer.name.partition(".")[0] for layer in adapters(model)])
+    assert taken == [["left"] * 4, ["right"] * 6]
+
+
+def test_the_error_says_which_layers_of_a_block_are_known():
+    model = VisionTransformer()
+    model.blocks[1].mlp = nn.Identity()
+    message = refusal(model)
+    assert "in some of `blocks.#` a layer by its name is missing" in message
+    assert "(found: attn.proj, attn.qkv, mlp.fc1, mlp.fc2)" in message
+
+
+def test_the_error_for_blocks_that_read_no_image_says_so():
+    message = refusal(nn.Sequential(nn.Embedding(4, 8), Block(8)))
+    assert "no convolution of an image comes before them" in message
+    assert r'`#` (1): target_modules=r"\d+\.(attn\.proj|' in message
 
 
 class TorchvisionBlock(nn.Module):
@@ -93,7 +180,6 @@ def torchvision_like() -> nn.Module:
 
 
 def test_the_error_for_other_models_lists_their_linear_layers_and_both_options():
-    assert suggest_targets(torchvision_like()) is None
     message = refusal(torchvision_like())
     assert "target_modules" in message
     assert "external_modules" in message

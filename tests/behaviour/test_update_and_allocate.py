@@ -2,11 +2,13 @@
 """A loop made for PEFT's methods that act while training selects what a selector would."""
 
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
+from torch.utils.checkpoint import checkpoint
 
 from sfa_peft import (
     EmptySelectionWarning,
@@ -162,6 +164,15 @@ def test_a_model_with_a_selector_is_refused():
     SFASelector(model, total_steps=STEPS)
     with pytest.raises(SelectionError, match="SFASelector makes its selection already"):
         adalora_loop(model)
+
+
+def test_what_a_selector_refuses_is_refused_before_the_first_forward():
+    model = make()
+    inner = model.get_base_model()
+    inner.gradient_checkpointing = True
+    inner._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=True)
+    with pytest.raises(SelectionError, match="of the reentrant kind"):
+        loss_of(model, 0)
 
 
 def test_a_selector_made_after_a_first_forward_takes_over():

@@ -24,6 +24,6 @@ def test_every_model_has_a_row(
     script.main(["--layers", "3", "--rounds", "1", "--output", str(output)])
 
     rows = json.loads(output.read_text())["rows"]
-    assert [row["model"] for row in rows] == list(script.make_models(2))
-    assert all(row["training"] > 0 and row["eval"] > 0 for row in rows)
-    assert capsys.readouterr().out.count("\n") == len(rows) + 1
+    assert [row["method"] for row in rows] == list(script.make_jobs(2))
+    assert all(row[part] > 0 for row in rows for part in script.PARTS)
+    assert capsys.readouterr().out.count("\n") == len(rows) + 2

@@ -2,8 +2,6 @@
 """Each command as it is typed, in this process, and once in one of its own."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from sfa_peft import SFAConfig
 from sfa_peft.cli import commands, main
 from sfa_peft.dense import predict
 from sfa_peft.tasks import ExportReport, diff, inspect, overlaps, plan_training
+from tests.processes import run_code
 from tests.task_folder import describe, plain_model, save_backbone, save_task
 
 
@@ -214,8 +213,7 @@ def test_the_overview_is_shown_for_no_command(run):
 
 def test_as_a_program_of_its_own(root):
     code = "import sys; from sfa_peft.cli import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "inspect", str(root / "a"), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_code(code, "inspect", root / "a", "--json")
     assert json.loads(done.stdout)["source"] == str(root / "a")
     script = 'sfa-peft = "sfa_peft.cli:main"'
     assert script in (Path(__file__).parents[2] / "pyproject.toml").read_text()

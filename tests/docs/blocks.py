@@ -18,7 +18,12 @@ PRELUDES = Path(__file__).parent / "preludes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if "_build" not in page.parts]
 #: What a block is about that needs a package which the checks do not install: it is compiled only.
-OPTIONAL = {"lightning.pytorch": "lightning", "timm.": "timm", "RCNN": "torchvision"}
+OPTIONAL = {
+    "lightning.pytorch": "lightning",
+    "timm.": "timm",
+    "smp.": "segmentation_models_pytorch",
+    "RCNN": "torchvision",
+}
 
 
 class Block(NamedTuple):

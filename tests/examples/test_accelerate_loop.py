@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,13 +12,13 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import Swinv2ForImageClassification
 
 from sfa_peft.dense import TaskSpec
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import free_port, run_ranks, start
 from tests.tiny import swinv2_config
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "accelerate_loop.py"
@@ -96,17 +94,12 @@ def test_a_run_leaves_checkpoints_and_an_adapter_that_loads(folder):
 
 def test_a_killed_run_that_is_taken_up_ends_with_the_same_bits(folder):
     out = folder / "killed"
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), *options(folder, out)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = start(run, folder, out)
     until = time.monotonic() + 120
-    while not (out / "step_2").is_dir() and process.poll() is None and time.monotonic() < until:
+    while not (out / "step_2").is_dir() and process.is_alive() and time.monotonic() < until:
         time.sleep(0.01)
     process.kill()
-    process.wait()
+    process.join()
     assert (out / "step_2").is_dir()
     run(folder, out, "--resume_from_checkpoint", str(out / "step_2"))
     assert adapter(out) == adapter(folder / "straight")
@@ -116,7 +109,6 @@ def test_a_killed_run_that_is_taken_up_ends_with_the_same_bits(folder):
 
 
 def _worker(rank: int, folder: Path, ports: list[int]) -> None:
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}  # as the launcher
     resume = ["--resume_from_checkpoint", str(folder / "two" / "step_2")]
@@ -128,20 +120,8 @@ def _worker(rank: int, folder: Path, ports: list[int]) -> None:
         torch.save((trained | {"slots": slots}, scores), folder / f"{name}-{rank}.pt")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_train_one_adapter_and_count_each_image_once(folder):
-    context = mp.spawn(_worker, (folder, [_free_port(), _free_port()]), WORLD, join=False)
-    until = time.monotonic() + 600  # a process that hangs at its end would never be joined
-    while not context.join(timeout=5):
-        if time.monotonic() > until:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the processes did not end")
+    run_ranks(_worker, folder, [free_port(), free_port()])
     names = [f"{name}-{rank}.pt" for name in ("two", "resumed") for rank in range(WORLD)]
     (first, scores), *others = [torch.load(folder / name) for name in names]
     for tensors, same_scores in others:

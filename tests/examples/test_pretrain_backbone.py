@@ -4,10 +4,8 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import signal
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -30,6 +28,7 @@ from tests.class_images import (
     make_npz,
     make_parquet,
 )
+from tests.processes import run_code
 from tests.tiny import STAGES
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_backbone.py"
@@ -84,9 +83,8 @@ pretrain_backbone.update = counted
 pretrain_backbone.main()
 """
     killed = tmp_path / "killed"
-    command = [sys.executable, "-c", code, *map(str, options), "--output_dir", str(killed)]
-    child = subprocess.run(command, capture_output=True, check=False, env=os.environ)
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    child = run_code(code, *options, "--output_dir", killed)
+    assert child.returncode == -signal.SIGKILL, child.stderr
     assert [p.name for p in killed.iterdir()] == ["checkpoint.pt"]
     capsys.readouterr()
     run(monkeypatch, *options, "--output_dir", killed, "--resume_from_checkpoint")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import multiprocessing as mp
 
 from sfa_peft.errors import SFAError
 from tests.class_images import make_npz
+from tests.processes import free_port, run_ranks, run_script_on_ranks
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "pretrain_backbone.py"
 
 
 def launch(*options: Any) -> str:
     """Run the script on two processes; return what it prints, errors included."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     fixed = ["--device", "cpu", "--threads", "1", "--bf16", "false", "--drop_path", "0.2"]
-    done = subprocess.run(
-        [*launcher, str(SCRIPT), *map(str, options), *fixed],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    return "".join(
+        done.stdout + done.stderr for done in run_script_on_ranks(SCRIPT, *options, *fixed)
     )
-    return done.stdout + done.stderr
 
 
 def test_two_processes_write_once_and_go_on_with_the_same_bits(
@@ -67,7 +59,6 @@ def _worker(rank: int, port: int, folder: str) -> None:
     sys.path.insert(0, str(SCRIPT.parent))
     from pretrain_processes import Processes
 
-    torch.set_num_threads(1)
     processes = Processes("cpu", 6)
     torch.manual_seed(0)
     model, images = torch.nn.Linear(5, 3), torch.randn(6, 5)
@@ -80,9 +71,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_the_gradient_is_that_of_the_whole_batch(tmp_path: Path) -> None:
-    from torch.distributed.elastic.utils.distributed import get_free_port
-
-    mp.spawn(_worker, (get_free_port(), str(tmp_path)), nprocs=2)
+    run_ranks(_worker, free_port(), str(tmp_path))
 
     torch.manual_seed(0)
     model, images = torch.nn.Linear(5, 3), torch.randn(6, 5)

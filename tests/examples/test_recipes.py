@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from sfa_peft import find_backbone, role_modules
-from sfa_peft.budget import solve_budget
+from sfa_peft.budget import External, solve_budget
 from tests.examples.common.peers.kit import paper_config
 from tests.tiny import swinv2_config, upernet
 
@@ -250,9 +250,8 @@ def test_the_widths_of_the_paper_leave_their_share_to_selected_weights(
         budget=budget,
         rho=None,
         adapter_dim=width,
-        bias=True,
         total=86_891_768,
-        outputs=outputs,
+        external=External(outputs),
         eligible=83_755_008,
     )
 

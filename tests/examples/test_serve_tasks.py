@@ -11,7 +11,6 @@ import io
 import json
 import re
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from fastapi.testclient import TestClient
 
 from sfa_peft.dense import CLASS_NAMES, predict
 from sfa_peft.errors import SFAError
+from tests.processes import run_code
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 LIMIT = 200_000
@@ -414,12 +414,6 @@ print((status("VmHWM") - before) // 1024)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_many_large_uploads_at_once_take_little_memory():
-    done = subprocess.run(
-        [sys.executable, "-c", UPLOADS],
-        cwd=EXAMPLES.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_code(UPLOADS, cwd=EXAMPLES.parent)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) < 350  # MB; each picture alone has 100 MB

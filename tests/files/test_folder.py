@@ -2,8 +2,6 @@
 import json
 import os
 import platform
-import subprocess
-import sys
 import time
 
 import pytest
@@ -24,6 +22,7 @@ from sfa_peft.files.folder import (
     write_tensors,
 )
 from tests.files.golden import LISTED, PACKED
+from tests.processes import run_code
 
 
 def test_a_whole_file_and_a_folder_without_one_pass(tmp_path):
@@ -143,7 +142,7 @@ with replacing(sys.argv[1]) as partial:
 
 def test_the_next_write_sweeps_what_killed_ones_left_and_nothing_else(tmp_path):
     path = tmp_path / "file"
-    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False)
+    run_code(KILLED, path)
     (left,) = tmp_path.iterdir()
     assert left.is_file()
     alive = tmp_path / f".file.{platform.node()}.{os.getppid()}.sfa-partial"

@@ -16,7 +16,7 @@ import networkx
 #: So many equal lines in a row count as written twice.
 RUN = 4
 #: Folders of tests that do not stand for one of the package.
-SUITES = {"behaviour", "benchmarks", "conformance", "docs", "e2e", "examples", "house", "pretended"}
+SUITES = {"behaviour", "benchmarks", "conformance", "e2e", "examples", "house", "pretended", "docs"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _DOCUMENTED = (ast.Module, ast.ClassDef, *_FUNCTIONS)
 _PATH = re.compile(r"`((?:[\w-]+/)+[\w-]+\.py)`")

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-import os
 import random
-import subprocess
-import sys
 import zipfile
 import zlib
 from contextlib import suppress
@@ -18,6 +15,7 @@ from sfa_peft.training.state_files import (
     read_state,
     write_state,
 )
+from tests.processes import run_code
 from tests.tiny import MLP
 from tests.training.trainer_runs import make_trainer
 
@@ -222,9 +220,8 @@ state_files.write_state({}, pathlib.Path(sys.argv[1]), 4)
 
 def killed(program, folder):
     folder.mkdir(exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", program, folder], env=environment, check=False)
-    assert run.returncode < 0
+    run = run_code(program, folder)
+    assert run.returncode < 0, run.stderr
 
 
 def test_a_checkpoint_in_which_a_save_was_killed_is_still_resumed(tmp_path):

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trainer runs in processes of their own, so that they can be killed.
-
-`python -m tests.training.trainer_runs FOLDER` imports once and forks a child for each run.
-"""
+"""Trainer runs in processes of their own, so that they can be killed."""
 
 import json
 import os
@@ -11,7 +8,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import torch
 from peft import get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -120,8 +116,12 @@ def in_child(*args, **kwargs) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def main(folder: Path, cases: list[dict]) -> None:
-    """Do every case of a list: an uninterrupted run, a killed one, and the killed one resumed."""
+def run_cases(folder: Path, cases: list[dict]) -> None:
+    """Do every case of a list: an uninterrupted run, a killed one, and the killed one resumed.
+
+    Each run is in a child forked from this process, which must not have started threads.
+    """
+    warnings.simplefilter("ignore")
     for number, case in enumerate(cases):
         options, changes = case.get("options"), case.get("changes", {})
         straight = folder / f"straight-{json.dumps(options)}"
@@ -133,9 +133,3 @@ def main(folder: Path, cases: list[dict]) -> None:
         codes.append(in_child(out, options, resume=True, **changes))
         (folder / f"{number}.json").write_text(json.dumps({"codes": codes}))
         (folder / f"{number}.straight").symlink_to(straight)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # before any operation: a forked process must not inherit threads
-    warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))

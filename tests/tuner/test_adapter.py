@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ from transformers import AutoModelForSemanticSegmentation
 
 from sfa_peft import AdapterFileError, SFAConfig, SFASelector, SFAWarning
 from sfa_peft.tuner.adapted_layers import find_pool
+from tests.processes import run_code
 from tests.tiny import MLP, images, upernet
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,9 +65,7 @@ got = model(images(seed=9)["pixel_values"]).logits
 assert torch.equal(got, load_file({str(folder / "expected.safetensors")!r})["logits"])
 print("same bits")
 """
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = run_code(script)
     assert "same bits" in run.stdout, run.stderr
 
 
@@ -174,9 +172,7 @@ def test_a_damaged_selection_is_named_and_nothing_is_loaded(folder, change, mess
 
 def test_loading_without_the_import_fails_and_the_card_says_what_to_do(folder):
     script = f"from peft import PeftConfig; PeftConfig.from_pretrained({str(folder)!r})"
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = run_code(script)
     assert "KeyError: 'SFA'" in run.stderr
     assert "import sfa_peft" in (folder / "README.md").read_text()
 

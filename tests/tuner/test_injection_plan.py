@@ -1,6 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -9,6 +7,7 @@ from torch import nn
 from transformers import Swinv2ForImageClassification
 
 from sfa_peft import BudgetError, SFAConfig, SFALayer, SFAWarning, TargetError, budget_report
+from tests.processes import run_code
 from tests.tiny import MLP, swinv2_config, upernet
 
 HEAD = {"modules_to_save": ["decode_head"]}
@@ -209,7 +208,5 @@ def test_the_type_is_a_true_member_of_pefts_enum():
         "assert m is PeftType.SFA and m.value == m.name == 'SFA' and m in list(PeftType);"
         "assert pickle.loads(pickle.dumps(m)) is m; print('ok')"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
+    run = run_code(script)
     assert "ok" in run.stdout, run.stderr

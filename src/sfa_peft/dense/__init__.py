@@ -38,7 +38,11 @@ from sfa_peft.dense.data.transforms import (
 )
 from sfa_peft.dense.heads.deconv_depth import DeconvDepthConfig, DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import MapNorm, NormedFeatures
-from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
+from sfa_peft.dense.heads.mask2former import (
+    ClassMaps,
+    EomtForSemanticSegmentation,
+    Mask2FormerForSemanticSegmentation,
+)
 from sfa_peft.dense.heads.rcnn import RCNNConfig, RCNNForObjectDetection
 from sfa_peft.dense.inference import DenseMaps, dense_maps, predict_maps, sliding_window_maps
 from sfa_peft.dense.inference_augmented import multi_scale_probabilities, predict_depth
@@ -74,6 +78,7 @@ __all__ = [
     "IMAGENET_STD",
     "MAX_DEPTH",
     "THING_NAMES",
+    "ClassMaps",
     "CocoMetrics",
     "DeconvDepthConfig",
     "DeconvForDepthEstimation",
@@ -82,6 +87,7 @@ __all__ = [
     "DepthEvalTransform",
     "DepthMetrics",
     "DepthTrainTransform",
+    "EomtForSemanticSegmentation",
     "EvalTransform",
     "MapNorm",
     "Mask2FormerForSemanticSegmentation",

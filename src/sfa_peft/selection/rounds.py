@@ -129,6 +129,13 @@ class Rounds:
                 "Select 'weight' or 'row', 'global' or by 'layer', or train with "
                 "DistributedDataParallel."
             )
+        if self.is_cut and not score.elementwise:
+            raise SelectionError(
+                f"score={score.name!r}: under fully_shard (FSDP2) the function sees this process's "
+                "part of each weight. If it needs no more, say so: "
+                f"register_score({score.name!r}, function, elementwise=True). Else train with "
+                "DistributedDataParallel."
+            )
         if score.dense:
             self.candidates = Candidates(self.pool, list(self.accumulators.values()))
         self._attach()

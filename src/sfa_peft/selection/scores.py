@@ -28,6 +28,7 @@ class Score:
         times_weight: Whether the state is multiplied by the weight before it is ranked.
         trained: Whether it needs training steps; otherwise all is selected by `get_peft_model`.
         dense: Whether every candidate trains inside the round; its change is the state.
+        elementwise: Whether each entry of the state depends on the same entry of all else.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Score:
     times_weight: bool = False
     trained: bool = True
     dense: bool = False
+    elementwise: bool = True
 
 
 def _sum(_weight: Tensor, gradient: Tensor, state: Tensor) -> Tensor:
@@ -92,7 +94,7 @@ _SCORES = {
 }
 
 
-def register_score(name: str, function: ScoreFunction) -> None:
+def register_score(name: str, function: ScoreFunction, *, elementwise: bool = False) -> None:
     """Let `SFAConfig(score=name)` rank weights by a function of yours.
 
     After every update step it is called for each weight tensor that may be selected, with the
@@ -107,6 +109,10 @@ def register_score(name: str, function: ScoreFunction) -> None:
     Args:
         name: A new name, or that of a function registered before, which is replaced.
         function: (weight, gradient, state) -> state.
+        elementwise: Whether each entry of what it returns depends on the same entry of weight,
+            gradient and state alone. Under FSDP2 it sees one process's part of a weight, and one
+            that looks at whole weights (say, at their norm) would be wrong without a word: there
+            this must be True.
 
     Raises:
         ConfigError: If the name is taken by a score of this library or is not a word.
@@ -120,7 +126,7 @@ def register_score(name: str, function: ScoreFunction) -> None:
     known = _SCORES.get(name)
     if known is not None and known.use:
         raise ConfigError(f"register_score: {name!r} is a score of sfa_peft; take another name.")
-    _SCORES[name] = Score(name, "", function)
+    _SCORES[name] = Score(name, "", function, elementwise=elementwise)
 
 
 def find_score(name: str) -> Score:

@@ -176,6 +176,16 @@ class Tapped(NamedTuple):
 
     taps: list[Tap]
     stand_ins: list[Tensor]
+    alias: Tensor | None = None  # of the weight, wired already
+
+    def with_alias_of(self, weight: Tensor) -> Tapped:
+        """Return the same, wired to a weight for as many forwards as wanted."""
+        if not self.taps or all(tap.support is not None for tap in self.taps):
+            return self
+        if any(part.dtype != weight.dtype for part in self.stand_ins):
+            return self  # autograd would add what several uses hand back in the weight's dtype
+        with torch.enable_grad():
+            return self._replace(alias=LiveWeight.apply(weight, self.taps, *self.stand_ins))
 
     def dense(self) -> Tapped:
         """Return the same for a backward that computes the whole gradient."""
@@ -194,7 +204,8 @@ class LiveWeight(torch.autograd.Function):
         """Return an alias of the weight that depends on the slices."""
         ctx.taps = taps
         ctx.kinds = [(s.device, s.dtype) for s in slices]
-        return weight.view_as(weight)
+        # No view for autograd, which would have to be made anew after each write.
+        return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
@@ -261,6 +272,8 @@ def call_tapped(
 
 
 def _live(weight: Tensor, tapped: Tapped) -> Tensor:
+    if tapped.alias is not None and not torch.compiler.is_compiling():
+        return tapped.alias
     return LiveWeight.apply(weight, tapped.taps, *tapped.stand_ins)
 
 
@@ -275,7 +288,7 @@ def _is_plain_linear(layer: nn.Module) -> bool:
 def _linear(x: Tensor, parameters: dict[str, Any], tapped: dict[str, Tapped]) -> Tensor:
     """Return what a plain linear layer does."""
     weight, bias = parameters["weight"], parameters["bias"]
-    taps, stand_ins = tapped.get("weight", ([], []))
+    taps, stand_ins, _ = tapped.get("weight", Tapped([], []))
     is_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if len(taps) == 1 and taps[0].support is not None and len(tapped) == 1 and not is_trained:
         return _sparse_linear(x, weight, bias, taps[0].support, stand_ins[0])

@@ -22,6 +22,7 @@ from .gradient import Cut
 from .shards import Joined, Ranks, Shard, local, whole
 from .slices import PoolSlice
 from .stores import Store
+from .training_pass import TrainingPass
 from .weight import Weight, version
 from .write_lock import asked_once
 
@@ -57,6 +58,7 @@ class Pool:
         self.lr_ratio, self.decay_weight = lr_ratio, decay_weight
         self.weights: list[Weight] = []
         self.slices: list[PoolSlice] = []  # what each weight has of it
+        self.training_pass = TrainingPass(self)
         self.names: list[str] = []
         self.starts: list[int] = [0]
         self._layout: tuple[Tensor, int, list[Spans]] | None = None
@@ -418,9 +420,7 @@ class Pool:
 
     def withdraw(self) -> None:
         """Put the pretrained entries back into the weights, but for merged layers."""
-        for weight in self.weights:
-            if not weight.owner.merged:
-                weight.withdraw()
+        self.training_pass.end()
 
 
 _POOLS: weakref.WeakSet[Pool] = weakref.WeakSet()

@@ -9,7 +9,8 @@ into it, and scores are kept for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,13 @@ def whole(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     with torch.no_grad():
-        return tensor.full_tensor()
+        part, mesh = tensor.to_local(), tensor.device_mesh
+        if part.device.type == mesh.device_type:
+            return tensor.full_tensor()
+        # Offloaded. Ranks talk where the mesh is, and `from_local` moves the part there.
+        options = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+        there = DTensor.from_local(part, mesh, tensor.placements, **options)
+        return there.full_tensor().to(part.device)
 
 
 class Shard:
@@ -87,7 +94,11 @@ class Shard:
             tensor.detach().copy_(whole(self.tensor))
 
     def like(self, part: Tensor) -> DTensor:
-        """Return a part as one of a tensor of the whole one's shape."""
+        """Return a part as one of a tensor of the whole one's shape, where the part is."""
+        if part.device.type != self.mesh.device_type:  # offloaded: `from_local` would move it
+            spec = cast(Any, self.tensor)._spec
+            meta = spec.tensor_meta._replace(dtype=part.dtype)
+            return cast(Any, DTensor)(part, replace(spec, tensor_meta=meta), requires_grad=False)
         shape, stride = self.tensor.shape, self.tensor.stride()
         return DTensor.from_local(
             part, self.mesh, [Cut(0)], run_check=False, shape=shape, stride=stride

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .delta import Slice, adapt
+from .delta import Slice, Spans, adapt
 from .entries import Entries
 from .gradient import Observer, Support, Tap, Tapped, eager, find_support
 from .pairs import PAIRS
@@ -70,7 +70,7 @@ class Weight:
         self.observers: dict[str, Observer] = {}  # get the dense gradient (scores)
         self.live: tuple[str, ...] = ()  # adapters on the stack now
         self.in_graph = False  # a backward that needs the weight as it is may still come
-        self.prepared: Tapped | None = None  # for a compiled forward
+        self.prepared: Tapped | None = None  # for a forward of the whole model
         self.shard: Shard | None = None  # this rank's part, where the weight is cut over ranks
         self.touched = True  # others may have written it since `is_untouched`
         self._entries: dict[str, Entries] = {}  # in slot order, for training
@@ -79,6 +79,7 @@ class Weight:
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
         self._stamp: tuple[Any, ...] | None = None
         self._tensor_stamp: tuple[Any, ...] | None = None
+        self._wired: tuple[Any, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no selector; a selector that is copied with it attaches itself.
@@ -130,17 +131,17 @@ class Weight:
         stack, weight = self._stack_of(names), self.held
         with writable(weight):
             stamps = self._stamps(stack)
-            if self._stamp == (stack, _stamp(weight), stamps):
+            if self._stamp == (stack, stamp_of(weight), stamps):
                 return  # another thread was faster
             before = self._written
             if not self._write_pair(stack, stamps, weight):
                 self._withdraw(weight)
-                if self._tensor_stamp != _stamp(weight):
+                if self._tensor_stamp != stamp_of(weight):
                     self.forget()  # somebody replaced or changed the weight
                 self._write_all(stack, stamps, weight, keep=keep)
                 PAIRS.note(before, self._written, weight)
             self.live = tuple([name for name, whole in stack if not whole])
-            self._tensor_stamp = _stamp(weight)
+            self._tensor_stamp = stamp_of(weight)
             self._stamp = stack, self._tensor_stamp, stamps
             if self.shard is not None:
                 self.shard.show(self.tensor)
@@ -151,7 +152,7 @@ class Weight:
             return False
         stack = self._stack_of(names)
         try:
-            return self._stamp == (stack, _stamp(self.held), self._stamps(stack))
+            return self._stamp == (stack, stamp_of(self.held), self._stamps(stack))
         except RuntimeError:  # stand-ins of a recording or transform have no address
             return False
 
@@ -187,11 +188,11 @@ class Weight:
                 self.shard.show(self.tensor)
 
     def _withdraw(self, weight: Tensor) -> None:
-        self.touched = self.touched or self._tensor_stamp != _stamp(weight)
+        self.touched = self.touched or self._tensor_stamp != stamp_of(weight)
         if self.live:
             self._restore(weight)
             self.live, self._written, self._pretrained = (), [], None
-            self._tensor_stamp = _stamp(weight)
+            self._tensor_stamp = stamp_of(weight)
         self.in_graph = False
 
     def forget(self) -> None:
@@ -241,7 +242,7 @@ class Weight:
 
     def is_untouched(self) -> bool:
         """Whether nobody else can have written the weight since this was asked."""
-        touched = self.touched or self._tensor_stamp != _stamp(self.held)
+        touched = self.touched or self._tensor_stamp != stamp_of(self.held)
         self.touched = False
         return not touched
 
@@ -251,7 +252,7 @@ class Weight:
         with writable(self.tensor):
             self.tensor.copy_(base)
         self.forget()
-        self._tensor_stamp = _stamp(self.tensor)
+        self._tensor_stamp = stamp_of(self.tensor)
 
     # --- what it holds -------------------------------------------------------------------------
 
@@ -298,6 +299,57 @@ class Weight:
         found = (table.get(name) for table in (self._entries, self._finished))
         tensors = [(e.indices, e.undo, e.adapted) for e in found if e is not None]
         return [tensor for parts in tensors for tensor in parts if tensor is not None]
+
+    # --- training, all weights of a pool at once (see `training_pass`) ---------------------------
+
+    def entries_at(self, name: str, spans: Spans) -> Entries | None:
+        """Return an adapter's entries, None if they were not made yet for these slots."""
+        known = None if name in self._finished else self._entries.get(name)
+        return known if known is not None and known.spans is spans else None
+
+    def is_free_for(self, name: str, entries: Entries | None, now: tuple[Any, ...]) -> bool:
+        """Whether nothing but an adapter's own entries is on the originals, for all one knows."""
+        return (
+            self._tensor_stamp == now
+            and self._pretrained is None
+            and (not self.live or self.live == (name,))
+            and (entries is None or self._entries.get(name) is entries)
+        )
+
+    def has_stamp(self, *stamp: Any) -> bool:
+        """Whether it holds what changes with this stamp have it hold (see `is_current`)."""
+        return self._stamp == stamp
+
+    def rewrite(
+        self,
+        stack: tuple[tuple[str, bool], ...],
+        entries: Entries | None,
+        places: Tensor,
+        written: Tensor,
+        stamps: tuple[Any, ...],
+    ) -> None:
+        """Write an adapter's entries, wherever their latest ones still are."""
+        put(self.tensor, places, written)
+        self.live = (stack[0][0],)
+        self._written, self.in_graph = [] if entries is None else [entries], False
+        self._tensor_stamp = stamp_of(self.tensor)
+        self._stamp = stack, self._tensor_stamp, stamps
+
+    def put_back(self, places: Tensor, undo: Tensor) -> None:
+        """Put the originals of the only adapter back."""
+        put(self.tensor, places, undo)
+        self.live, self._written, self._stamp, self.in_graph = (), [], None, False
+        self._tensor_stamp = stamp_of(self.tensor)
+
+    def wire(self, name: str, stand_in: Tensor) -> None:
+        """Prepare for a forward what the only adapter wants; the same as long as it can be."""
+        tensor, entries = self.tensor, self._entries.get(name)
+        place = id(tensor), tensor.data_ptr(), tensor.requires_grad
+        key = (place, id(stand_in), id(entries), id(self.observers.get(name)))
+        self.in_graph = True
+        if self.prepared is None or self._wired != key:
+            # What the ids are of is kept alive by what is prepared.
+            self._wired, self.prepared = key, self.taps().with_alias_of(tensor)
 
     # --- gradient ------------------------------------------------------------------------------
 
@@ -356,7 +408,7 @@ class Weight:
 
         Not where somebody else wrote the weight.
         """
-        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != _stamp(weight):
+        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != stamp_of(weight):
             return False
         after = self._finished.get(stack[0][0])
         if after is None or after.stamp != stamps or stack[0][1]:
@@ -440,7 +492,8 @@ class Weight:
         return Entries(indices, undo[order], stamp=stamps, adapted=adapted[order])
 
 
-def _stamp(weight: Tensor) -> tuple[Any, ...]:
+def stamp_of(weight: Tensor) -> tuple[Any, ...]:
+    """Return what changes when a weight is replaced or written."""
     return id(weight), weight.dtype, weight.device, version(weight)
 
 

@@ -75,6 +75,17 @@ def writable(weight: Tensor) -> AbstractContextManager[Any]:
     return context
 
 
+def is_exporting() -> bool:
+    """Whether torch.export records a forward; torch.compile does not."""
+    # Up to torch 2.12 a graph of torch.compile holds True for the function of this name.
+    return getattr(torch.compiler, "_is_exporting_flag", False)
+
+
+def is_recorded() -> bool:
+    """Whether torch.export or torch.jit.trace records a forward."""
+    return is_exporting() or torch.jit.is_tracing()  # pyright: ignore
+
+
 def is_stand_in(tensor: Tensor) -> bool:
     """Whether a tensor stands for the real one in a recording or a transform of a function.
 

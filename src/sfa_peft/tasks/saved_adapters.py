@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones import stage_of
+from ..blocks import stage_of
 from ..files.adapter_config import Resolved, read_resolved
 from ..files.folder import selection_of
 from ..files.packing import PackedSelection

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from os import PathLike
 from typing import Any
@@ -15,10 +15,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..backbones import describe_model, find_backbone, role_modules
+from ..backbones import Backbone, describe_model, find_backbone, role_modules
+from ..blocks import join
 from ..config import SFAConfig
 from ..errors import SFAError
 from ..tuner.base_model_config import OUTPUTS, config_fields
+from ..tuner.feature_map import forget_unused
 from ..tuner.layer import SFALayer
 
 
@@ -83,12 +85,14 @@ def share(shared: nn.Module, model: nn.Module, *, check_weights: bool) -> dict[s
             f"task model: its backbone `{where}` has another config than the bank's: "
             f"{'; '.join(structural)}. Build it from the same checkpoint and options."
         )
-    if where and not differences and type(own) is type(shared):
+    if where and not differences and not found.heads and type(own) is type(shared):
         pairs = {where: (own, shared)}
     else:
-        pairs = _match_parts(shared, own, where)
+        pairs = _match_parts(shared, found)
+        _check_tensors(where, _own_tensors(own), _own_tensors(shared), values=check_weights)
     for path, (old, new) in pairs.items():
-        _check_tensors(path, old, new, values=check_weights)
+        expected = dict(_plain_tensors(new))
+        _check_tensors(path, dict(_plain_tensors(old)), expected, values=check_weights)
     for path, (_, new) in pairs.items():
         model.set_submodule(path, new)
     return {path: old for path, (old, _) in pairs.items()}
@@ -160,6 +164,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
                 setattr(parent, child_name, child.unload())
             elif isinstance(child, ModulesToSaveWrapper):
                 setattr(parent, child_name, child.original_module)
+    forget_unused(model)
     model.__dict__.pop("peft_config", None)
 
 
@@ -190,15 +195,14 @@ def _compare_configs(shared: nn.Module, own: nn.Module) -> list[str]:
     ]
 
 
-def _match_parts(
-    shared: nn.Module, own: nn.Module, where: str
-) -> dict[str, tuple[nn.Module, nn.Module]]:
+def _match_parts(shared: nn.Module, found: Backbone) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Return (own, shared) by path of the parts that have equal names and classes."""
+    own, where = found.module, found.name
     theirs = dict(shared.named_children())
     matched = {
         name: (module, theirs[name])
         for name, module in own.named_children()
-        if type(module) is type(theirs.get(name))
+        if type(module) is type(theirs.get(name)) and found.holds(join(where, name))
     }
     backbone = find_backbone(own)
     blocks = [r.name for r in role_modules(backbone)] if backbone else []
@@ -209,29 +213,34 @@ def _match_parts(
             f"{type(shared).__name__}, and they do not hold their blocks under the same names"
             f"{f' (`{left[0]}`)' if left else ''}. Build the task model around `bank.backbone`."
         )
-    return {f"{where}.{name}" if where else name: pair for name, pair in matched.items()}
+    return {join(where, name): pair for name, pair in matched.items()}
 
 
-def _check_tensors(path: str, own: nn.Module, shared: nn.Module, *, values: bool) -> None:
-    expected = dict(_plain_tensors(shared))
-    found = dict(_plain_tensors(own))
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return what is in no part of a module, such as the position embeddings of a timm model."""
+    return {name: tensor for name, tensor in _plain_tensors(module) if "." not in name}
+
+
+def _check_tensors(
+    path: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, values: bool
+) -> None:
     for name in sorted(expected.keys() ^ found.keys()):
         where = "the bank's has it" if name in expected else "the bank's has not"
         raise SFAError(
-            f"task model: its backbone differs from the bank's in `{path}.{name}`: {where}. Build "
-            "it from the same checkpoint and options."
+            f"task model: its backbone differs from the bank's in `{join(path, name)}`: {where}. "
+            "Build it from the same checkpoint and options."
         )
     for name, tensor in found.items():
-        other = expected[name]
+        full, other = join(path, name), expected[name]
         if tensor.shape != other.shape or tensor.dtype != other.dtype:
             raise SFAError(
-                f"task model: `{path}.{name}` is {list(tensor.shape)} {tensor.dtype}, the bank's "
+                f"task model: `{full}` is {list(tensor.shape)} {tensor.dtype}, the bank's "
                 f"{list(other.shape)} {other.dtype}. Build it from the same checkpoint, in the "
                 "same dtype."
             )
         if values and (tensor.is_meta or not torch.equal(tensor.to(other.device), other)):
             raise SFAError(
-                f"task model: `{path}.{name}` holds other values than the bank's, and an adapter "
+                f"task model: `{full}` holds other values than the bank's, and an adapter "
                 "fits only the weights it was trained on. Build the task model from the same "
                 "checkpoint, or pass check_weights=False if it is built without pretrained weights."
             )

@@ -16,7 +16,7 @@ from ..selection.rules import SelectionRules, check_resumed
 from ..selection.schedule import Schedule, make_schedule, share_by_rates
 from ..selection.scores import find_score
 from ..sparse.pool import Pool
-from ..tuner.adapted_layers import find_adapter
+from ..tuner.adapted_layers import find_adapter, refuse_reentrant_checkpointing
 from ..tuner.adapter import Adapter
 from ..tuner.layer import SFALayer
 from ..tuner.report import stage_shares
@@ -64,7 +64,7 @@ class SFASelector:
         can_skip: bool = False,
         lr_scheduler: Any = None,
     ) -> None:
-        _refuse_reentrant_checkpointing(model)
+        refuse_reentrant_checkpointing(model)
         self._model, self._scaler, self._can_skip = model, scaler, can_skip
         self._checked = False
         inner = model if hasattr(model, "peft_config") else getattr(model, "module", model)
@@ -212,7 +212,7 @@ class SFASelector:
 
     def _check_first_step(self, optimizer: Any) -> None:
         """Look at what may have been set up after the selector was made, until a step counts."""
-        _refuse_reentrant_checkpointing(self._model)
+        refuse_reentrant_checkpointing(self._model)
         inner = getattr(optimizer, "optimizer", optimizer)
         scale = getattr(inner, "loss_scale", 1)  # DeepSpeed's optimizers have it
         if self._scaler is None and isinstance(scale, (int, float)) and scale != 1:
@@ -380,23 +380,3 @@ def _find_adapter(model: nn.Module, adapter_name: str) -> Adapter:
             "get_peft_model(model, SFAConfig(...))."
         )
     return adapter
-
-
-def _refuse_reentrant_checkpointing(model: nn.Module) -> None:
-    """Refuse reentrant gradient checkpointing, under which adapters get no gradient.
-
-    Raises:
-        SelectionError: If a module of the model (as transformers sets them up) uses it.
-    """
-    for name, module in model.named_modules():
-        function = getattr(module, "_gradient_checkpointing_func", None)
-        keywords = getattr(function, "keywords", None)
-        if not getattr(module, "gradient_checkpointing", False) or keywords is None:
-            continue
-        if keywords.get("use_reentrant", True):
-            raise SelectionError(
-                f"`{name}`: gradient checkpointing is of the reentrant kind, under which selected "
-                "weights and adapters get no gradient. Use "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, in TrainingArguments or '
-                "in model.gradient_checkpointing_enable()."
-            )

@@ -11,7 +11,9 @@ it prepared.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,10 +22,11 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..errors import SFAError
+from ..errors import SelectionError, SFAError
 from ..selection.pick import is_unfinished
 from ..sparse.gradient import TAGS, Tapped
 from ..sparse.pool import Pool
+from ..sparse.write_lock import is_exporting, is_recorded
 from .adapter import Adapter
 from .layer import SFALayer
 from .weight_storage import refuse_offloaded, take_shards
@@ -53,6 +56,7 @@ class CompiledPass:
         self.adapters: list[Adapter] = []
         self.layers: list[SFALayer] = []
         self.stand_ins: list[Any] = []  # of each adapter's pool, when it was settled
+        self.thread = 0  # the one whose forward is open
         self.known: Any = None  # weakly, tensor of the first weight when shards were looked for
         self._register()
 
@@ -70,7 +74,7 @@ class CompiledPass:
     def settle(self) -> None:
         """Find out, before layers prepare, whether later forwards can use it too."""
         trained = _trained(self)
-        self.is_settled = bool(trained) and not any(_selects(adapter) for adapter in trained)
+        self.is_settled = len(trained) > 0 and not any(_selects(adapter) for adapter in trained)
         self.stand_ins = [a.pool.stand_ins() for a in trained] if self.is_settled else []
 
     def bring(self, *, steps: bool, tapped: bool) -> None:
@@ -203,7 +207,7 @@ def install(model: nn.Module) -> None:
     if not hasattr(model, _ATTRIBUTE):
         setattr(model, _ATTRIBUTE, CompiledPass(model))
         model.register_forward_pre_hook(_before_forward, with_kwargs=True)
-        model.register_forward_hook(_after_forward)
+        model.register_forward_hook(_after_forward, always_call=True)
     found = getattr(model, _ATTRIBUTE)
     layers = [m for m in model.modules() if isinstance(m, SFALayer)]
     stores = {id(a.store): a for layer in layers for a in layer.adapters.values() if a.store}
@@ -225,10 +229,13 @@ def remove(model: nn.Module) -> None:
 
 
 def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore
+    if is_recorded():
         return None
     if not torch.compiler.is_compiling():
-        _look(model, steps=model.training and torch.is_grad_enabled())
+        steps = model.training and torch.is_grad_enabled()
+        _look(model, steps=steps)
+        if steps:
+            _begin_pass(getattr(model, _ATTRIBUTE))
         return None
     found = getattr(model, _ATTRIBUTE)
     if not found.layers:
@@ -238,7 +245,7 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
         _prepare(model)
         return None
     found.is_traced = True
-    found.is_tapped = torch.is_grad_enabled() and bool(_trained(found))
+    found.is_tapped = torch.is_grad_enabled() and len(_trained(found)) > 0
     steps = model.training and torch.is_grad_enabled()
 
     def arrived(x: Any) -> Any:
@@ -246,6 +253,31 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
         return arrive(x, found.handle, steps, found.is_tapped) if is_tensor else x
 
     return tuple(arrived(x) for x in args), {key: arrived(x) for key, x in kwargs.items()}
+
+
+def _begin_pass(found: CompiledPass) -> None:
+    """Let all layers' weights be written at once, if the one adapter that acts is alone."""
+    first = found.layers[0] if found.layers else None
+    active = [] if first is None else first.active_adapters
+    adapter = next((a for a in found.adapters if [a.name] == active), None)
+    if (
+        adapter is None
+        or adapter.pool is None
+        or not all(_is_usual(m, active) for m in found.layers)
+    ):
+        return
+    adapter.watch(adapter.pool.weights[0])
+    if adapter.pool.training_pass.begin():
+        for layer in found.layers:
+            alone = all(adapter.name in weight.slices for weight in layer.weights.values())
+            layer.prepared_for = found if alone else None
+        found.is_open, found.thread = True, threading.get_ident()
+
+
+def _is_usual(layer: SFALayer, active: list[str]) -> bool:
+    """Whether a layer's weights hold what the active adapters change, and nothing is awaited."""
+    is_off = layer.merged_adapters or layer.disable_adapters or layer.sfa_packed
+    return layer.active_adapters == active and not is_off
 
 
 def _is_steady(found: CompiledPass) -> bool:
@@ -271,7 +303,33 @@ def _look(model: nn.Module, *, steps: bool) -> None:
         if adapter.name in adapter.store.layer.active_adapters:
             adapter.look(steps=steps)
             if torch.is_grad_enabled():
-                adapter.begin()
+                adapter.begin(functools.partial(_check_selection, model))
+
+
+def refuse_reentrant_checkpointing(model: nn.Module) -> None:
+    """Refuse gradient checkpointing under which adapters get no gradient.
+
+    Raises:
+        SelectionError: If a module of the model (as transformers sets them up) uses it.
+    """
+    for name, module in model.named_modules():
+        function = getattr(module, "_gradient_checkpointing_func", None)
+        keywords = getattr(function, "keywords", None)
+        if not getattr(module, "gradient_checkpointing", False) or keywords is None:
+            continue
+        if keywords.get("use_reentrant", True):
+            raise SelectionError(
+                f"`{name}`: gradient checkpointing is of the reentrant kind, under which selected "
+                "weights and adapters get no gradient. Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, in TrainingArguments or '
+                "in model.gradient_checkpointing_enable()."
+            )
+
+
+def _check_selection(model: nn.Module, pool: Pool) -> None:
+    """Refuse what a selector refuses (SelectionError)."""
+    refuse_reentrant_checkpointing(model)
+    take_shards(model, [pool], selects=True)
 
 
 def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
@@ -285,7 +343,7 @@ def _look_for_cuts(model: nn.Module, compiled_pass: CompiledPass) -> None:
 
 def _after_forward(model: nn.Module, _args: Any, _out: Any) -> None:
     """End the pass: a layer that is called on its own must not trust what was prepared."""
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if not is_exporting():
         found = getattr(model, _ATTRIBUTE)
         found.is_open = found.is_traced = False
 

@@ -193,13 +193,18 @@ class Adapter:
                 check_unseen_step(self.pool)
         self._in_steps = steps
 
-    def begin(self) -> None:
-        """Begin the selection of a loop that will call `count_step`, before its first forward."""
+    def begin(self, check: Callable[[Pool], None]) -> None:
+        """Begin the selection of a loop that will call `count_step`, before its first forward.
+
+        Args:
+            check: Refuses what selections cannot be made in, before one begins.
+        """
         pool, length = self.pool, self.config.total_steps
         if pool is None or length is None or pool.driver is not None or not self.needs_selector:
             return
         self.unpack()
         if pool.values.requires_grad and pool.is_empty:
+            check(pool)
             self._make_rounds(pool).start()
 
     def watch(self, weight: Weight) -> None:

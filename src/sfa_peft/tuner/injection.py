@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule
 from torch import nn
 
+from ..backbones import outside_backbone
 from ..config import SFAConfig
 from ..errors import FrozenHeadWarning, TargetError, warn
 from ..files.adapter_config import Link
@@ -19,6 +20,8 @@ from ..sparse.pool import Pool
 from ..sparse.stores import OwnStore
 from ..sparse.weight import Weight
 from .adapter import Adapter, check_name
+from .external import make_projections
+from .feature_map import Place, find_place, listen
 from .injection_plan import Plan, make_plan
 from .layer import SFALayer
 from .load_adapter import SavedAdapter, check_base, check_function, read_chain, read_saved, reuse
@@ -56,6 +59,7 @@ class Injection:
         refuse_offloaded(model, targets)
         refuse_cut(targets)
         check_heads(model, config, self.plan.targets)
+        self.places = self._find_places()
         check_base(model, name, self.plan, strict=strict)
         taken = (self.reused,) if self.reused and config.selection_values == "trained" else ()
         for saved in (*taken, *self.chain):
@@ -63,6 +67,14 @@ class Injection:
         check_function(name, self.plan, strict=strict)
         self.adapter = Adapter(name, config, self.plan.record)
         self.adapter.new_paths = dict(self.plan.renamed)
+
+    def _find_places(self) -> dict[str, Place | None]:
+        """Return how the tokens of layers with an adapter that asks for it lie in the image."""
+        if self.config.external_type != "mona":
+            return {}
+        backbone = self.plan.backbone
+        widths = {path: target for path, target in self.plan.targets.items() if target.width}
+        return {p: find_place(self.model, p, t.role, backbone) for p, t in widths.items()}
 
     def is_target(self, path: str) -> Any:
         """Return whether a layer is wrapped, or PEFT's mark of those that the config excludes."""
@@ -91,9 +103,26 @@ class Injection:
                 layer, name=target.name, role=target.role, block=target.block, stage=target.stage
             )
         layer.update_layer(
-            self.adapter, path=target.name, parameters=list(target.parameters), width=target.width
+            self.adapter,
+            path=target.name,
+            parameters=list(target.parameters),
+            external=self._external(layer.get_base_layer(), path),
         )
         return layer
+
+    def _external(self, layer: nn.Module, path: str) -> tuple[nn.Module, nn.Module] | None:
+        """Return the external adapter of a layer, None where it gets none."""
+        width, config = self.plan.targets[path].width, self.config
+        if not width:
+            return None
+        return make_projections(
+            layer,
+            width,
+            bias=config.external_bias,
+            neutral=config.init_weights,
+            kind=config.external_type,
+            feature_map=listen(self.places.get(path)),
+        )
 
     def finish(self) -> None:
         """Attach earlier changes, check the order of layers, select what needs no training."""
@@ -127,13 +156,12 @@ class Injection:
     def _warn_of_frozen_head(self) -> None:
         """Say when parameters outside the backbone will not be trained (a forgotten head)."""
         backbone, saved = self.plan.backbone, self.config.modules_to_save or []
-        if backbone is None or self.plan.loaded or not backbone.name:
+        if backbone is None or self.plan.loaded:
             return
         frozen = [
             n
-            for n, _ in self.model.named_parameters()
-            if not n.startswith(f"{backbone.name}.")
-            and not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
+            for n in outside_backbone(self.model, backbone)
+            if not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)
             and "modules_to_save" not in n
         ]
         if frozen:

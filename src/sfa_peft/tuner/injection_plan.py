@@ -13,14 +13,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..backbones import Backbone, RoleModule, find_backbone, role_modules
-from ..budget import BudgetPlan, solve_budget, with_selection
+from ..budget import BudgetPlan, External, solve_budget, with_selection
 from ..config import SFAConfig
 from ..errors import AdapterFileError, BudgetWarning, TargetError, warn
 from ..files.adapter_config import Resolved, SavedLayer, SavedTensor, check_tensors, read_resolved
 from .base_model_config import recorded_fields
 from .external import output_features
 from .targets import match_layers, nothing_found, own_modules, refuse_shared, wrappable
-from .weight_storage import feature_sizes, own_sizes
+from .weight_storage import feature_sizes, is_norm, own_sizes
 
 
 @dataclass(frozen=True)
@@ -80,11 +80,11 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
     outputs, whole = matches.outputs, matches.whole
     parameters: Mapping[str, Sequence[str]] = matches.parameters
     if reused is not None:
-        parameters, whole = reused.parameters, outputs
+        parameters, whole = reused.parameters, whole & outputs
     if not parameters and not outputs:
         raise TargetError(nothing_found(model, config))
     if config.rho == 1:  # no weight is selected, so it may be quantised, shared or computed
-        parameters, whole = {}, outputs
+        parameters, whole = {}, whole & outputs
     layers = {
         n: wrappable(n, m, parameters.get(n, ()), whole=n in whole)
         for n, m in modules.items()
@@ -97,9 +97,12 @@ def make_plan(model: nn.Module, config: SFAConfig, reused: Resolved | None = Non
         budget=config.budget,
         rho=config.rho,
         adapter_dim=config.adapter_dim,
-        bias=config.external_bias,
         total=_count_parameters(model, backbone, config),
-        outputs={n: output_features(layer) for n, layer in layers.items() if n in outputs},
+        external=External(
+            {n: output_features(layer) for n, layer in layers.items() if n in outputs},
+            config.external_bias,
+            config.external_type,
+        ),
         eligible=sum(parameter.numel() for parameter in eligible.values()),
     )
     if reused is not None:
@@ -184,6 +187,7 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
     """Return |theta(T)|: the backbone, or the model without modules_to_save where there is none."""
     root = backbone.module if backbone else model
     saved = [] if backbone else list(config.modules_to_save or [])
+    heads = [f"{h.removeprefix(f'{backbone.name}.')}." for h in backbone.heads] if backbone else []
     tuned = [n + "." for n, m in root.named_modules() if isinstance(m, BaseTunerLayer)]
     wrapped = [n + "." for n, m in root.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     sizes: dict[int, int] = {}  # each once, since some are shared
@@ -193,7 +197,7 @@ def _count_parameters(model: nn.Module, backbone: Backbone | None, config: SFACo
             continue
         if any(name.startswith(w) and not name.startswith(w + "original_module.") for w in wrapped):
             continue
-        if any(f".{s}." in f".{name}" for s in saved):
+        if name.startswith(tuple(heads)) or any(f".{s}." in f".{name}" for s in saved):
             continue
         sizes |= {id(holder): size for holder, size in own_sizes(module)}
     return sum(sizes.values())
@@ -239,7 +243,11 @@ def _loaded_plan(
     # Positions count the tensors in the file's order, which is kept also if the model's differs.
     targets = {
         n: _target(
-            n, wrappable(n, modules[n], own, whole=n in widths), roles, own, widths.get(n, 0)
+            n,
+            wrappable(n, modules[n], own, whole=n in widths and not is_norm(modules[n])),
+            roles,
+            own,
+            widths.get(n, 0),
         )
         for n, own in parameters.items()
         if own or n in widths

@@ -6,6 +6,7 @@ Original entries are always put back by overwriting, so every state is exact, wh
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -20,9 +21,9 @@ from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
-from ..sparse.write_lock import now_or_together
+from ..sparse.write_lock import is_exporting, is_recorded, now_or_together
 from .adapter import Adapter, LayerStore
-from .external import AdaptedLayer, apply_bottleneck, make_projections
+from .external import AdaptedLayer, apply_bottleneck
 from .weight_storage import fit_for_changes, refuse_offloaded, stored
 
 
@@ -76,7 +77,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         *,
         path: str,
         parameters: Sequence[str],
-        width: int,
+        external: tuple[nn.Module, nn.Module] | None,
     ) -> None:
         """Add an adapter.
 
@@ -85,20 +86,17 @@ class SFALayer(nn.Module, BaseTunerLayer):
             path: The layer's path in the model the adapter belongs to; task models that share a
                 backbone may hold it under different names.
             parameters: Names of this layer's parameters whose entries may be selected.
-            width: Width of the external adapter, 0 for none.
+            external: The ways down and up of the external adapter, None for none.
         """
-        name, config = adapter.name, adapter.config
+        name = adapter.name
         self.adapters[name] = adapter
         for parameter in parameters:
             if adapter.pool is None:
                 adapter.make_pool(LayerStore.make(self, adapter))
             cast(Pool, adapter.pool).add(self.carrier(parameter), f"{path}.{parameter}")
-        if width:
-            down, up = make_projections(
-                self.get_base_layer(), width, bias=config.external_bias, neutral=config.init_weights
-            )
-            self.sfa_down[name], self.sfa_up[name] = down, up
-        self.mark_active(self.active_adapters, inference_mode=config.inference_mode)
+        if external is not None:
+            self.sfa_down[name], self.sfa_up[name] = external
+        self.mark_active(self.active_adapters, inference_mode=adapter.config.inference_mode)
 
     def carrier(self, parameter: str) -> Weight:
         """Return what carries the changes of a parameter."""
@@ -173,7 +171,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         if not compiling and all(weight.is_current(names) for weight in weights):
             return False
         is_transformed = not compiling and any(weight.is_stand_in for weight in weights)
-        if not torch.compiler.is_exporting() and not is_transformed:
+        if not is_exporting() and not is_transformed:
             self.refresh(names)
         elif not all(weight.holds(names) for weight in weights):
             raise SFAError(
@@ -203,8 +201,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def _base_forward(self, names: list[str], is_transformed: bool, args: Any, kwargs: Any) -> Any:
         base = self.base_layer
-        recorded = torch.compiler.is_exporting() or torch.jit.is_tracing()  # pyright: ignore
-        if not torch.is_grad_enabled() or self.merged_adapters or recorded:
+        if not torch.is_grad_enabled() or self.merged_adapters or is_recorded():
             return base(*args, **kwargs)
         if is_transformed:
             computed = {name: weight.computed(names) for name, weight in self.weights.items()}
@@ -213,7 +210,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
             if self.whole.is_traced and not self.whole.is_tapped:
                 return base(*args, **kwargs)
             tapped = {name: w.prepared or self.taps(w) for name, w in self.weights.items()}
-            if not self.whole.is_traced:  # later picks need not lead to other graphs
+            compiling = torch.compiler.is_compiling()
+            if compiling and not self.whole.is_traced:  # later picks need not lead to other graphs
                 tapped = {name: found.dense() for name, found in tapped.items()}
         else:
             tapped = {name: self.taps(w) for name, w in self.weights.items()}
@@ -235,10 +233,11 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return weight.taps()
 
     def _is_prepared(self) -> bool:
-        """Whether this is a compiled forward for which `layers` has prepared the weights."""
+        """Whether this is part of a forward for which `adapted_layers` has prepared the weights."""
+        found = self.prepared_for
         if not torch.compiler.is_compiling():
-            return False
-        opened = self.prepared_for is not None and self.prepared_for.is_open
+            return found is not None and found.is_open and found.thread == threading.get_ident()
+        opened = found is not None and found.is_open
         return opened or (self.whole is not None and self.whole.is_traced)
 
     # --- the changes on its weights ------------------------------------------------------------

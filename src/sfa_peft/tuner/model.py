@@ -17,6 +17,7 @@ from ..sparse.write_lock import together
 from . import adapted_layers
 from .adapted_layers import Switched, find_adapter, refuse_offloaded_weights
 from .adapter import pack_state
+from .feature_map import forget_unused
 from .injection import Injection
 from .layer import SFALayer
 from .load_adapter import in_pool_type, unpack_state
@@ -200,6 +201,7 @@ class SFAModel(BaseTuner):
             # Each chose among its own adapters, which need not be the others' choice.
             if isinstance(layer, SFALayer) and layer.active_adapters != self.active_adapters:
                 layer.set_adapter(self.active_adapters)
+        forget_unused(self.model)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Leave the change of adapters in the weights until `unmerge_adapter`."""
@@ -226,7 +228,9 @@ class SFAModel(BaseTuner):
                 MergeWarning,
             )
         adapted_layers.remove(self.model)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        forget_unused(self.model)
+        return unloaded
 
     # --- files ---------------------------------------------------------------------------------
 

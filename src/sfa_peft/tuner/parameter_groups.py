@@ -144,7 +144,7 @@ def _trained(model: nn.Module, positions: dict[str, int], new: set[int]) -> Iter
         elif backbone is None and "modules_to_save" in inside:
             part = "head_lr"
         else:
-            outside = backbone is not None and not f"{path}.".startswith(f"{backbone.name}.")
+            outside = backbone is not None and not backbone.holds(path)
             part = "head_lr" if outside else "lr"
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:

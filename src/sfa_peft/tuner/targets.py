@@ -26,12 +26,11 @@ from ..backbones import (
     find_backbone,
     head_modules,
     role_modules,
-    role_of,
-    suggest_targets,
 )
+from ..blocks import Row, find_rows, role_of
 from ..config import SFAConfig
 from ..errors import TargetError
-from .weight_storage import feature_sizes, holds_codes, is_packed
+from .weight_storage import feature_sizes, holds_codes, is_norm, is_packed
 
 #: Roles whose layer is the last of a sub-layer and gets the external adapter.
 OUTPUT_ROLES = ("attn_out", "mlp_out")
@@ -63,7 +62,7 @@ class Matches:
 
     Attributes:
         parameters: By layer, in model order, the names of its parameters that may be selected from.
-        whole: Layers that are matched as layers, not by names of parameters.
+        whole: Layers that are matched as layers, not by names of parameters, but for norms.
         outputs: Layers that get an external adapter.
     """
 
@@ -99,7 +98,8 @@ def match_layers(
         if own:
             parameters[name] = tuple(own)
     _refuse_unmatched(config, parameters)
-    return Matches(parameters, eligible | outputs, outputs)
+    whole = eligible | {name for name in outputs if not is_norm(modules[name])}
+    return Matches(parameters, whole, outputs)
 
 
 def _names_parameter(config: SFAConfig, module: str, parameter: str) -> bool:
@@ -207,9 +207,13 @@ def _known_heads(model: nn.Module) -> list[str]:
 
 def _advice(model: nn.Module, config: SFAConfig) -> str:
     """Say which `target_modules` fit a model without a known backbone."""
-    pattern = suggest_targets(model)
-    if pattern is not None and _finds(model, config, target_modules=pattern):
-        return f'Its blocks have layers of that kind: try target_modules=r"{pattern}".'
+    rows = find_rows(model)
+    tried = [row for row in rows if _finds(model, config, target_modules=row.expression)]
+    if tried:
+        choices = "; or ".join(
+            f'`{row.name}` ({len(row.blocks)}): target_modules=r"{row.expression}"' for row in tried
+        )
+        return f"Its blocks have layers of that kind, but {doubt(rows)}. Say which: {choices}."
     # Not the subclass inside MultiheadAttention, which cannot be adapted.
     linears = [n for n, m in own_modules(model).items() if type(m) is nn.Linear]
     more = ", ..." if len(linears) > _LISTED else "."
@@ -218,6 +222,17 @@ def _advice(model: nn.Module, config: SFAConfig) -> str:
         "Name the layers whose weights may be selected in target_modules, and those that end an "
         f"attention or MLP sub-layer in external_modules as well.{listed}"
     )
+
+
+def doubt(rows: Sequence[Row]) -> str:
+    """Say why rows of blocks are not taken for a vision backbone without being named."""
+    if all(row.root is None for row in rows):
+        return "no convolution of an image comes before them"
+    partial = [row for row in rows if not row.whole]
+    if partial:
+        found = ", ".join(partial[0].layers)
+        return f"in some of `{partial[0].name}` a layer by its name is missing (found: {found})"
+    return "which of them read the image is not clear"
 
 
 def _peft_match(config: SFAConfig, targets: Any, name: str) -> Any:

@@ -54,6 +54,12 @@ def feature_sizes(layer: nn.Module) -> tuple[int, int] | None:
     return sizes if all(isinstance(size, int) for size in sizes) else None  # pyright: ignore
 
 
+def is_norm(layer: nn.Module) -> bool:
+    """Whether a layer is a layer norm over features, behind which an external adapter may stand."""
+    is_over_features = isinstance(layer, nn.LayerNorm) and len(layer.normalized_shape) == 1
+    return is_over_features and layer._parameters.get("weight") is not None
+
+
 def holds_codes(layer: nn.Module) -> bool:
     """Whether a linear layer has a packed weight, or none of that name."""
     if feature_sizes(layer) is None or isinstance(layer, nn.Conv2d):

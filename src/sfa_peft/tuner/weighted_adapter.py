@@ -67,6 +67,7 @@ def union_config(
     return SFAConfig(
         budget=allowed / total,
         rho=None if widths else 0,
+        external_type=like.external_type,
         external_bias=like.external_bias,
         modules_to_save=modules_to_save,
         task_type=like.task_type,

@@ -6,9 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,9 +16,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sfa_peft
 from sfa_peft.dense.metrics.coco import CocoMetrics
 from sfa_peft.errors import SFAError
+from tests.processes import run_code
 
 pytest.importorskip("faster_coco_eval")
 
@@ -333,15 +331,10 @@ def test_without_the_library_the_error_names_the_extra(monkeypatch: pytest.Monke
 
 
 def test_dense_imports_neither_the_library_nor_evaluate() -> None:
-    # A bare parent package: importing the whole tuner too takes seconds and is not the question.
-    code = f"""
-import sys, types
-parent = types.ModuleType("sfa_peft")
-parent.__path__ = [{str(Path(sfa_peft.__file__).parent)!r}]
-sys.modules["sfa_peft"] = parent
-import sfa_peft.dense
-print(sorted({{"faster_coco_eval", "evaluate", "numpy"}} & set(sys.modules)))
+    code = """
+import sys, sfa_peft.dense
+print(sorted({"faster_coco_eval", "evaluate", "numpy"} & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = run_code(code)
 
-    assert found.stdout.strip() == "['numpy']"
+    assert found.stdout.strip() == "['numpy']", found.stderr

@@ -153,6 +153,7 @@ def test_layer_decay_lowers_the_rates_of_every_method(method: str) -> None:
 
 def test_sfas_options_reach_its_config() -> None:
     options = {"schedule": "cubic", "select_until": 0.5, "internal_lr_ratio": 0.1}
+    options |= {"external_type": "mona"}
     ready, _ = prepared("sfa", adapter_dim=3, **options)
     config = ready.model.peft_config["default"]
 

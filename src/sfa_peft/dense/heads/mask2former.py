@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mask2Former for semantic segmentation, with class maps in and out."""
+"""Mask2Former and EoMT for semantic segmentation, with class maps in and out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from transformers import Mask2FormerForUniversalSegmentation
+from transformers import EomtForUniversalSegmentation, Mask2FormerForUniversalSegmentation
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from sfa_peft.dense.data.transforms import IGNORE_INDEX
@@ -22,10 +22,15 @@ class MasksAndClasses(SemanticSegmenterOutput):
     masks_queries_logits: Tensor | None = None
 
 
-class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
-    """Mask2Former that takes and gives class maps, so that it is used as UperNet is."""
+class ClassMaps:
+    """Makes a model of transformers that answers with masks of queries take and give class maps.
 
-    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+    For one that is not here, name it first: ``class Mine(ClassMaps, EomtDinov3For...): ...``.
+    """
+
+    training: bool
+
+    def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> MasksAndClasses:
         """Return the loss, where there are labels, and logarithms of class scores.
@@ -42,7 +47,9 @@ class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
             alone.
         """
         masks, classes = (None, None) if labels is None else _as_masks(labels)
-        outputs = super().forward(pixel_values, mask_labels=masks, class_labels=classes)
+        outputs = super().forward(  # pyright: ignore[reportAttributeAccessIssue]
+            pixel_values, mask_labels=masks, class_labels=classes
+        )
         if self.training:  # nobody looks at the maps, and they are large
             return MasksAndClasses(loss=outputs.loss)
         size = (pixel_values.shape[-2], pixel_values.shape[-1])
@@ -52,6 +59,18 @@ class Mask2FormerForSemanticSegmentation(Mask2FormerForUniversalSegmentation):
             class_queries_logits=outputs.class_queries_logits,
             masks_queries_logits=outputs.masks_queries_logits,
         )
+
+
+class Mask2FormerForSemanticSegmentation(  # pyright: ignore[reportIncompatibleMethodOverride]
+    ClassMaps, Mask2FormerForUniversalSegmentation
+):
+    """Mask2Former that takes and gives class maps, so that it is used as UperNet is."""
+
+
+class EomtForSemanticSegmentation(  # pyright: ignore[reportIncompatibleMethodOverride]
+    ClassMaps, EomtForUniversalSegmentation
+):
+    """EoMT that does the same: a ViT in whose last blocks queries stand beside the patches."""
 
 
 def _as_masks(labels: Tensor) -> tuple[list[Tensor], list[Tensor]]:

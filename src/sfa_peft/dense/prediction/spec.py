@@ -20,7 +20,10 @@ from transformers import PreTrainedModel
 
 from sfa_peft.dense.heads.deconv_depth import DeconvForDepthEstimation
 from sfa_peft.dense.heads.feature_norms import add_norms, find_norms
-from sfa_peft.dense.heads.mask2former import Mask2FormerForSemanticSegmentation
+from sfa_peft.dense.heads.mask2former import (
+    EomtForSemanticSegmentation,
+    Mask2FormerForSemanticSegmentation,
+)
 from sfa_peft.dense.heads.rcnn import RCNNForObjectDetection
 from sfa_peft.dense.prediction.preprocessing import Preprocessing
 from sfa_peft.errors import SFAError
@@ -36,6 +39,7 @@ TASKS = (
 )
 _OWN: dict[str, type[PreTrainedModel]] = {
     "DeconvForDepthEstimation": DeconvForDepthEstimation,
+    "EomtForSemanticSegmentation": EomtForSemanticSegmentation,
     "Mask2FormerForSemanticSegmentation": Mask2FormerForSemanticSegmentation,
     "RCNNForObjectDetection": RCNNForObjectDetection,
 }

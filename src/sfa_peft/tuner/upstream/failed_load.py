@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import adapted_layers
 from ..adapted_layers import adapter_layers
+from ..feature_map import forget_unused
 from ..layer import SFALayer
 
 _CONTAINERS = ("_modules", "_parameters", "_buffers")
@@ -79,3 +80,4 @@ class _Snapshot:
                 delattr(module, _CONFIGS)
         if not any(isinstance(module, SFALayer) for module in model.modules()):
             adapted_layers.remove(model)
+        forget_unused(model)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The weights of one pool from the forward of a training step to its end: all of them at once.
+
+Between two picks a step changes values and nothing else. So nothing need be put back before what is
+new is written; positions are widened and changes are added for all weights together, one write is
+left for each, and where its gradient goes is wired once. A GPU waits for Python: this is what it
+waits for in every step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .delta import Spans, adapt, span_length
+from .entries import Entries
+from .weight import Weight, stamp_of
+from .write_lock import writable
+
+
+class Plan(NamedTuple):
+    """What stays as it is from one pick to the next.
+
+    Attributes:
+        layout: The pool's, which is another object after a pick.
+        members: Each weight and its entries, in the pool's order; None where nothing is selected.
+        counts: Their numbers of entries.
+        sizes: Of the ranges of slots, in the order of slots.
+        order: Places of those ranges in the order of weights; None where it is the same.
+        indices: Positions of all entries in their weights, in the order of weights.
+        undo: What the weights have there originally.
+    """
+
+    layout: list[Spans]
+    members: list[tuple[Weight, Entries | None]]
+    counts: list[int]
+    sizes: list[int]
+    order: list[int] | None
+    indices: Tensor | None
+    undo: Tensor | None
+
+    def entries_of(self, values: Tensor) -> list[Tensor]:
+        """Return what each weight holds with the values of the pool in it."""
+        if self.undo is None:
+            return [values[:0]] * len(self.counts)
+        change = values[: self.undo.numel()]
+        if self.order is not None:
+            pieces = change.split(self.sizes)
+            change = torch.cat([pieces[i] for i in self.order])
+        return list(adapt(self.undo, change).split(self.counts))
+
+    def originals(self) -> list[Tensor]:
+        """Return what each weight holds without the changes."""
+        places = self.places()
+        return places if self.undo is None else list(self.undo.split(self.counts))
+
+    def places(self) -> list[Tensor]:
+        """Return the positions of each weight's entries, int64."""
+        if self.indices is None:
+            return [torch.empty(0, dtype=torch.int64, device="cpu")] * len(self.counts)
+        return list(self.indices.long().split(self.counts))
+
+
+class TrainingPass:
+    """The training forwards of the weights of a pool.
+
+    Args:
+        pool: The pool (`pool.Pool`, which imports this).
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self.pool = pool
+        self._plan: Plan | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"pool": self.pool, "_plan": None}
+
+    def begin(self) -> bool:
+        """Make all weights hold their changes, and wire what they want of the backward.
+
+        Returns:
+            Whether layers can use that; not where others than this pool change a weight, or where
+            something stands for one (torch.func).
+        """
+        pool = self.pool
+        name = pool.adapter_name
+        if pool.shard is not None or any(w.earlier or w.candidates for w in pool.weights):
+            return False
+        plan, stamps = self._find(), (pool.stamp(),)
+        missed = pool.weights if plan is None else self._write(plan, stamps)
+        if any(weight.is_stand_in for weight in missed):
+            return False
+        for weight in missed:
+            weight.refresh([name])
+        if missed:
+            self._plan = None  # what it was made of may be gone
+        for weight, stand_in in zip(pool.weights, pool.stand_ins(), strict=True):
+            weight.wire(name, stand_in)
+        return True
+
+    def _write(self, plan: Plan, stamps: tuple[Any, ...]) -> list[Weight]:
+        """Write what values changed; return the weights that something else happened to."""
+        stack, missed = ((self.pool.adapter_name, False),), []
+        due = []
+        for number, (weight, entries) in enumerate(plan.members):
+            now = stamp_of(weight.tensor)
+            if not weight.is_free_for(self.pool.adapter_name, entries, now):
+                missed.append(weight)
+            elif not weight.has_stamp(stack, now, stamps):
+                due.append((number, weight, entries))
+        if due:
+            written, places = plan.entries_of(self.pool.values.detach()), plan.places()
+            with writable(due[0][1].tensor):
+                for number, weight, entries in due:
+                    weight.rewrite(stack, entries, places[number], written[number], stamps)
+        return missed
+
+    def end(self) -> None:
+        """Put the pretrained entries back, but into merged layers."""
+        pool, plan, due = self.pool, self._find(), []
+        members = [(w, None) for w in pool.weights] if plan is None else plan.members
+        for number, (weight, entries) in enumerate(members):
+            if weight.owner.merged:
+                continue
+            is_plain = plan is not None and weight.live == (pool.adapter_name,)
+            if is_plain and weight.is_free_for(pool.adapter_name, entries, stamp_of(weight.tensor)):
+                due.append((number, weight))
+            else:
+                weight.withdraw()
+        if due and plan is not None:
+            places, undo = plan.places(), plan.originals()
+            with writable(due[0][1].tensor):
+                for number, weight in due:
+                    weight.put_back(places[number], undo[number])
+
+    # --- what stays ----------------------------------------------------------------------------
+
+    def _find(self) -> Plan | None:
+        """Return the plan for the present layout; None where weights are not alike enough."""
+        layout = self.pool.layout()
+        if self._plan is None or self._plan.layout is not layout:
+            self._plan = self._make(layout)
+        return self._plan
+
+    def _make(self, layout: list[Spans]) -> Plan | None:
+        pool, weights = self.pool, self.pool.weights
+        if pool.shard is not None or not weights:
+            return None
+        first = weights[0].tensor
+        kinds = {(w.tensor.dtype, w.tensor.device, w.tensor.is_inference()) for w in weights}
+        if len(kinds) > 1 or first.is_inference() or first.is_meta:
+            return None
+        entries = [
+            weight.entries_at(pool.adapter_name, spans) if spans else None
+            for weight, spans in zip(weights, layout, strict=True)
+        ]
+        if any(own is None and spans for own, spans in zip(entries, layout, strict=True)):
+            return None  # made by the first forward after a pick
+        ranges = sorted((a, b) for spans in layout for a, b in spans)
+        number = {span: i for i, span in enumerate(ranges)}
+        order = [number[span] for spans in layout for span in spans]
+        there = [own for own in entries if own is not None]
+        indices, undo = (_joined([getattr(e, n) for e in there]) for n in ("indices", "undo"))
+        if there and (indices is None or undo is None):
+            return None
+        return Plan(
+            layout,
+            list(zip(weights, entries, strict=True)),
+            [span_length(spans) for spans in layout],
+            [b - a for a, b in ranges],
+            None if order == list(range(len(order))) else order,
+            indices,
+            undo,
+        )
+
+
+def _joined(parts: list[Tensor]) -> Tensor | None:
+    """Return tensors that lie behind each other as one, without a copy; None if they do not."""
+    if not parts:
+        return None
+    first = parts[0]
+    ends = [t.data_ptr() + t.nbytes for t in parts]
+    storage = first.untyped_storage().data_ptr()
+    for part, end in zip(parts[1:], ends, strict=False):
+        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
+            return None
+    size = sum(part.numel() for part in parts)
+    return first.as_strided((size,), (1,))
