@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## train frozen, SFA and full on rendered scenes; table and pictures in out/demo
 	@mkdir -p out/demo
 	@$(BIN)/python examples/compare_methods.py --task semantic_segmentation \
-		--runs frozen sfa@0.05 sfa@0.2 full --output_dir out/demo
+		--runs frozen sfa@0.05 sfa@0.2 full --output_dir out/demo --overwrite_output_dir
 
 test: $(STAMP)  ## run the tests
 	@echo "== pytest"

@@ -35,7 +35,14 @@ from transformers import (
 )
 
 import sfa_peft
-from sfa_peft.dense import CLASS_NAMES, SceneDataset, SegmentationMetrics, argmax_logits
+from sfa_peft.dense import (
+    CLASS_NAMES,
+    Preprocessing,
+    SceneDataset,
+    SegmentationMetrics,
+    TaskSpec,
+    argmax_logits,
+)
 
 BACKBONE = Path(__file__).parent / "backbones" / "swinv2-nano"
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -105,7 +112,16 @@ def main() -> None:
 
     # 3. Model and adapter; the optimizer sees one set of parameters from the first step to the last
     config = sfa_peft.SFAConfig(budget=args.budget, modules_to_save=["decode_head"])
-    model = get_peft_model(make_model(args.backbone), config)
+    model = make_model(args.backbone)
+    spec = TaskSpec.describe(  # what a prediction needs beside the adapter
+        model,
+        task="semantic_segmentation",
+        backbone="backbone",
+        source=args.backbone,
+        preprocessing=Preprocessing("cover", (64, 64)),
+        class_names=CLASS_NAMES,
+    )
+    model = get_peft_model(model, config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, args.learning_rate, weight_decay=0.01)
     schedule = get_cosine_schedule_with_warmup(optimizer, args.max_steps // 20, args.max_steps)
@@ -152,6 +168,7 @@ def main() -> None:
     accelerator.end_training()
     if accelerator.is_main_process:
         adapted.save_pretrained(out)
+        spec.write(out, metrics=scores)
         print(f"mean IoU {scores['mean_iou']:.3f}; the adapter is in {out}/")
 
 

@@ -29,6 +29,7 @@ from common.reporting import (
     SHEET_NAME,
     Result,
     folder_name,
+    open_output,
     run_name,
     table,
     to_json,
@@ -106,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     commands = [command_of(run, script, out, others) for run in dict.fromkeys(args.runs)]
     for command in commands:
         options = parse(script.Arguments, command, script.__name__)
+        open_output(options)
         prepare_method(script.make_model(options, script.load_data(options)), options)
 
     # 2. Run, and write what there is after each

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 import sfa_peft
 from sfa_peft import SFAError
-from sfa_peft.dense import SceneDataset, as_image, class_palette
+from sfa_peft.dense import Preprocessing, SceneDataset, TaskSpec, as_image, class_palette
 
 SCENES, STEPS, BATCH = 256, 100, 8
 MAX_PIXELS = 25_000_000  # to decode; of a JPEG, which can be decoded smaller, twice as many
@@ -70,18 +70,37 @@ def segmentation_loss(logits: torch.Tensor, batch: dict[str, torch.Tensor]) -> t
 
 
 def train_both(
-    out: Path, backbone: str, image_size: int, num_classes: int, *, steps: int = STEPS
+    out: Path, backbone: str, image_size: int, names: list[str], *, steps: int = STEPS
 ) -> tuple[Path, Path]:
-    """Train a segmentation and a depth adapter on rendered scenes; return their folders."""
+    """Train a segmentation and a depth adapter on rendered scenes; return their folders.
+
+    That of segmentation says what `sfa-peft predict` needs. This depth, a UperNet's logarithm of
+    metres, is no task of the library's own, so that only the server can show it.
+    """
     data = SceneDataset(SCENES, size=image_size, seed=0, with_depth=True)
     items = [data[i] for i in range(SCENES)]
     scenes = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     folders = (out / "segmentation", out / "depth")
-    jobs = ((num_classes, segmentation_loss), (1, depth_loss))
+    jobs = ((len(names), segmentation_loss), (1, depth_loss))
     for folder, (channels, loss) in zip(folders, jobs, strict=True):
         model = build_model(_options(backbone, image_size), channels)
+        spec = describe(model, backbone, image_size, names) if loss is segmentation_loss else None
         train(model, scenes, loss, folder, steps)
+        if spec is not None:
+            spec.write(folder)
     return folders
+
+
+def describe(model, backbone: str, image_size: int, names: list[str]) -> TaskSpec:
+    """Return what a prediction needs to know of the segmentation model."""
+    return TaskSpec.describe(
+        model,
+        task="semantic_segmentation",
+        backbone="backbone",
+        source=backbone,
+        preprocessing=Preprocessing("cover", (image_size, image_size), size_divisor=32),
+        class_names=names,
+    )
 
 
 def train(model, scenes, loss: Callable, folder: Path, steps: int) -> None:

@@ -98,7 +98,7 @@ def load_bank(args: argparse.Namespace) -> tuple[TaskBank, list[str]]:
     names = json.loads(Path(args.classes).read_text()) if args.classes else list(CLASS_NAMES)
     folders = (args.segmentation, args.depth)
     if args.segmentation is None:
-        folders = train_both(Path(args.output_dir), args.backbone, args.image_size, len(names))
+        folders = train_both(Path(args.output_dir), args.backbone, args.image_size, names)
     segmentation, depth = (build(args.backbone, args.image_size, f) for f in folders)
     for what, model, channels in (("classes", segmentation, len(names)), ("depth", depth, 1)):
         if model.config.num_labels != channels:

@@ -30,7 +30,9 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     # These train whole models, in which most lines run: that does not count as a test of them.
-    trains = any(item.path.is_relative_to(HERE / name) for name in ("benchmarks", "examples"))
+    trains = any(
+        item.path.is_relative_to(HERE / name) for name in ("benchmarks", "docs", "examples")
+    )
     with lines.uncounted() if trains else nullcontext():
         return (yield)
 

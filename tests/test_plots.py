@@ -42,4 +42,18 @@ def test_lines_are_the_shares_in_per_cent_by_block(tmp_path, monkeypatch):
     draw_selection(rows, tmp_path / "shares.png")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert lines == {"attn_in": [[1, 5], [3, 7]], "other": [[1, 1]]}
+    assert lines == {"attention, in": [[1, 5], [3, 7]], "other": [[1, 1]]}
+
+
+def test_stages_are_set_apart_before_their_first_block(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, path, **_: (drawn.append(self), path.touch())
+    )
+    blocks = [(0, 0), (0, 1), (1, 2), (1, 3), (2, 4)]
+    rows = [row("mlp_in", block, 1) | {"stage": stage} for stage, block in blocks]
+    draw_selection(rows, tmp_path / "shares.png")
+    (axes,) = drawn[0].axes
+    lines = [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"]
+    assert lines == [2.5, 4.5]  # block 3 is the first of stage 2, block 5 of stage 3
+    assert [text.get_text() for text in axes.texts] == ["stage 1", "stage 2", "stage 3"]

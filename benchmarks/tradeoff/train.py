@@ -128,7 +128,8 @@ def make_arguments(script: ModuleType, run: Run, experiment: Experiment, task: T
 def changed(script: ModuleType, args: Any) -> dict[str, Any]:
     """Return the arguments that are not a script's own, but for paths and rates."""
     usual = vars(script.Arguments()) | {"eval_size": args.image_size}
-    told = {"dataset_name", "seed", "selection_from"}  # elsewhere, or a matter of this machine
+    # Said elsewhere, or a matter of this machine.
+    told = {"dataset_name", "has_size", "seed", "selection_from"}
     found = {
         name: value
         for name, value in vars(args).items()

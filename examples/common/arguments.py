@@ -2,6 +2,8 @@
 """Arguments that all scripts share, read from a recipe file and the command line."""
 
 import json
+import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -40,6 +42,10 @@ class SharedArguments:
     output_dir: str = field(
         default="out/example",
         metadata={"help": "Folder for results.json, pictures, checkpoints and the adapter."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove what an earlier run left in the folder; else it is refused."},
     )
     # --- method
     method: str = field(
@@ -167,8 +173,11 @@ class SharedArguments:
         default="validation", metadata={"help": "Split to report on."}
     )
     image_size: list[int] = field(
-        default_factory=lambda: [64, 64],
-        metadata={"help": "Height and width of training images; one number for a square."},
+        default_factory=list,
+        metadata={
+            "help": "Height and width of training images, one number for a square. Needed with "
+            "data of your own; rendered scenes have 64."
+        },
     )
     eval_size: list[int] | None = field(
         default=None,
@@ -189,6 +198,9 @@ class SharedArguments:
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that load data."})
     # --- training
     max_steps: int = field(default=200, metadata={"help": "Update steps, 2 or more."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Of your own data: passes over it, instead of --max_steps."}
+    )
     per_device_train_batch_size: int = field(
         default=16, metadata={"help": "Images per step and device."}
     )
@@ -236,8 +248,15 @@ class SharedArguments:
         default=None, metadata={"help": "Steps of rising rates; a twentieth if not given."}
     )
     bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 (autocast)."})
+    fp16: bool = field(
+        default=False, metadata={"help": "Compute in float16, its loss scaled; for GPUs."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of head, data order and augmentation."})
-    # --- checkpoints and Hub
+    # --- reports, checkpoints and Hub
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Where to log beside the screen: tensorboard, wandb, mlflow, ..."},
+    )
     save_steps: int | None = field(
         default=None, metadata={"help": "Steps between checkpoints; none are kept if not given."}
     )
@@ -255,6 +274,10 @@ class SharedArguments:
     hub_model_id: str | None = field(
         default=None, metadata={"help": "Name on the Hub; that of output_dir if not given."}
     )
+
+    def __post_init__(self) -> None:
+        self.has_size = bool(self.image_size)
+        self.image_size = self.image_size or [64, 64]
 
     def check(self) -> None:
         """Put sizes into one form and refuse what cannot work whatever the data.
@@ -275,18 +298,27 @@ class SharedArguments:
             raise SFAError(f"--train_scale: expected two numbers, got {self.train_scale}")
         if self.max_eval_samples is not None and self.max_eval_samples < 1:
             raise SFAError("--max_eval_samples: expected 1 or more")
+        self._check_length()
         self._check_training()
 
-    def _check_training(self) -> None:
-        if not 0 < self.budget <= 1:
-            raise SFAError(
-                f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
-            )
+    def _check_length(self) -> None:
+        if self.num_train_epochs is not None and self.num_train_epochs <= 0:
+            raise SFAError(f"--num_train_epochs: expected above 0, got {self.num_train_epochs}")
+        if self.num_train_epochs is not None and self.dataset_name is None:
+            raise SFAError("--num_train_epochs: rendered scenes never repeat; give --max_steps")
         if self.max_steps < 2:
             raise SFAError("--max_steps: SFA selects between steps, so there must be 2 or more")
         if self.per_device_train_batch_size < 1 or self.gradient_accumulation_steps < 1:
             raise SFAError(
                 "--per_device_train_batch_size, --gradient_accumulation_steps: expected 1 or more"
+            )
+        if self.bf16 and self.fp16:
+            raise SFAError("--bf16, --fp16: one of them")
+
+    def _check_training(self) -> None:
+        if not 0 < self.budget <= 1:
+            raise SFAError(
+                f"--budget: expected a share of the backbone in (0, 1], got {self.budget}"
             )
         if self.selection_from is not None and self.method != "sfa":
             raise SFAError(f"--selection_from: needs --method sfa, got {self.method}")
@@ -300,6 +332,15 @@ class SharedArguments:
             raise SFAError(f"--no_decay: expected some of {list(UNDECAYED)}, got {self.no_decay}")
         if self.lr_scheduler_kwargs is not None:
             _as_json(self.lr_scheduler_kwargs)
+
+    def count_steps(self, num_images: int) -> None:
+        """Set `max_steps` to what `num_train_epochs` come to, as the Trainer counts."""
+        if self.num_train_epochs is None:
+            return
+        at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        batches = math.ceil(num_images / at_once)
+        steps = math.ceil(batches / self.gradient_accumulation_steps)
+        self.max_steps = max(2, math.ceil(steps * self.num_train_epochs))
 
     @property
     def num_train_images(self) -> int:

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from common.arguments import SharedArguments
@@ -13,6 +14,7 @@ from sfa_peft.dense import CLASS_NAMES, THING_NAMES, SceneSplit, Split, SubSplit
 
 EVAL_SCENES = 200
 HOLDOUT = 0.2  # of the training pairs, where the data has no validation split
+LARGEST_ADVISED = 512  # pixels
 NAMES = {
     "segmentation": CLASS_NAMES,
     "depth": (),
@@ -78,6 +80,8 @@ def load_pairs(task: str, args: SharedArguments, **options: Any) -> Pairs:
     except OSError as error:
         raise SFAError(f"{where}: {error}") from error
     train, chosen = data.train, data.pick(args.split)
+    if not args.has_size:
+        raise _ask_for_size(args, train[0][0])
     if len(train) < 2:
         raise SFAError(f"{where}: 2 training images are needed.")
     if len(train) % args.per_device_train_batch_size == 1:
@@ -86,3 +90,14 @@ def load_pairs(task: str, args: SharedArguments, **options: Any) -> Pairs:
     if args.max_eval_samples is not None:
         chosen = SubSplit(chosen, range(min(len(chosen), args.max_eval_samples)))
     return Pairs(train, chosen, list(data.class_names))
+
+
+def _ask_for_size(args: SharedArguments, image: Image.Image) -> SFAError:
+    """Return an error that says what sizes there are to choose from."""
+    advised = max(32, min(LARGEST_ADVISED, *image.size) // 32 * 32)
+    return SFAError(
+        f"--image_size: needed with --dataset_name {args.dataset_name}: height and width of "
+        f"training images, which are cut from yours. The first of those is {image.height} x "
+        f"{image.width}. More pixels show smaller things and cost more memory; try --image_size "
+        f"{advised}. --eval_size is the same unless given."
+    )

@@ -186,4 +186,5 @@ def _drawn(image: np.ndarray, objects: dict[str, Any]) -> ObjectPicture:
         boxes=arrays["boxes"][kept].reshape(-1, 4) if masks is None else None,
         masks=masks,
         scores=None if scores is None else scores[kept],
+        crowds=arrays["iscrowd"][kept].astype(bool) if "iscrowd" in arrays else None,
     )

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from huggingface_hub import HfApi
 from transformers import Trainer
 
 import sfa_peft
 from common.arguments import OF_SFA, ONE_SIZE, SharedArguments
-from common.methods import Prepared
+from common.methods import METHOD_NAME, TRAINED_NAME, Prepared
 from common.peers import PEERS
 from common.training import Rates
+from sfa_peft import SFAError
 from sfa_peft.dense import curve_plot
 
 RESULTS_NAME, SHEET_NAME = "results.json", "predictions.png"
-CURVE_NAME, SCORES_NAME = "training.png", "scores.png"
+CURVE_NAME, SCORES_NAME, SELECTION_NAME = "training.png", "scores.png", "selection.png"
 SHOWN = 4  # scenes in a contact sheet
 NAMES = {
     "sfa": "SFA",
@@ -34,6 +37,11 @@ NAMES = {
 }
 # What Trainer.evaluate adds to the scores.
 TIMINGS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+SIGNS = (RESULTS_NAME, "task.json", "adapter_config.json", "checkpoint-*")  # of a run in a folder
+LEFT_BEHIND = (
+    *SIGNS, SHEET_NAME, CURVE_NAME, SCORES_NAME, SELECTION_NAME, TRAINED_NAME, METHOD_NAME,
+    "README.md", "*.safetensors", "config.json", "sfa_selector*",
+)  # fmt: skip
 # Not for the Hub: checkpoints are large and only good for going on with this run.
 LOCAL_FILES = ["checkpoint-*", "sfa_selector*", ".*"]
 
@@ -78,6 +86,29 @@ def folder_name(name: str) -> str:
 def shown_indices(count: int) -> range:
     """Return the items of a dataset of `count` that a contact sheet shows."""
     return range(0, count, max(1, count // SHOWN))[:SHOWN]
+
+
+def open_output(args: SharedArguments) -> None:
+    """Refuse a folder that holds another run, or take that out of it where asked to.
+
+    Raises:
+        SFAError: If there is another run, or it would be removed though this one needs it.
+    """
+    out = Path(args.output_dir)
+    found = sorted({path for pattern in LEFT_BEHIND for path in out.glob(pattern)})
+    if args.resume_from_checkpoint or not any(path.match(p) for p in SIGNS for path in found):
+        return
+    if not args.overwrite_output_dir:
+        raise SFAError(
+            f"--output_dir {out}: holds another run ({', '.join(p.name for p in found[:3])}, ...). "
+            "Name another folder, go on with that run (--resume_from_checkpoint last), or remove "
+            "it (--overwrite_output_dir)"
+        )
+    if args.selection_from and Path(args.selection_from).resolve().is_relative_to(out.resolve()):
+        raise SFAError(f"--overwrite_output_dir: would remove --selection_from {out}")
+    if os.environ.get("RANK", "0") == "0":
+        for path in found:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def make_result(
@@ -155,10 +186,22 @@ def report(result: Result, ready: Prepared, args: SharedArguments) -> None:
     if args.eval_steps:
         curve_plot(result.progress, out / SCORES_NAME, xlabel="update step", ylabel="score")
     if args.method in OF_SFA and sfa_peft.budget_report(ready.model).internal:
-        sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / "selection.png")
-    print(f"\n{table([result])}\n\nAdapter, pictures and {RESULTS_NAME} are in {out}/")
+        sfa_peft.plot_selection(sfa_peft.selection_summary(ready.model), out / SELECTION_NAME)
+    print(f"\n{table([result])}\n\n{summary(result, args)}")
     if args.push_to_hub:
         push(out, args.hub_model_id or out.resolve().name)
+
+
+def summary(result: Result, args: SharedArguments) -> str:
+    """Return how long training took, where everything is and what can be done with it."""
+    seconds, out = result.row["train_seconds"], args.output_dir
+    took = f"{args.max_steps} steps in {seconds:.0f} s, {seconds / args.max_steps:.2f} s a step"
+    if torch.cuda.is_available():
+        took += f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GB"
+    return (
+        f"{took}\nAdapter, pictures and {RESULTS_NAME} are in {out}/\n"
+        f"predict: sfa-peft predict {out} photo.jpg -o {out}/seen"
+    )
 
 
 def push(folder: Path, name: str) -> None:

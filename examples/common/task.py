@@ -13,7 +13,7 @@ from common.arguments import SharedArguments, parse
 from common.augmented import AugmentedTrainer
 from common.data import Data
 from common.methods import check_loaded_again, prepare_method, save_method, saved_size
-from common.reporting import Result, make_result, report, scores_of, shown_indices
+from common.reporting import Result, make_result, open_output, report, scores_of, shown_indices
 from common.training import Rates, make_trainer
 from sfa_peft import find_backbone
 from sfa_peft.dense import Preprocessing, TaskSpec
@@ -79,7 +79,9 @@ def run_task(task: Task, argv: Sequence[str] | None, description: str) -> Result
     args = parse(task.arguments, argv, description.splitlines()[0])
 
     # 1. Data
+    open_output(args)
     data = task.load_data(args)
+    args.count_steps(len(data.train))
 
     # 2. Model
     model = task.make_model(args, data)

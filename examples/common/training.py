@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import ProgressCallback, TrainingArguments
 
 import sfa_peft
 from common.arguments import NEW_LAYERS, SharedArguments
 from common.augmented import AugmentedTrainer, Maps
 from common.methods import Prepared
+from common.progress import TrainingTable
 from common.wording import as_typed
 from sfa_peft import SFAError
 
@@ -107,7 +108,9 @@ def make_trainer(
         dataloader_num_workers=args.dataloader_num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         bf16=args.bf16,
-        report_to=[],
+        fp16=args.fp16,
+        report_to=args.report_to,
+        disable_tqdm=False,  # it would be, without transformers' own log
         seed=args.seed,
     )
     trainer = AugmentedTrainer(
@@ -123,6 +126,8 @@ def make_trainer(
         optimizers=(make_optimizer(ready, rates, args), None),
     )
     trainer.maps = maps
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(TrainingTable())
     return trainer
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,24 @@ _START, _END = "<!-- sfa_peft: written anew on every save -->", "<!-- sfa_peft: 
 
 #: How files with bytes that are not UTF-8 are read and written: with the same bytes.
 _KEEP = "surrogateescape"
+
+
+def html_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table as notebooks show it: first column to the left, others to the right.
+
+    Args:
+        headings: Of the columns.
+        rows: Cells; integers get commas.
+    """
+
+    def line(kind: str, cells: Sequence[object]) -> str:
+        texts = [f"{c:,}" if type(c) is int else escape(str(c)) for c in cells]
+        sides = ["left", *["right"] * (len(texts) - 1)]
+        pairs = zip(sides, texts, strict=True)
+        return "".join(f'<{kind} style="text-align:{side}">{t}</{kind}>' for side, t in pairs)
+
+    lines = [line("th", headings), *(line("td", row) for row in rows)]
+    return "<table>" + "".join(f"<tr>{content}</tr>" for content in lines) + "</table>"
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,25 @@ from typing import Any
 
 from .files.folder import replacing
 
+ROLES = {
+    "attn_in": "attention, in",
+    "attn_out": "attention, out",
+    "mlp_in": "MLP, in",
+    "mlp_out": "MLP, out",
+    None: "other",
+}
+#: Colours that the colour-blind can tell apart (Okabe and Ito), and shapes for print in grey.
+STYLES = dict(
+    zip(
+        ROLES,
+        zip(("#0072B2", "#E69F00", "#009E73", "#CC79A7", "black"), "os^Dv", strict=True),
+        strict=True,
+    )
+)
+
 
 def draw_selection(rows: Sequence[dict[str, Any]], path: str | Path) -> Path:
-    """Draw the share of selected weights by block, a line for each role.
+    """Draw the share of selected weights by block, a line for each role; stages are set apart.
 
     Args:
         rows: What `selection_summary` returned.
@@ -47,7 +63,7 @@ def draw_selections(
     axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis, (title, rows) in zip(axes, selections.items(), strict=False):
         _draw_lines(axis, rows)
-        axis.set_title(title)
+        axis.set_title(title, pad=14)
         if axis is not axes[0]:
             axis.sharey(axes[0])
     axes[0].set_ylim(0, None)
@@ -67,11 +83,31 @@ def _draw_lines(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
         for ordinal in blocks:
             same = [r for r in chosen if r["layer"] == ordinal] if known else [chosen[ordinal]]
             shares.append(100 * sum(r["selected"] for r in same) / sum(r["numel"] for r in same))
-        axes.plot([b + 1 for b in blocks], shares, marker="o", label=role or "other")
+        colour, marker = STYLES.get(role, STYLES[None])
+        name = ROLES.get(role, role)
+        axes.plot([b + 1 for b in blocks], shares, marker=marker, color=colour, label=name)
+    _mark_stages(axes, rows)
     axes.set(xlabel="block", ylabel="selected weights, %")
     if rows:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _mark_stages(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw a line before the first block of each stage but the first, and name the stages."""
+    first: dict[int, int] = {}
+    for row in rows:
+        stage, block = row.get("stage"), row["layer"]
+        if stage is not None and block is not None:
+            first[stage] = min(block, first.get(stage, block))
+    if len(first) < 2:
+        return
+    for stage, block in first.items():
+        if stage > min(first):
+            axes.axvline(block + 0.5, color="0.6", linestyle=":", linewidth=1, label="_stage")
+        style = {"xycoords": ("data", "axes fraction"), "va": "bottom", "ha": "center"}
+        axes.annotate(f"stage {stage + 1}", (block + 1, 1.0), fontsize=7, **style)
 
 
 def _draw_matrix(axes: Any, names: list[str], overlaps: Mapping[tuple[str, str], float]) -> None:

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from peft import PeftModel
 from transformers import Swinv2ForImageClassification
 
+from sfa_peft.dense import TaskSpec
 from sfa_peft.tuner.adapted_layers import find_pool
 from tests.processes import free_port, run_ranks, start
 from tests.tiny import swinv2_config
@@ -135,6 +136,7 @@ def test_two_processes_train_one_adapter_and_count_each_image_once(folder):
     base = script.make_model(str(folder / "backbone"))
     model = PeftModel.from_pretrained(base, folder / "two")
     loader = torch.utils.data.DataLoader(script.SceneDataset(IMAGES, seed=1), IMAGES)
+    assert TaskSpec.read(folder / "two").metrics["pixel_accuracy"] == scores["pixel_accuracy"]
     alone = script.evaluate(script.Accelerator(cpu=True), model, loader)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert scores["pixel_accuracy"] == pytest.approx(alone["pixel_accuracy"], abs=1e-4)

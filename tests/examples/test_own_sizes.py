@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate, pad
 
+from sfa_peft import SFAError
 from sfa_peft.dense.metrics.depth import DepthMetrics
 from sfa_peft.dense.metrics.segmentation import SegmentationMetrics
 from tests.image_sizes import SIZES
@@ -126,6 +127,17 @@ def test_another_size_is_scored_when_asked_for_and_said(folder: Path, backbone: 
 
     assert row["scored_at"] == [16, 24]
     assert row["scores"]["mean_iou"] == pytest.approx(expected.compute()["mean_iou"], rel=1e-6)
+
+
+def test_own_images_are_trained_at_a_size_that_was_asked_for(folder: Path, backbone: Path) -> None:
+    example = importlib.import_module("semantic_segmentation")
+    common = importlib.import_module("common.arguments")
+    argv = ["--dataset_name", str(folder), "--backbone", str(backbone), *SHORT]
+    args = common.parse(example.Arguments, argv, "")
+    with Image.open(folder / "train" / "0_image.png") as image:
+        first = f"{image.height} x {image.width}"
+    with pytest.raises(SFAError, match=rf"--image_size: needed .* The first .* is {first}"):
+        example.load_data(args)
 
 
 @pytest.mark.parametrize("size", [None, 32])

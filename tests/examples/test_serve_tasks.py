@@ -28,6 +28,7 @@ pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from fastapi.testclient import TestClient
 
+from sfa_peft.dense import CLASS_NAMES, predict
 from sfa_peft.errors import SFAError
 from tests.processes import run_code
 
@@ -52,7 +53,7 @@ def args(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("serve_setup.SCENES", 8)
         found = example.parse(["--output_dir", str(out)])
-        folders = example.train_both(out, found.backbone, 64, 8, steps=4)
+        folders = example.train_both(out, found.backbone, 64, list(CLASS_NAMES), steps=4)
     found.segmentation, found.depth = map(str, folders)
     return found
 
@@ -67,6 +68,12 @@ def client(example: ModuleType, loaded: Any) -> TestClient:
     bank, names = loaded
     app = example.make_app(bank, names, image_size=64, max_bytes=LIMIT)
     return TestClient(app, base_url=HERE)
+
+
+def test_what_it_trained_predicts_without_it(args: Any) -> None:
+    (classes,) = predict(args.segmentation, [Image.new("RGB", (70, 50), "teal")])
+    assert classes.shape == (50, 70)
+    assert classes.max() < len(CLASS_NAMES)
 
 
 def picture(width: int = 64, height: int = 64, kind: str = "PNG", mode: str = "RGB") -> bytes:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,6 +111,18 @@ def test_a_merged_adapter_is_refused(bank, expected):
 
 
 # --- use ---------------------------------------------------------------------------------------
+
+
+def test_a_notebook_shows_what_each_task_takes(bank):
+    name = bank.list()[0]
+    bank.activate(name)
+    head, backbone, *tasks = ElementTree.fromstring(bank._repr_html_())
+    assert head[-1].text == "total"
+    assert backbone[-1].text == f"{bank.backbone_bytes:,}"
+    assert [task[0].text for task in tasks] == [
+        f"{n}, active" if n == name else n for n in bank.list()
+    ]
+    assert tasks[0][-1].text == f"{bank.memory()[name].total:,}"
 
 
 def test_adding_does_not_change_the_active_task(folders, expected):

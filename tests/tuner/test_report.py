@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from xml.etree import ElementTree
+
 import pytest
 import torch
 from peft import get_peft_model
 
 from sfa_peft import SFAConfig, TargetError, budget_report, plot_selection, selection_summary
+from sfa_peft.model_card import html_table
 from sfa_peft.tuner.adapted_layers import find_pool
 from sfa_peft.tuner.report import card_facts, stage_shares
 from tests.reference import masks_of
@@ -33,6 +36,28 @@ def test_the_printed_report_names_widths_by_stage_and_both_ways_of_counting(mode
     for part in ("backbone", "external adapters", "selected weights", "not counted", "stage 4"):
         assert part in text
     assert "counted as in the paper, with a 1000-class head" in text
+
+
+def cells_of(html):
+    """The texts of a table, row by row."""
+    table = ElementTree.fromstring(html)
+    return [[cell.text or "" for cell in row] for row in table]
+
+
+def test_a_notebook_shows_report_and_summary_as_tables(model):
+    report, rows = budget_report(model), selection_summary(model)
+    shown = {name: number for name, number, _ in cells_of(report._repr_html_())}
+    assert shown["backbone"] == f"{report.backbone:,}"
+    assert shown["external and selected"] == f"{report.external + report.internal:,}"
+    assert shown["task head"] == f"{report.head:,}"
+    head, *found = cells_of(rows._repr_html_())
+    assert head == ["name", "parameter", "role", "numel", "selected", "share"]
+    assert [row[0] for row in found] == [row["name"] for row in rows]
+    assert [row[4] for row in found] == [f"{row['selected']:,}" for row in rows]
+    assert html_table(["a"], [["<b> & c"]]) == (
+        '<table><tr><th style="text-align:left">a</th></tr>'
+        '<tr><td style="text-align:left">&lt;b&gt; &amp; c</td></tr></table>'
+    )
 
 
 def test_the_summary_has_a_row_per_weight_tensor_that_equals_the_masks(model):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, fields
 from os import PathLike
 from typing import Any
 
@@ -14,6 +14,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import SFAError
+from ..model_card import html_table
 from ..sparse.write_lock import together
 from ..tuner.adapter import check_name
 from ..tuner.layer import SFALayer
@@ -222,6 +223,15 @@ class TaskBank:
         """Return what each task costs beside the backbone, in bytes."""
         tasks = list(self._tasks.values())
         return {t.name: measure(t.model, t.name, self.backbone) for t in tasks}
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (f"{name}{', active' if name == self.active else ''}", *astuple(m), m.total)
+            for name, m in self.memory().items()
+        ]
+        names = [part.name for part in fields(TaskMemory)]
+        backbone = ("backbone, once", *[""] * len(names), self.backbone_bytes)
+        return html_table(("bytes", *names, "total"), [backbone, *rows])
 
     @property
     def backbone_bytes(self) -> int:

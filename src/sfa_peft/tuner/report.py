@@ -14,11 +14,12 @@ from torch import nn
 
 from ..config import SFAConfig
 from ..errors import TargetError
-from ..model_card import CardFacts, StageFacts
+from ..model_card import CardFacts, StageFacts, html_table
 from ..plots import draw_selection
 from .adapted_layers import adapter_layers, find_pool
 from .layer import SFALayer
 
+_SHOWN = ("name", "parameter", "role", "numel", "selected")
 #: Classes of the head that the paper's backbone sizes (88 M, 197 M) include.
 _PAPER_CLASSES = 1000
 
@@ -54,6 +55,19 @@ class BudgetReport:
     def share(self) -> float:
         """Trainable share of the backbone, head not counted."""
         return (self.external + self.internal) / self.backbone
+
+    def _repr_html_(self) -> str:
+        counts = {
+            "backbone": self.backbone,
+            "budget": self.allowed,
+            f"external adapters, d = {self.adapter_dim}": self.external,
+            f"selected weights, {self.selected:,} so far": self.internal,
+            "external and selected": self.external + self.internal,
+        }
+        rows = [(name, n, f"{n / self.backbone:.2%}") for name, n in counts.items()]
+        return html_table(
+            ("", "parameters", "of the backbone"), [*rows, ("task head", self.head, "not counted")]
+        )
 
     def __str__(self) -> str:
         trained = self.external + self.internal
@@ -112,18 +126,26 @@ def card_facts(model: nn.Module, config: SFAConfig, adapter_name: str) -> CardFa
     )
 
 
-def selection_summary(model: nn.Module, adapter_name: str = "default") -> list[dict[str, Any]]:
+class SelectionSummary(list[dict[str, Any]]):
+    """Rows of `selection_summary`; a notebook shows them as a table."""
+
+    def _repr_html_(self) -> str:
+        shown = [(*(row[k] for k in _SHOWN), f"{row['share']:.2%}") for row in self]
+        return html_table((*_SHOWN, "share"), shown)
+
+
+def selection_summary(model: nn.Module, adapter_name: str = "default") -> SelectionSummary:
     """Return one row per weight tensor that may be selected from, in model order.
 
     Each row has `name` (of the layer), `parameter` ("weight", "bias"), `role` (attn_in, attn_out,
-    mlp_in, mlp_out or None), `layer` (ordinal of the block, None if unknown), `numel`, `selected`
-    (entries) and `share` (selected / numel).
+    mlp_in, mlp_out or None), `layer` and `stage` (ordinals of the block and its stage, None if
+    unknown), `numel`, `selected` (entries) and `share` (selected / numel).
 
     Raises:
         TargetError: If the model has no such SFA adapter.
     """
     _layers(model, adapter_name)
-    return [row for _, row in _count(model, adapter_name)]
+    return SelectionSummary(row for _, row in _count(model, adapter_name))
 
 
 def plot_selection(
@@ -189,6 +211,7 @@ def _count(model: nn.Module, adapter_name: str) -> Iterator[tuple[int | None, di
                 "parameter": parameter,
                 "role": layer.role,
                 "layer": layer.block,
+                "stage": layer.stage,
                 "numel": numel,
                 "selected": selected,
                 "share": selected / numel,

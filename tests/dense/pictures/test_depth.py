@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sfa_peft.dense.pictures.depth import INVALID_COLOUR, colour_depth, depth_sheet, valid_depth
+from sfa_peft.dense.pictures.depth import (
+    COLOURS,
+    INVALID_COLOUR,
+    colour_depth,
+    depth_sheet,
+    valid_depth,
+)
 from sfa_peft.errors import SFAError
 
 pytest.importorskip("matplotlib")
@@ -22,7 +28,7 @@ def scale_and_colours(near: float = 0.0, far: float = 1.0):
     from matplotlib import colormaps
     from matplotlib.colors import Normalize
 
-    return Normalize(near, far, clip=True), colormaps["turbo_r"]
+    return Normalize(near, far, clip=True), colormaps[COLOURS]
 
 
 def colours_in(path: Path) -> set[tuple[int, ...]]:

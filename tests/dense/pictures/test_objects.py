@@ -42,6 +42,21 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return figures
 
 
+def test_crowds_are_dashed_or_a_rim_and_say_so(tmp_path: Path, drawn: list[Any]) -> None:
+    crowds = np.array([True, False])
+    boxes = ObjectPicture(RGB, np.array([1, 0]), boxes=BOXES, crowds=crowds)
+    object_sheet([[boxes]], ("boxes",), tmp_path / "a.png", class_names=NAMES)
+    (axis,) = drawn[0].axes
+    assert [patch.get_linestyle() for patch in axis.patches] == ["--", "-"]
+    assert [text.get_text() for text in axis.texts] == ["box (crowd)", "disc"]
+
+    picture = ObjectPicture(RGB, np.array([1, 0]), masks=masks(), crowds=crowds)
+    painted = paint_masks(picture, [np.zeros(3), np.zeros(3)])
+    assert (painted[3, 3] == RGB[3, 3]).all()  # inside the crowd
+    assert (painted[2, 2] == 0).all()  # its rim
+    assert (painted[9, 9] != RGB[9, 9]).all()
+
+
 def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: list[Any]) -> None:
     truth = ObjectPicture(RGB, np.array([1, 0]), boxes=BOXES)
     guess = ObjectPicture(RGB, np.array([1, 0]), boxes=BOXES, scores=np.array([0.91, 0.5]))
@@ -58,7 +73,10 @@ def test_boxes_names_and_scores_are_where_they_belong(tmp_path: Path, drawn: lis
     assert true.patches[0].get_bbox().extents.tolist() == [1.5, 2.5, 8.5, 7.5]
     # The second box begins at the image's top: its name is written inside.
     assert [t.get_verticalalignment() for t in true.texts] == ["bottom", "top"]
-    colours = [tuple(p.get_edgecolor()[:3]) for p in true.patches]
+    *boxes, frame = true.patches  # the truth is framed, what models found is not
+    assert frame.get_bbox().extents.tolist() == [0, 0, 1, 1]
+    assert len(predicted.patches) == len(boxes)
+    colours = [tuple(p.get_edgecolor()[:3]) for p in boxes]
     assert colours == [tuple(class_palette(255)[2 + c] / 255) for c in (1, 0)]
     with Image.open(path) as written:
         assert written.width > written.height

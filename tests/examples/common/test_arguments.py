@@ -10,7 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
+from transformers import Trainer, TrainingArguments
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 CONTENT = {
@@ -71,6 +74,9 @@ def test_of_several_recipes_the_last_holds(arguments: ModuleType, tmp_path: Path
         ("budget: 0", "--budget: expected a share"),
         ("lr_scheduler_kwargs: high", "--lr_scheduler_kwargs: not json"),
         ("lr_scheduler_kwargs: '[1]'", "--lr_scheduler_kwargs: expected a json object"),
+        ("bf16: true\nfp16: true", "--bf16, --fp16: one of them"),
+        ("num_train_epochs: 0", "--num_train_epochs: expected above 0, got 0"),
+        ("num_train_epochs: 2", "--num_train_epochs: rendered scenes never repeat"),
         ("selection_from: x\nmethod: lora", "--selection_from: needs --method sfa"),
         (
             "adapter_dim: 3\nmethod: lora",
@@ -94,3 +100,43 @@ def test_a_recipe_that_cannot_be_used_is_refused(
         parse(arguments, "--recipe", tmp_path / "recipe.yaml")
 
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("images", "batch", "accumulation"), [(10, 4, 1), (10, 4, 2), (7, 2, 4)])
+def test_epochs_become_as_many_steps_as_the_trainer_counts(
+    images: int, batch: int, accumulation: int, arguments: ModuleType, tmp_path: Path
+) -> None:
+    options = ["--per_device_train_batch_size", batch, "--gradient_accumulation_steps"]
+    options += [accumulation, "--dataset_name", "x", "--num_train_epochs", 3]
+    args = parse(arguments, *options)
+
+    args.count_steps(images)
+
+    data = [{"x": torch.zeros(1), "labels": torch.zeros(1)}] * images
+    settings = TrainingArguments(
+        str(tmp_path),
+        num_train_epochs=3,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    trainer = Trainer(Line(), settings, train_dataset=data)
+    trainer.train()
+    assert args.max_steps == trainer.state.max_steps
+
+
+class Line(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.weight * x - labels).square().mean()}
+
+
+def test_rendered_scenes_have_a_size_and_own_data_must_be_given_one(arguments: ModuleType) -> None:
+    assert (parse(arguments).image_size, arguments.SharedArguments().image_size) == ([64, 64],) * 2
+    assert not parse(arguments, "--dataset_name", "x").has_size
+    assert parse(arguments, "--dataset_name", "x", "--image_size", 96).has_size

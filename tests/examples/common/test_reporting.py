@@ -56,6 +56,28 @@ def test_a_run_is_uploaded_without_its_checkpoints(
     ]
 
 
+def test_a_folder_with_another_run_is_refused_or_cleared_of_it(
+    reporting: ModuleType, tmp_path: Path
+) -> None:
+    shared = importlib.import_module("common.arguments").SharedArguments
+    out = tmp_path / "out"
+    reporting.open_output(shared(output_dir=str(out)))  # there is none yet
+    (out / "checkpoint-4").mkdir(parents=True)
+    for name in ("task.json", "scores.png", "trained.safetensors", "notes.txt"):
+        (out / name).touch()
+
+    with pytest.raises(SFAError, match=r"holds another run \(checkpoint-4, scores.png, task.json"):
+        reporting.open_output(shared(output_dir=str(out)))
+    reporting.open_output(shared(output_dir=str(out), resume_from_checkpoint="last"))
+    assert len(list(out.iterdir())) == 5
+    again = {"output_dir": str(out), "overwrite_output_dir": True}
+    with pytest.raises(SFAError, match="would remove --selection_from"):
+        reporting.open_output(shared(selection_from=str(out), **again))
+    reporting.open_output(shared(**again))
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]  # what no run has written
+    reporting.open_output(shared(output_dir=str(out)))
+
+
 def test_tables_are_aligned_and_markdown_where_asked_for(reporting: ModuleType) -> None:
     def result(name: str, share: float, score: float | None, size: int) -> Any:
         row = {"method": name, "trainable_share": share, "scores": {"a": score}, "bytes": size}

@@ -21,8 +21,10 @@ from sfa_peft.errors import SFAError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
 
+COLOURS = "viridis_r"  # Even steps look even, also to the colour-blind; near is bright.
 INVALID_COLOUR = (0.78, 0.76, 0.74)  # Light warm grey: no colour of the scale, nor of the text.
 
 
@@ -37,12 +39,12 @@ def depth_sheet(
     path: str | Path,
     *,
     depth_range: tuple[float, float] | None = None,
-    colormap: str = "turbo_r",
+    colormap: str = COLOURS,
 ) -> Path:
     """Draw images and depth maps in a grid: input, truth, one prediction per method.
 
-    All depth maps share one colour scale, drawn at the right; a depth beyond its ends has the
-    colour of that end. Pixels without a depth are grey.
+    All depth maps share one colour scale, drawn at the right with its ends marked; a depth beyond
+    them has the colour of that end. Pixels without a depth are grey.
 
     Args:
         rows: One row per scene; each picture is an RGB image, uint8 ``(H, W, 3)``, or depth in
@@ -83,10 +85,21 @@ def depth_sheet(
 
     figure, axes = picture_grid(rows, titles, draw, shape=rows[0][0].shape)
     figure.set_figwidth(figure.get_figwidth() + 0.7)  # the bar
-    figure.colorbar(ScalarMappable(scale, colours), ax=axes, shrink=0.9, label="depth (m)")
+    bar = figure.colorbar(
+        ScalarMappable(scale, colours), ax=axes, shrink=0.9, label="depth (m)", extend="both"
+    )
+    bar.ax.invert_yaxis()  # near above, as names of colour maps have it: from the first colour on
+    _mark_ends(bar, near, far)
     if not all(valid_depth(d).all() for row in maps for d in row):
         add_legend(figure, {"no depth": INVALID_COLOUR}, 1)
     return write_figure(figure, Path(path))
+
+
+def _mark_ends(bar: Colorbar, near: float, far: float) -> None:
+    """Write the ends of the scale at the bar: they hold all that is beyond."""
+    inside = [t for t in bar.get_ticks() if 0.08 < (t - near) / (far - near) < 0.92]
+    names = [f"{t:g}" for t in inside]
+    bar.set_ticks([near, *inside, far], labels=[f"≤ {near:.3g}", *names, f"≥ {far:.3g}"])
 
 
 def colour_depth(depth: NDArray[Any], scale: Any, colours: Colormap) -> NDArray[np.uint8]:

@@ -33,6 +33,7 @@ class ObjectPicture:
         boxes: Left, top, right and bottom in pixels, ``(N, 4)``, drawn if given.
         masks: Pixels of each object, bool ``(N, H, W)``, drawn if given.
         scores: Confidence of each, ``(N,)``, written beside the class if given.
+        crowds: Which of them stand for several, bool ``(N,)``: drawn dashed, masks as a rim only.
 
     Raises:
         SFAError: If a shape does not fit, or there is neither a box nor a mask to draw.
@@ -43,6 +44,7 @@ class ObjectPicture:
     boxes: NDArray[Any] | None = None
     masks: NDArray[np.bool_] | None = None
     scores: NDArray[Any] | None = None
+    crowds: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         if not is_rgb(self.image):
@@ -55,6 +57,7 @@ class ObjectPicture:
             ("boxes", (count, 4)),
             ("masks", (count, *size)),
             ("scores", (count,)),
+            ("crowds", (count,)),
         ):
             value = getattr(self, name)
             if value is not None and value.shape != wanted:
@@ -123,11 +126,16 @@ def _draw(
     order = range(len(ids)) if picture.scores is None else np.argsort(picture.scores)
     for i in order:
         if picture.boxes is not None:
-            _draw_box(axis, picture.boxes[i], colours[i])
+            _draw_box(axis, picture.boxes[i], colours[i], "--" if _is_crowd(picture, i) else "-")
         corner = _corner(picture, i)
         if corner is not None:
             score = "" if picture.scores is None else f" {picture.scores[i]:.2f}"
-            _write_name(axis, corner, class_names[ids[i]] + score, colours[i])
+            crowd = " (crowd)" if _is_crowd(picture, i) else ""
+            _write_name(axis, corner, class_names[ids[i]] + score + crowd, colours[i])
+
+
+def _is_crowd(picture: ObjectPicture, index: int) -> bool:
+    return picture.crowds is not None and bool(picture.crowds[index])
 
 
 def paint_masks(picture: ObjectPicture, colours: Sequence[Any]) -> NDArray[np.uint8]:
@@ -144,9 +152,10 @@ def paint_masks(picture: ObjectPicture, colours: Sequence[Any]) -> NDArray[np.ui
     if picture.masks is None:
         return picture.image
     painted = picture.image.astype(np.float64)
-    for mask, colour in zip(picture.masks.astype(bool), colours, strict=True):
+    for i, (mask, colour) in enumerate(zip(picture.masks.astype(bool), colours, strict=True)):
         paint = 255 * np.asarray(colour)
-        painted[mask] += MASK_OPACITY * (paint - painted[mask])
+        if not _is_crowd(picture, i):
+            painted[mask] += MASK_OPACITY * (paint - painted[mask])
         painted[mask & ~_eroded(mask)] = 0.6 * paint
     return np.round(painted).astype(np.uint8)
 
@@ -166,13 +175,14 @@ def _corner(picture: ObjectPicture, index: int) -> tuple[float, float] | None:
     return (float(columns.min()), float(rows.min())) if len(rows) else None
 
 
-def _draw_box(axis: Axes, box: NDArray[Any], colour: Any) -> None:
+def _draw_box(axis: Axes, box: NDArray[Any], colour: Any, line: str) -> None:
     from matplotlib.patches import Rectangle
 
     left, top, right, bottom = (float(edge) for edge in box)
     # imshow centres pixels on whole numbers, boxes lie on the edges between pixels.
     corner, width, height = (left - 0.5, top - 0.5), right - left, bottom - top
-    axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor=colour, linewidth=1.4))
+    style = {"edgecolor": colour, "linewidth": 1.4, "linestyle": line}
+    axis.add_patch(Rectangle(corner, width, height, fill=False, **style))
 
 
 def _write_name(axis: Axes, corner: tuple[float, float], text: str, colour: Any) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-from sfa_peft.dense.pictures.depth import colour_depth, valid_depth
+from sfa_peft.dense.pictures.depth import COLOURS, colour_depth, valid_depth
 from sfa_peft.dense.pictures.objects import FIRST_COLOUR, ObjectPicture, paint_masks
 from sfa_peft.dense.pictures.sheets import class_palette
 
@@ -30,7 +30,7 @@ def class_overlay(image: Image.Image, ids: NDArray[Any], num_classes: int) -> Im
     return Image.blend(image, Image.fromarray(palette[ids % 255]), OPACITY)
 
 
-def depth_picture(metres: NDArray[Any], *, colormap: str = "turbo_r") -> Image.Image:
+def depth_picture(metres: NDArray[Any], *, colormap: str = COLOURS) -> Image.Image:
     """Return depth as colours, of this map's own nearest and farthest percent; needs matplotlib.
 
     Args:
@@ -70,15 +70,16 @@ def object_overlay(
         drawn = ObjectPicture(np.asarray(image), labels, masks=large)
         painted = Image.fromarray(paint_masks(drawn, list(colours / 255.0)))
     draw = ImageDraw.Draw(painted := painted.copy())
+    font = ImageFont.load_default(max(11, min(image.size) // 45))
     # The surest last, so that its name is on top.
     for i in reversed(range(len(labels))):
         box, colour = (factor * objects["boxes"][i]).tolist(), tuple(colours[i].tolist())
         if masks is None:
-            draw.rectangle(box, outline=colour, width=2)
+            draw.rectangle(box, outline=colour, width=max(2, min(image.size) // 250))
         text = f"{class_names[labels[i]]} {objects['scores'][i]:.2f}"
         corner = (max(0.0, box[0]), max(0.0, box[1]))
-        draw.rectangle(draw.textbbox(corner, text), fill=colour)
-        draw.text(corner, text, fill="white" if _is_dark(colour) else "black")
+        draw.rectangle(draw.textbbox(corner, text, font), fill=colour)
+        draw.text(corner, text, "white" if _is_dark(colour) else "black", font)
     return painted
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Picture = TypeVar("Picture")
+TRUTH = "truth"  # the column that is framed: what no model has made
+PIXELS_AN_INCH, LARGEST_COLUMN = 170, 3.6  # of a sheet; inches
 
 
 def picture_grid(
@@ -33,7 +35,7 @@ def picture_grid(
     extra_height: float = 0.0,
     column_width: float = 1.7,
 ) -> tuple[Figure, NDArray[Any]]:
-    """Draw pictures into a grid of axes without ticks.
+    """Draw pictures into a grid of axes without ticks; a column titled "truth" is framed.
 
     Args:
         rows: One row per scene, checked by :func:`check_rows`.
@@ -41,13 +43,15 @@ def picture_grid(
         draw: Draws one picture into its axes.
         shape: Height and width of a picture, which give the rows their height.
         extra_height: Inches to leave below the grid.
-        column_width: Inches of each column.
+        column_width: Inches of each column; more for pictures of many pixels.
 
     Returns:
         The figure and its axes, ``(rows, columns)``.
     """
     from matplotlib.figure import Figure
 
+    # Large pictures get more of the sheet, so that what is small in them can be seen.
+    column_width = max(column_width, min(shape[1] / PIXELS_AN_INCH, LARGEST_COLUMN))
     width = grid_width(titles, column_width)
     row_height = width / len(titles) * shape[0] / shape[1]
     height = (row_height + 0.05) * len(rows) + 0.3 + extra_height
@@ -58,8 +62,18 @@ def picture_grid(
             draw(axis, picture)
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=9)
+        axis.set_title(title, fontsize=9, fontweight="bold" if title == TRUTH else "normal")
+    if TRUTH in titles:
+        for axis in axes[:, list(titles).index(TRUTH)]:
+            _frame(axis)
     return figure, axes
+
+
+def _frame(axis: Axes) -> None:
+    from matplotlib.patches import Rectangle
+
+    style = {"fill": False, "edgecolor": "black", "linewidth": 2, "clip_on": False}
+    axis.add_patch(Rectangle((0, 0), 1, 1, transform=axis.transAxes, **style))
 
 
 def check_rows(rows: Sequence[Sequence[Any]], titles: Sequence[str]) -> None:
