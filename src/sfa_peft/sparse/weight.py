@@ -21,7 +21,7 @@ from .entries import Entries
 from .gradient import Observer, Support, Tap, Tapped, eager, find_support
 from .pairs import PAIRS
 from .shards import Shard, whole
-from .write_lock import is_stand_in, put, rows, writable
+from .write_lock import is_helper, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
@@ -77,7 +77,7 @@ class Weight:
         self._finished: dict[str, Entries] = {}  # in the weight's order, for switching
         self._written: list[Entries] = []
         self._pretrained: Tensor | None = None  # the whole weight, while candidates train
-        self._stamp: tuple[Any, ...] | None = None
+        self.stamp: tuple[Any, ...] | None = None  # of what it holds; another object once written
         self._tensor_stamp: tuple[Any, ...] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,6 +92,9 @@ class Weight:
     @property
     def held(self) -> Tensor:
         """What changes are written to: the parameter, or this rank's part of it."""
+        tensor = self.tensor
+        if self.shard is None and not isinstance(tensor, DTensor):
+            return tensor
         self.find_shard()
         return self.tensor if self.shard is None else self.shard.local
 
@@ -106,7 +109,7 @@ class Weight:
                 flat = entries.flat_indices()
                 here = shard.places(flat)
                 put(shard.local, flat[here] - shard.first, entries.undo.flatten()[here])
-            self.live, self._written, self._stamp = (), [], None
+            self.live, self._written, self.stamp = (), [], None
             self.forget()
 
     @property
@@ -125,15 +128,15 @@ class Weight:
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        if self.is_current(names):
+        if not is_helper() and self.is_current(names):
             return
         stack, weight = self._stack_of(names), self.held
         with writable(weight):
-            stamps = self._stamps(stack)
-            if self._stamp == (stack, _stamp(weight), stamps):
+            stamps, found = self._stamps(stack), _stamp(weight)
+            if self.stamp == (stack, found, stamps):
                 return  # another thread was faster
-            before = self._written
-            if not self._write_pair(stack, stamps, weight):
+            before, is_ours = self._written, self._tensor_stamp == found
+            if not (is_ours and self._write_pair(stack, stamps, weight)):
                 self._withdraw(weight)
                 if self._tensor_stamp != _stamp(weight):
                     self.forget()  # somebody replaced or changed the weight
@@ -141,17 +144,17 @@ class Weight:
                 PAIRS.note(before, self._written, weight)
             self.live = tuple([name for name, whole in stack if not whole])
             self._tensor_stamp = _stamp(weight)
-            self._stamp = stack, self._tensor_stamp, stamps
+            self.stamp = stack, self._tensor_stamp, stamps
             if self.shard is not None:
                 self.shard.show(self.tensor)
 
     def is_current(self, names: Sequence[str]) -> bool:
         """Whether it holds the changes of the named adapters, as they are now: asked often."""
-        if self._stamp is None:
+        if self.stamp is None:
             return False
         stack = self._stack_of(names)
         try:
-            return self._stamp == (stack, _stamp(self.held), self._stamps(stack))
+            return self.stamp == (stack, _stamp(self.held), self._stamps(stack))
         except RuntimeError:  # stand-ins of a recording or transform have no address
             return False
 
@@ -181,15 +184,20 @@ class Weight:
         """Put the original entries back into the weight, to the bit."""
         weight, was_live = self.held, self.live
         with writable(weight):
-            self._withdraw(weight)
-            self._stamp = None
+            self._withdraw(weight, is_last=True)
+            self.stamp = None
             if self.shard is not None and was_live:
                 self.shard.show(self.tensor)
 
-    def _withdraw(self, weight: Tensor) -> None:
-        self.touched = self.touched or self._tensor_stamp != _stamp(weight)
+    def _withdraw(self, weight: Tensor, *, is_last: bool = False) -> None:
+        before, is_ours = self._written, self._tensor_stamp == _stamp(weight)
+        if not is_ours:
+            self.touched, self._finished = True, {n: e.renewed() for n, e in self._finished.items()}
         if self.live:
-            self._restore(weight)
+            if not (is_last and is_ours and PAIRS.write(before, (), weight)):
+                self._restore(weight)
+            if is_last:
+                PAIRS.note(before, (), weight)
             self.live, self._written, self._pretrained = (), [], None
             self._tensor_stamp = _stamp(weight)
         self.in_graph = False
@@ -352,19 +360,12 @@ class Weight:
     def _write_pair(
         self, stack: tuple[tuple[str, bool], ...], stamps: tuple[Any, ...], weight: Tensor
     ) -> bool:
-        """Go from one adapter as it was kept to another in one pass; return whether that is kept.
-
-        Not where somebody else wrote the weight.
-        """
-        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != _stamp(weight):
+        """Go from one adapter as it was kept to another in one pass; return whether it is kept."""
+        after = self._finished.get(stack[0][0]) if len(stack) == 1 and not stack[0][1] else None
+        if after is None or after.stamp != stamps:
             return False
-        after = self._finished.get(stack[0][0])
-        if after is None or after.stamp != stamps or stack[0][1]:
+        if not PAIRS.write(self._written, [after], weight):
             return False
-        pair = PAIRS.find(self._written[0], after)
-        if pair is None:
-            return False
-        put(weight, pair.indices, pair.entries)
         self._written, self.in_graph = [after], False
         return True
 

@@ -75,6 +75,11 @@ def writable(weight: Tensor) -> AbstractContextManager[Any]:
     return context
 
 
+def is_helper() -> bool:
+    """Whether this thread writes many layers together."""
+    return _STATE.is_helper
+
+
 def is_stand_in(tensor: Tensor) -> bool:
     """Whether a tensor stands for the real one in a recording or a transform of a function.
 
