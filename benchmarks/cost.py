@@ -14,11 +14,15 @@ downloaded. Selected positions are like those of trained adapters, see `selectio
 from __future__ import annotations
 
 import argparse
+import copy
+import functools
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -26,22 +30,24 @@ from typing import Any
 
 import torch
 from cost_cases import BACKBONES, METHODS, Case, make_cases, window_of
+from cost_models import Task, make_task
 from cost_table import MB, Row, add_ratios, bars_of, render, turn_seconds
 from cost_worker import Job, in_process
 
 
 def measure(cases: list[Case], settings: dict[str, Any]) -> list[Row]:
     """Run cases in turns and return their rows."""
-    rows: list[Row] = []
-    for case in cases:
-        tell(f"memory: {case.label}")
-        row: Row = {"method": case.method, "phase": case.phase, "budget": case.budget}
-        rows.append(row | {"cycle": case.cycle} | in_process(case.to_dict(), settings))
+    # Memory is the same whatever else runs; steps of two processes fill what builds leave idle.
+    at_once = 2 if settings["device"] == "cpu" and settings["threads"] > 1 else 1
+    shared = settings | {"threads": settings["threads"] // at_once}
+    with ThreadPoolExecutor(at_once) as processes:
+        rows = list(processes.map(lambda case: measure_alone(case, shared), cases))
     jobs: list[tuple[Row, Job]] = []
+    make_again = keep_tasks()
     for row, case in zip(rows, cases, strict=True):
         if "failure" not in row:
             tell(f"build: {case.label}")
-            jobs.append((row, Job(case.to_dict(), settings)))
+            jobs.append((row, Job(case.to_dict(), settings, make_again)))
             row["replies"] = []
     for number in range(settings["rounds"]):
         tell(f"turn {number + 1} of {settings['rounds']}")
@@ -53,6 +59,19 @@ def measure(cases: list[Case], settings: dict[str, Any]) -> list[Row]:
         summarise(row)
     add_ratios(rows)
     return rows
+
+
+def measure_alone(case: Case, settings: dict[str, Any]) -> Row:
+    """Return a case's row with what a process of its own finds."""
+    tell(f"memory: {case.label}")
+    row: Row = {"method": case.method, "phase": case.phase, "budget": case.budget}
+    return row | {"cycle": case.cycle} | in_process(case.to_dict(), settings)
+
+
+def keep_tasks() -> Callable[..., Task]:
+    """Return a `make_task` that initialises a model once and gives out copies."""
+    kept = functools.cache(make_task)
+    return lambda *args: copy.deepcopy(kept(*args))
 
 
 def summarise(row: Row) -> None:

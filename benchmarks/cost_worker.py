@@ -23,6 +23,7 @@ from cost_cases import UNIFORM
 from cost_models import (
     ROUNDS,
     NotAvailable,
+    Task,
     make_selector,
     make_task,
     prepare,
@@ -104,13 +105,19 @@ class Job:
     Args:
         case: A `Case` as a dict.
         settings: backbone, resolution, batch_size, dtype, device, rounds.
+        make: Makes the task's model.
     """
 
-    def __init__(self, case: dict[str, Any], settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        case: dict[str, Any],
+        settings: dict[str, Any],
+        make: Callable[..., Task] = make_task,
+    ) -> None:
         self.device, self.phase = settings["device"], case["phase"]
         self.memory = Memory(self.device)
         dtype = getattr(torch, settings["dtype"])
-        task = make_task(settings["backbone"], settings["resolution"], dtype, self.device)
+        task = make(settings["backbone"], settings["resolution"], dtype, self.device)
         self.size = sum(p.numel() for p in task.backbone.parameters())
         self.model = prepare(task, case).train()
         self.selector: SFASelector | None = None

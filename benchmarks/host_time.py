@@ -77,7 +77,8 @@ class Job:
 
     def evaluate(self, x: Tensor) -> float:
         """Return milliseconds of a forward in eval mode."""
-        self.model.eval()
+        if self.model.training:
+            self.model.eval()
         with torch.no_grad():
             start = time.thread_time()
             self.model(x)

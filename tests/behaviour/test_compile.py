@@ -130,6 +130,22 @@ def test_inference_is_one_graph_and_sees_every_change(options, form, tmp_path):
             torch.testing.assert_close(compiled(x=batch()), model(batch()), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"rho": 0.5} | EXTERNAL, {"rho": 1} | EXTERNAL], ids=str)
+def test_each_of_several_adapters_answers_in_one_graph(options):
+    model = make(score="random", init_weights=False, **options)
+    other = SFAConfig(**(BASE | options), score="random", seed=1, init_weights=False)
+    model.add_adapter("two", other)
+    model.eval()
+    compiled, answers = torch.compile(model, backend="eager", fullgraph=True), []
+    with torch.no_grad():
+        for names in ("default", "two", ["default", "two"], "default"):
+            model.base_model.set_adapter(names)
+            answers.append(compiled(batch()))
+            assert torch.equal(answers[-1], model(batch()))
+    assert torch.equal(answers[0], answers[3])
+    assert not any(torch.equal(answers[0], answer) for answer in answers[1:3])
+
+
 def test_training_external_adapters_is_one_graph():
     eager, model = (make(rho=1, **EXTERNAL) for _ in range(2))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -36,6 +36,7 @@ def test_the_tables_have_every_method_and_sfa_leaves_no_bit_changed(
     assert exact["lora"]["left_1"] > 0
     assert [row["method"] for row in results["forwards"]] == [
         "bare",
+        "bare, again",
         "internal",
         "external",
         "both",

@@ -22,8 +22,8 @@ def used(monkeypatch):
     found = []
     find = pairs.Pairs.find
 
-    def counted(self, before, after):
-        pair = find(self, before, after)
+    def counted(self, key):
+        pair = find(self, key)
         found.append(pair is not None)
         return pair
 
@@ -66,6 +66,24 @@ def test_a_pair_is_written_in_one_pass_from_the_third_switch_on(kind, dtype, use
     check(session, "merge_and_unload")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_are_disabled_again_give_way_in_one_pass_too(dtype, used):
+    kit = Kit("mlp", dtype)
+    model, pretrained = kit.start(), [kit.bare().body.first.weight, kit.bare().body.second.weight]
+    switch(model, 2)
+    for number in range(4):
+        for name in ("one", "two"):
+            model.set_adapter(name)
+            used.clear()
+            with model.disable_adapter():
+                assert_equal(weights_of(model), pretrained)
+                assert used == [number >= 2] * 2
+            fresh = kit.fresh(model, [name])
+            output(fresh, kit.batch(dtype))  # writes
+            output(model, kit.batch(dtype))
+            assert_equal(weights_of(model), weights_of(fresh))
+
+
 @pytest.mark.parametrize("action", ACTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whatever_is_done_between_switches_the_model_is_as_a_fresh_one(action, dtype):
@@ -74,6 +92,33 @@ def test_whatever_is_done_between_switches_the_model_is_as_a_fresh_one(action, d
     for name in ("one", "other", "one", "other"):
         session.do(name)
     check(session, "both")
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_pair_takes_no_more_memory_than_the_weight(share):
+    kit = Kit("mlp", torch.float32)
+    model = kit.start()
+    for seed, name in enumerate(("one", "two")):
+        pool = find_pool(model, name)
+        count = int(share * pool.starts[-1])
+        order = torch.randperm(pool.starts[-1], generator=torch.Generator().manual_seed(seed))
+        slots = torch.full_like(pool.slots, -1)
+        slots[:count] = order[:count].sort().values
+        values = pool.values.detach().clone()
+        values[count:] = 0
+        pool.load_state_dict({"values": values, "slots": slots})
+    switch(model)
+    kept = list(pairs.PAIRS._kept.values())
+    assert len(kept) == 4
+    assert [pair.indices is None for pair in kept] == [share == 0.5] * 4
+    everything = 2 * sum(weight.nbytes for weight in weights_of(model))
+    assert (pairs.PAIRS.nbytes == everything) == (share == 0.5)
+    assert 0 < pairs.PAIRS.nbytes <= everything
+    for name in ("two", "one"):
+        model.set_adapter(name)
+        fresh = kit.fresh(model, [name])
+        output(fresh, kit.batch(torch.float32))  # writes
+        assert_equal(weights_of(model), weights_of(fresh))
 
 
 def test_a_weight_that_somebody_changed_is_written_as_without_pairs(used):
@@ -178,7 +223,7 @@ def test_blocks_are_written_block_by_block_with_the_same_bits(used):
         pool.load_state_dict({"values": pool.values.detach(), "slots": slots})
     switch(model)
     weight = layers_of(model)[1].weights["weight"]
-    assert weight._finished["one"].undo.shape == (5, write_lock.BLOCK)
+    assert weight.finished["one"].undo.shape == (5, write_lock.BLOCK)
     for name in ("two", "one", "two"):
         used.clear()
         model.set_adapter(name)

@@ -114,10 +114,8 @@ def test_a_step_between_picks_writes_each_weight_twice_and_looks_at_none_alone(m
     step()
     step()
     writes, alone = [], []
-    put = training_pass.Weight.rewrite.__globals__["put"]
-    monkeypatch.setitem(
-        Weight.rewrite.__globals__, "put", lambda *args: (writes.append(args), put(*args))
-    )
+    put = training_pass.put
+    monkeypatch.setattr(training_pass, "put", lambda *args: (writes.append(args), put(*args)))
     for name in ("refresh", "withdraw", "is_current", "taps"):
         monkeypatch.setattr(Weight, name, lambda self, *args, name=name: alone.append(name))
     step()

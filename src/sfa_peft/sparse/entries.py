@@ -42,6 +42,10 @@ class Entries:
         inside = torch.arange(BLOCK, device=self.indices.device)
         return (self.indices[:, None].long() * BLOCK + inside).flatten()
 
+    def renewed(self) -> Entries:
+        """Return the same as another object, where others wrote the weight: that ends its pairs."""
+        return replace(self)
+
     def in_blocks(self, weight: Tensor) -> Entries:
         """Return finished entries by block where they come in whole ones."""
         blocks = blocks_of(self.indices, weight.numel())

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SFAError
-from .write_lock import rows
+from .write_lock import put, rows
 
 #: Bytes for all pairs of the process, unless `limit_switch_memory` is called.
-_LIMIT = 256 << 20
+_LIMIT = 512 << 20
+#: Bytes of a position (int64).
+_INDEX_BYTES = 8
 #: Most pairs that were met once and are remembered for that.
 _MOST_MET = 1 << 16
 #: A pair gives way to another one if it was not used for so many uses of each that is kept.
@@ -30,22 +32,30 @@ _LEAST_USES = 8
 
 @dataclass(eq=False)
 class Pair:
-    """What a weight gets where one adapter's entries give way to another's.
+    """What a weight gets where one adapter's entries give way to another's, or to the originals.
 
     Attributes:
-        indices: Flat positions in the weight, or numbers of blocks; sorted.
+        indices: Flat positions in the weight, or numbers of blocks, int64: what torch writes by,
+            as to make that of int32 each time takes a quarter of a switch. None for all of it.
         entries: What it holds there afterwards.
         used: Number of the use that was its last.
     """
 
-    indices: Tensor
+    indices: Tensor | None
     entries: Tensor
     used: int = 0
 
     @property
     def nbytes(self) -> int:
         """Its memory."""
-        return self.indices.nbytes + self.entries.nbytes
+        return self.entries.nbytes + (0 if self.indices is None else self.indices.nbytes)
+
+    def write(self, weight: Tensor) -> None:
+        """Lead from one adapter to the other."""
+        if self.indices is None:
+            weight.detach().copy_(self.entries)
+        else:
+            put(weight, self.indices, self.entries)
 
 
 class Pairs:
@@ -59,10 +69,17 @@ class Pairs:
         self._uses = 0
         self._lock = threading.RLock()  # entries may end at any time, also inside of it
 
-    def find(self, before: Any, after: Any) -> Pair | None:
-        """Return what leads from some entries to others, if it is kept."""
+    def write(self, before: Sequence[Any], after: Sequence[Any], weight: Tensor) -> bool:
+        """Lead a weight from some entries to others (none: the originals), if that is kept."""
+        pair = self.find(_key(before, after))
+        if pair is not None:
+            pair.write(weight)
+        return pair is not None
+
+    def find(self, key: Hashable) -> Pair | None:
+        """Return what is kept."""
         self._uses += 1
-        pair = self._kept.get((id(before), id(after)))
+        pair = self._kept.get(key)
         if pair is not None:
             pair.used = self._uses
         return pair
@@ -73,16 +90,17 @@ class Pairs:
         Args:
             before: The entries that were put back.
             after: The entries that were written then; nothing is kept unless both are one
-                adapter's, and finished (see `weight`).
+                adapter's or none, and finished (see `weight`).
             weight: It holds them now.
         """
         both = (*before, *after)
-        if len(before) != 1 or len(after) != 1 or any(e.adapted is None for e in both):
+        if max(len(before), len(after)) != 1 or any(e.adapted is None for e in both):
             return
-        key = (id(before[0]), id(after[0]))
-        most = sum(entries.indices.nbytes + entries.undo.nbytes for entries in both)
+        key = _key(before, after)
+        lists = sum(_INDEX_BYTES * e.indices.numel() + e.undo.nbytes for e in both)
+        most = min(lists, weight.nbytes)
         with self._lock:
-            if key in self._kept or before[0].undo.ndim != after[0].undo.ndim:
+            if key in self._kept or both[0].undo.ndim != both[-1].undo.ndim:
                 return
             if key not in self._met:  # perhaps never again
                 if len(self._met) >= _MOST_MET:
@@ -91,7 +109,7 @@ class Pairs:
                 return
             if not self._make_room(most):
                 return  # asked before one is made, which takes longer than to do without
-        pair = _united(before[0], after[0], weight)
+        pair = _united(both, weight)
         pair.used = self._uses
         with self._lock:
             self._kept[key] = pair
@@ -132,12 +150,14 @@ PAIRS = Pairs()
 def limit_switch_memory(nbytes: int) -> int:
     """Bound what this process keeps to switch between two adapters in one pass.
 
-    A pair of adapters takes about 8 bytes for each entry that one of them selects, in each
-    direction, on the weights' device; it is kept from the second switch on. Pairs for which there
-    is no room are written in two passes.
+    A pair of adapters takes, in each direction and on the weights' device, 8 bytes and a weight's
+    own (12 in float32) for each entry that one of them selects, but never more than the weights
+    themselves. An adapter and the pretrained weights are such a pair too, where adapters are
+    disabled again and again. Pairs are kept from the second switch on. Those for which there is no
+    room are written in two passes.
 
     Args:
-        nbytes: Most bytes for all pairs together; 268,435,456 unless this is called. 0 keeps none.
+        nbytes: Most bytes for all pairs together; 536,870,912 unless this is called. 0 keeps none.
 
     Returns:
         The bytes that are kept now.
@@ -154,10 +174,16 @@ def limit_switch_memory(nbytes: int) -> int:
     return PAIRS.nbytes
 
 
-def _united(before: Any, after: Any, weight: Tensor) -> Pair:
-    flat = rows(weight, after.undo)
+def _key(before: Sequence[Any], after: Sequence[Any]) -> Hashable:
+    return tuple(map(id, before)), tuple(map(id, after))
+
+
+def _united(both: Sequence[Any], weight: Tensor) -> Pair:
+    flat = rows(weight, both[0].undo)
     is_in = torch.zeros(flat.shape[0], dtype=torch.bool, device=flat.device)
-    for entries in (before, after):
+    for entries in both:
         is_in[entries.indices.long()] = True
     indices = is_in.nonzero().squeeze(1)
-    return Pair(indices.to(after.indices.dtype), flat[indices])
+    if indices.nbytes + indices.numel() * flat[:1].nbytes >= weight.nbytes:
+        return Pair(None, weight.detach().clone())  # takes less memory, and no more time
+    return Pair(indices, flat[indices])

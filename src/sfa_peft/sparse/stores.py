@@ -23,6 +23,8 @@ class Store(Protocol):
     def slots(self) -> Tensor: ...
     @property
     def is_there(self) -> bool: ...
+    @property
+    def places(self) -> Sequence[tuple[dict[str, Any], str]]: ...
 
     # ruff: enable[D102]
 
@@ -37,6 +39,7 @@ class OwnStore:
     """
 
     is_there = True
+    places = ()  # nobody else can write them
 
     def __init__(self, deltas: Sequence[Delta], starts: Sequence[int], weight: Weight) -> None:
         positions = [d.indices + start for d, start in zip(deltas, starts, strict=False)]

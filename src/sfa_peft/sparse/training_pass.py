@@ -17,7 +17,7 @@ from torch import Tensor
 from .delta import Spans, adapt, span_length
 from .entries import Entries
 from .weight import Weight, stamp_of
-from .write_lock import writable
+from .write_lock import put, writable
 
 
 class Plan(NamedTuple):
@@ -97,7 +97,7 @@ class TrainingPass:
         if missed:
             self._plan = None  # what it was made of may be gone
         for weight, stand_in in zip(pool.weights, pool.stand_ins(), strict=True):
-            weight.wire(name, stand_in)
+            _wire(weight, name, stand_in)
         return True
 
     def _write(self, plan: Plan, stamps: tuple[Any, ...]) -> list[Weight]:
@@ -106,15 +106,19 @@ class TrainingPass:
         due = []
         for number, (weight, entries) in enumerate(plan.members):
             now = stamp_of(weight.tensor)
-            if not weight.is_free_for(self.pool.adapter_name, entries, now):
+            if not _is_free(weight, self.pool.adapter_name, entries, now):
                 missed.append(weight)
-            elif not weight.has_stamp(stack, now, stamps):
+            elif weight.stamp != (stack, now, stamps):
                 due.append((number, weight, entries))
         if due:
             written, places = plan.entries_of(self.pool.values.detach()), plan.places()
             with writable(due[0][1].tensor):
                 for number, weight, entries in due:
-                    weight.rewrite(stack, entries, places[number], written[number], stamps)
+                    put(weight.tensor, places[number], written[number])
+                    weight.live, weight.in_graph = (stack[0][0],), False
+                    weight.written = [] if entries is None else [entries]
+                    weight.tensor_stamp = stamp_of(weight.tensor)
+                    weight.stamp = stack, weight.tensor_stamp, stamps
         return missed
 
     def end(self) -> None:
@@ -124,8 +128,8 @@ class TrainingPass:
         for number, (weight, entries) in enumerate(members):
             if weight.owner.merged:
                 continue
-            is_plain = plan is not None and weight.live == (pool.adapter_name,)
-            if is_plain and weight.is_free_for(pool.adapter_name, entries, stamp_of(weight.tensor)):
+            name, now = pool.adapter_name, stamp_of(weight.tensor)
+            if plan and weight.live == (name,) and _is_free(weight, name, entries, now):
                 due.append((number, weight))
             else:
                 weight.withdraw()
@@ -133,7 +137,9 @@ class TrainingPass:
             places, undo = plan.places(), plan.originals()
             with writable(due[0][1].tensor):
                 for number, weight in due:
-                    weight.put_back(places[number], undo[number])
+                    put(weight.tensor, places[number], undo[number])
+                    weight.live, weight.written, weight.stamp = (), [], None
+                    weight.in_graph, weight.tensor_stamp = False, stamp_of(weight.tensor)
 
     # --- what stays ----------------------------------------------------------------------------
 
@@ -153,7 +159,7 @@ class TrainingPass:
         if len(kinds) > 1 or first.is_inference() or first.is_meta:
             return None
         entries = [
-            weight.entries_at(pool.adapter_name, spans) if spans else None
+            _entries_at(weight, pool.adapter_name, spans) if spans else None
             for weight, spans in zip(weights, layout, strict=True)
         ]
         if any(own is None and spans for own, spans in zip(entries, layout, strict=True)):
@@ -188,3 +194,30 @@ def _joined(parts: list[Tensor]) -> Tensor | None:
             return None
     size = sum(part.numel() for part in parts)
     return first.as_strided((size,), (1,))
+
+
+def _entries_at(weight: Weight, name: str, spans: Spans) -> Entries | None:
+    """Return an adapter's entries, None if they were not made yet for these slots."""
+    known = None if name in weight.finished else weight.entries.get(name)
+    return known if known is not None and known.spans is spans else None
+
+
+def _is_free(weight: Weight, name: str, entries: Entries | None, now: tuple[Any, ...]) -> bool:
+    """Whether nothing but an adapter's own entries is on the originals, for all one knows."""
+    return (
+        weight.tensor_stamp == now
+        and weight.whole_original is None
+        and (not weight.live or weight.live == (name,))
+        and (entries is None or weight.entries.get(name) is entries)
+    )
+
+
+def _wire(weight: Weight, name: str, stand_in: Tensor) -> None:
+    """Prepare for a forward what the only adapter wants; the same for as long as it can be."""
+    tensor, entries = weight.tensor, weight.entries.get(name)
+    place = id(tensor), tensor.data_ptr(), tensor.requires_grad
+    key = (place, id(stand_in), id(entries), id(weight.observers.get(name)))
+    weight.in_graph = True
+    if weight.prepared is None or weight.wired != key:
+        # What the ids are of is kept alive by what is prepared.
+        weight.wired, weight.prepared = key, weight.taps().with_alias_of(tensor)

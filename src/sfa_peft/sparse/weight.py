@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .delta import Slice, Spans, adapt
+from .delta import Slice, adapt
 from .entries import Entries
 from .gradient import Observer, Support, Tap, Tapped, eager, find_support
 from .pairs import PAIRS
 from .shards import Shard, whole
-from .write_lock import is_stand_in, put, rows, writable
+from .write_lock import is_helper, is_stand_in, put, rows, writable
 
 #: Entries that stand for all of a weight where others may have written it.
 _SAMPLE = 256
@@ -39,16 +39,13 @@ class Owner(Protocol):
 
     def parameter(self, name: str) -> Tensor:
         """Return the tensor that a parameter of the layer is now."""
-        ...
 
     def columns_worth(self, name: str) -> float | None:
         """Return what `find_support` asks of the matrix of a linear layer; None of others."""
-        ...
 
     @property
     def merged(self) -> bool:
         """Whether changes stay in the layer's weights until they are unmerged."""
-        ...
 
 
 class Weight:
@@ -73,13 +70,13 @@ class Weight:
         self.prepared: Tapped | None = None  # for a forward of the whole model
         self.shard: Shard | None = None  # this rank's part, where the weight is cut over ranks
         self.touched = True  # others may have written it since `is_untouched`
-        self._entries: dict[str, Entries] = {}  # in slot order, for training
-        self._finished: dict[str, Entries] = {}  # in the weight's order, for switching
-        self._written: list[Entries] = []
-        self._pretrained: Tensor | None = None  # the whole weight, while candidates train
-        self._stamp: tuple[Any, ...] | None = None
-        self._tensor_stamp: tuple[Any, ...] | None = None
-        self._wired: tuple[Any, ...] = ()
+        self.entries: dict[str, Entries] = {}  # in slot order, for training
+        self.finished: dict[str, Entries] = {}  # in the weight's order, for switching
+        self.written: list[Entries] = []
+        self.whole_original: Tensor | None = None  # while candidates train
+        self.stamp: tuple[Any, ...] | None = None  # of what it holds; another object once written
+        self.tensor_stamp: tuple[Any, ...] | None = None
+        self.wired: tuple[Any, ...] = ()  # what `prepared` was made for
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model has no selector; a selector that is copied with it attaches itself.
@@ -93,6 +90,9 @@ class Weight:
     @property
     def held(self) -> Tensor:
         """What changes are written to: the parameter, or this rank's part of it."""
+        tensor = self.tensor
+        if self.shard is None and not isinstance(tensor, DTensor):
+            return tensor
         self.find_shard()
         return self.tensor if self.shard is None else self.shard.local
 
@@ -103,11 +103,11 @@ class Weight:
             return
         self.shard = shard = Shard(tensor, f"{self.owner.name}.{self.parameter}")
         if known is None:
-            for entries in self._written:  # of the whole weight, before it was cut
+            for entries in self.written:  # of the whole weight, before it was cut
                 flat = entries.flat_indices()
                 here = shard.places(flat)
                 put(shard.local, flat[here] - shard.first, entries.undo.flatten()[here])
-            self.live, self._written, self._stamp = (), [], None
+            self.live, self.written, self.stamp = (), [], None
             self.forget()
 
     @property
@@ -126,33 +126,33 @@ class Weight:
             keep: Whether to keep what is written, so that the next time is faster. It takes room
                 for two more numbers per entry, so it is for adapters that do not train now.
         """
-        if self.is_current(names):
+        if not is_helper() and self.is_current(names):
             return
         stack, weight = self._stack_of(names), self.held
         with writable(weight):
-            stamps = self._stamps(stack)
-            if self._stamp == (stack, stamp_of(weight), stamps):
+            stamps, found = self._stamps(stack), stamp_of(weight)
+            if self.stamp == (stack, found, stamps):
                 return  # another thread was faster
-            before = self._written
-            if not self._write_pair(stack, stamps, weight):
+            before, is_ours = self.written, self.tensor_stamp == found
+            if not (is_ours and self._write_pair(stack, stamps, weight)):
                 self._withdraw(weight)
-                if self._tensor_stamp != stamp_of(weight):
+                if self.tensor_stamp != stamp_of(weight):
                     self.forget()  # somebody replaced or changed the weight
                 self._write_all(stack, stamps, weight, keep=keep)
-                PAIRS.note(before, self._written, weight)
+                PAIRS.note(before, self.written, weight)
             self.live = tuple([name for name, whole in stack if not whole])
-            self._tensor_stamp = stamp_of(weight)
-            self._stamp = stack, self._tensor_stamp, stamps
+            self.tensor_stamp = stamp_of(weight)
+            self.stamp = stack, self.tensor_stamp, stamps
             if self.shard is not None:
                 self.shard.show(self.tensor)
 
     def is_current(self, names: Sequence[str]) -> bool:
         """Whether it holds the changes of the named adapters, as they are now: asked often."""
-        if self._stamp is None:
+        if self.stamp is None:
             return False
         stack = self._stack_of(names)
         try:
-            return self._stamp == (stack, stamp_of(self.held), self._stamps(stack))
+            return self.stamp == (stack, stamp_of(self.held), self._stamps(stack))
         except RuntimeError:  # stand-ins of a recording or transform have no address
             return False
 
@@ -182,30 +182,35 @@ class Weight:
         """Put the original entries back into the weight, to the bit."""
         weight, was_live = self.held, self.live
         with writable(weight):
-            self._withdraw(weight)
-            self._stamp = None
+            self._withdraw(weight, is_last=True)
+            self.stamp = None
             if self.shard is not None and was_live:
                 self.shard.show(self.tensor)
 
-    def _withdraw(self, weight: Tensor) -> None:
-        self.touched = self.touched or self._tensor_stamp != stamp_of(weight)
+    def _withdraw(self, weight: Tensor, *, is_last: bool = False) -> None:
+        before, is_ours = self.written, self.tensor_stamp == stamp_of(weight)
+        if not is_ours:
+            self.touched, self.finished = True, {n: e.renewed() for n, e in self.finished.items()}
         if self.live:
-            self._restore(weight)
-            self.live, self._written, self._pretrained = (), [], None
-            self._tensor_stamp = stamp_of(weight)
+            if not (is_last and is_ours and PAIRS.write(before, (), weight)):
+                self._restore(weight)
+            if is_last:
+                PAIRS.note(before, (), weight)
+            self.live, self.written, self.whole_original = (), [], None
+            self.tensor_stamp = stamp_of(weight)
         self.in_graph = False
 
     def forget(self) -> None:
         """Look at the weight anew next time; it must hold the originals then."""
-        self._entries.clear()
-        self._finished.clear()
+        self.entries.clear()
+        self.finished.clear()
 
     def remove(self, adapter_name: str) -> None:
         """Forget an adapter; the weight must hold the originals."""
         before = self.earlier.pop(adapter_name, ())
         unused = set(before).difference(*self.earlier.values())
         tables: list[dict[str, Any]] = [self.slices, self.observers, self.candidates]
-        for table in (*tables, self._entries, self._finished):
+        for table in (*tables, self.entries, self.finished):
             for name in (adapter_name, *unused):
                 table.pop(name, None)
 
@@ -228,9 +233,9 @@ class Weight:
 
     def is_as_written(self) -> bool:
         """Whether a sample of its entries is what an adapter alone on it has them be now."""
-        if len(self._written) != 1 or len(self.live) != 1 or self._pretrained is not None:
+        if len(self.written) != 1 or len(self.live) != 1 or self.whole_original is not None:
             return True
-        own, weight = self._written[0], self.tensor.detach().view(-1)
+        own, weight = self.written[0], self.tensor.detach().view(-1)
         entries = rows(weight, own.undo)[own.indices[:_SAMPLE].long()]
         wanted = own.adapted
         if wanted is None:
@@ -242,7 +247,7 @@ class Weight:
 
     def is_untouched(self) -> bool:
         """Whether nobody else can have written the weight since this was asked."""
-        touched = self.touched or self._tensor_stamp != stamp_of(self.held)
+        touched = self.touched or self.tensor_stamp != stamp_of(self.held)
         self.touched = False
         return not touched
 
@@ -252,7 +257,7 @@ class Weight:
         with writable(self.tensor):
             self.tensor.copy_(base)
         self.forget()
-        self._tensor_stamp = stamp_of(self.tensor)
+        self.tensor_stamp = stamp_of(self.tensor)
 
     # --- what it holds -------------------------------------------------------------------------
 
@@ -296,60 +301,9 @@ class Weight:
 
     def kept(self, name: str) -> list[Tensor]:
         """Return what is kept to write and withdraw an adapter's change, beside its pool."""
-        found = (table.get(name) for table in (self._entries, self._finished))
+        found = (table.get(name) for table in (self.entries, self.finished))
         tensors = [(e.indices, e.undo, e.adapted) for e in found if e is not None]
         return [tensor for parts in tensors for tensor in parts if tensor is not None]
-
-    # --- training, all weights of a pool at once (see `training_pass`) ---------------------------
-
-    def entries_at(self, name: str, spans: Spans) -> Entries | None:
-        """Return an adapter's entries, None if they were not made yet for these slots."""
-        known = None if name in self._finished else self._entries.get(name)
-        return known if known is not None and known.spans is spans else None
-
-    def is_free_for(self, name: str, entries: Entries | None, now: tuple[Any, ...]) -> bool:
-        """Whether nothing but an adapter's own entries is on the originals, for all one knows."""
-        return (
-            self._tensor_stamp == now
-            and self._pretrained is None
-            and (not self.live or self.live == (name,))
-            and (entries is None or self._entries.get(name) is entries)
-        )
-
-    def has_stamp(self, *stamp: Any) -> bool:
-        """Whether it holds what changes with this stamp have it hold (see `is_current`)."""
-        return self._stamp == stamp
-
-    def rewrite(
-        self,
-        stack: tuple[tuple[str, bool], ...],
-        entries: Entries | None,
-        places: Tensor,
-        written: Tensor,
-        stamps: tuple[Any, ...],
-    ) -> None:
-        """Write an adapter's entries, wherever their latest ones still are."""
-        put(self.tensor, places, written)
-        self.live = (stack[0][0],)
-        self._written, self.in_graph = [] if entries is None else [entries], False
-        self._tensor_stamp = stamp_of(self.tensor)
-        self._stamp = stack, self._tensor_stamp, stamps
-
-    def put_back(self, places: Tensor, undo: Tensor) -> None:
-        """Put the originals of the only adapter back."""
-        put(self.tensor, places, undo)
-        self.live, self._written, self._stamp, self.in_graph = (), [], None, False
-        self._tensor_stamp = stamp_of(self.tensor)
-
-    def wire(self, name: str, stand_in: Tensor) -> None:
-        """Prepare for a forward what the only adapter wants; the same as long as it can be."""
-        tensor, entries = self.tensor, self._entries.get(name)
-        place = id(tensor), tensor.data_ptr(), tensor.requires_grad
-        key = (place, id(stand_in), id(entries), id(self.observers.get(name)))
-        self.in_graph = True
-        if self.prepared is None or self._wired != key:
-            # What the ids are of is kept alive by what is prepared.
-            self._wired, self.prepared = key, self.taps().with_alias_of(tensor)
 
     # --- gradient ------------------------------------------------------------------------------
 
@@ -377,47 +331,40 @@ class Weight:
     # --- writing -------------------------------------------------------------------------------
 
     def _restore(self, weight: Tensor) -> None:
-        if self._pretrained is not None:
-            weight.detach().copy_(self._pretrained)
+        if self.whole_original is not None:
+            weight.detach().copy_(self.whole_original)
             return
-        for entries in self._written:
+        for entries in self.written:
             put(weight, entries.indices, entries.undo)
 
     def _entries_of(self, name: str, weight: Tensor) -> Entries:
         """Return an adapter's entries; the weight must hold the originals, or these entries."""
         part = self.slices[name]
-        known = self._entries.get(name)
+        known = self.entries.get(name)
         if known is not None and known.spans is part.spans:
             return known
         index = part.indices().to(weight.device)
         indices = part.room(_index_dtype(weight), weight.device)
         undo = part.room(weight.dtype, weight.device)
         indices.copy_(index)
-        finished = self._finished.get(name)
+        finished = self.finished.get(name)
         if name in self.live and finished is not None:
             undo[index.argsort()] = finished.undo.flatten()
         else:
             torch.index_select(weight.detach().view(-1), 0, index, out=undo)
-        self._entries[name] = Entries(indices, undo, part.spans)
-        return self._entries[name]
+        self.entries[name] = Entries(indices, undo, part.spans)
+        return self.entries[name]
 
     def _write_pair(
         self, stack: tuple[tuple[str, bool], ...], stamps: tuple[Any, ...], weight: Tensor
     ) -> bool:
-        """Go from one adapter as it was kept to another in one pass; return whether that is kept.
-
-        Not where somebody else wrote the weight.
-        """
-        if len(stack) != 1 or len(self._written) != 1 or self._tensor_stamp != stamp_of(weight):
+        """Go from one adapter as it was kept to another in one pass; return whether it is kept."""
+        after = self.finished.get(stack[0][0]) if len(stack) == 1 and not stack[0][1] else None
+        if after is None or after.stamp != stamps:
             return False
-        after = self._finished.get(stack[0][0])
-        if after is None or after.stamp != stamps or stack[0][1]:
+        if not PAIRS.write(self.written, [after], weight):
             return False
-        pair = PAIRS.find(self._written[0], after)
-        if pair is None:
-            return False
-        put(weight, pair.indices, pair.entries)
-        self._written, self.in_graph = [after], False
+        self.written, self.in_graph = [after], False
         return True
 
     def _write_all(
@@ -436,18 +383,18 @@ class Weight:
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
         for name, dense in stack:  # originals first: adapters may share entries
-            if dense and self._pretrained is None:
-                self._pretrained = weight.detach().clone()
+            if dense and self.whole_original is None:
+                self.whole_original = weight.detach().clone()
             elif not dense:
-                self._finished.pop(name, None)
+                self.finished.pop(name, None)
                 self._entries_of(name, weight)
         for position, (name, dense) in enumerate(stack):
             if dense:
                 change = self.candidates[name].to(weight.device)
                 weight.detach().copy_(adapt(weight.detach(), change))
             else:
-                self._write(name, weight, self._entries[name], onto_others=position > 0)
-                self._written.append(self._entries[name])
+                self._write(name, weight, self.entries[name], onto_others=position > 0)
+                self.written.append(self.entries[name])
 
     def _write(self, name: str, weight: Tensor, entries: Entries, *, onto_others: bool) -> None:
         """Write original plus change; on shared entries onto what is there."""
@@ -462,13 +409,13 @@ class Weight:
         self, name: str, stamps: tuple[Any, ...], weight: Tensor, *, keep: bool
     ) -> bool:
         """Write an adapter as it was kept; return whether it is (made so where `keep` asks)."""
-        finished = self._finished.get(name)
+        finished = self.finished.get(name)
         if finished is None or finished.adapted is None or finished.stamp != stamps:
             if not keep:
                 return False
-            finished = self._finished[name] = self._finish(name, stamps, weight).in_blocks(weight)
+            finished = self.finished[name] = self._finish(name, stamps, weight).in_blocks(weight)
         put(weight, finished.indices, cast(Tensor, finished.adapted))
-        self._written.append(finished)
+        self.written.append(finished)
         return True
 
     def _finish(self, name: str, stamps: tuple[Any, ...], weight: Tensor) -> Entries:
@@ -482,7 +429,7 @@ class Weight:
             change = part.change().to(own.undo.device)
             adapted = adapt(own.undo, change) if part.spans else own.undo
             return Entries(own.indices, own.undo, stamp=stamps, adapted=adapted)
-        if self._entries.pop(name, None) is not None:
+        if self.entries.pop(name, None) is not None:
             part.free_room()
         index = part.indices().to(weight.device)
         undo = weight.detach().view(-1).index_select(0, index)

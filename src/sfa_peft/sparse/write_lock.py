@@ -75,6 +75,11 @@ def writable(weight: Tensor) -> AbstractContextManager[Any]:
     return context
 
 
+def is_helper() -> bool:
+    """Whether this thread writes many layers together."""
+    return _STATE.is_helper
+
+
 def is_exporting() -> bool:
     """Whether torch.export records a forward; torch.compile does not."""
     # Up to torch 2.12 a graph of torch.compile holds True for the function of this name.

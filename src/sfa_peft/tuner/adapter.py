@@ -90,6 +90,12 @@ class LayerStore:
         return self.layer._modules["sfa_slots"]._buffers[self.adapter_name]
 
     @property
+    def places(self) -> list[tuple[dict[str, Any], str]]:
+        """The dicts in which values and positions lie under the adapter's name."""
+        modules, name = self.layer._modules, self.adapter_name
+        return [(modules["sfa_pool"]._parameters, name), (modules["sfa_slots"]._buffers, name)]
+
+    @property
     def is_there(self) -> bool:
         """Whether the model still has the adapter."""
         return self.adapter_name in self.layer.sfa_pool

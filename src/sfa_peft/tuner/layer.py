@@ -6,6 +6,7 @@ Original entries are always put back by overwriting, so every state is exact, wh
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 from ..errors import SFAError
 from ..sparse.gradient import WORTH, WORTH_OF_SHARED, Tapped, call_tapped, eager
 from ..sparse.pool import Pool
+from ..sparse.settled import Settled
 from ..sparse.weight import Weight
 from ..sparse.weight_averages import take_positions, undo_rounding
 from ..sparse.write_lock import is_exporting, is_recorded, now_or_together
 from .adapter import Adapter, LayerStore
 from .external import AdaptedLayer, apply_bottleneck
-from .weight_storage import fit_for_changes, refuse_offloaded, stored
+from .weight_storage import fit_for_changes, move, refuse_infinite, refuse_offloaded, stored
 
 
 class SFALayer(nn.Module, BaseTunerLayer):
@@ -63,6 +65,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.adapters: dict[str, Adapter] = {}  # those that were added here, by name
         self.weights: dict[str, Weight] = {}  # by name of the base layer's parameter
+        self.settled = Settled()
         self.whole: Any = None  # compiled forwards of the model that it is in (see `layers`)
         self.prepared_for: Any = None  # the same, while what was prepared may be used
         kind = "channels" if isinstance(base_layer, nn.Conv2d) else "features"
@@ -132,30 +135,29 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         # PEFT would also cast to the base's dtype, which loses bits of a loaded fp32 adapter.
-        target = device or self.base_weight.device
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            container: Any = getattr(self, name)
-            if adapter_name in container:
-                item = container[adapter_name]
-                tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
-                if target.type != "meta" and not any(t.is_meta for t in tensors):
-                    container[adapter_name] = item.to(target)
+        containers = map(self.__getattr__, (*self.adapter_layer_names, *self.other_param_names))
+        move(containers, adapter_name, device or self.base_weight.device)
 
     # --- forward -------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base layer's output with selected weights and external adapters in effect."""
-        if self.sfa_packed:
-            self._finish_loading()
-        if self._disable_adapters:
-            return self._pretrained_forward(*args, **kwargs)
-        names = self._effective_adapters()
-        is_transformed = not self._is_prepared() and self._bring(names)
+        modules: dict[str, Any] = self._modules  # faster than by attribute
+        names, is_transformed = None, False
+        if not torch.compiler.is_compiling():
+            names = self.settled.look()
+        if names is None:
+            if modules["sfa_packed"]:
+                self._finish_loading()
+            if self._disable_adapters:
+                return self._pretrained_forward(*args, **kwargs)
+            names = self._effective_adapters()
+            is_transformed = not self._is_prepared() and self._bring(names)
         out = self._base_forward(names, is_transformed, args, kwargs)
-        downs = self.sfa_down._modules
+        downs = modules["sfa_down"]._modules
         for name in names:
             if name in downs:
-                out = apply_bottleneck(out, downs[name], self.sfa_up._modules[name])
+                out = apply_bottleneck(out, downs[name], modules["sfa_up"]._modules[name])
         return out
 
     def _bring(self, names: list[str]) -> bool:
@@ -169,6 +171,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         """
         weights, compiling = self.weights.values(), torch.compiler.is_compiling()
         if not compiling and all(weight.is_current(names) for weight in weights):
+            self.settled.remember(names, weights, (cast(Any, self._modules), "base_layer"))
             return False
         is_transformed = not compiling and any(weight.is_stand_in for weight in weights)
         if not is_exporting() and not is_transformed:
@@ -195,12 +198,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
             # A forward whose backward may still come used the weight as it is: leave it alone.
             originals = {name: weight.pretrained() for name, weight in self.weights.items()}
             return torch.func.functional_call(self.base_layer, originals, args, kwargs)
-        if not self._is_prepared():
+        if not self._is_prepared() and any(weight.live for weight in self.weights.values()):
             self.withdraw()
         return self.base_layer(*args, **kwargs)
 
-    def _base_forward(self, names: list[str], is_transformed: bool, args: Any, kwargs: Any) -> Any:
-        base = self.base_layer
+    def _base_forward(
+        self, names: Sequence[str], is_transformed: bool, args: Any, kwargs: Any
+    ) -> Any:
+        base: Any = self._modules["base_layer"]
         if not torch.is_grad_enabled() or self.merged_adapters or is_recorded():
             return base(*args, **kwargs)
         if is_transformed:
@@ -262,7 +267,9 @@ class SFALayer(nn.Module, BaseTunerLayer):
         return any(weight.in_graph for weight in self.weights.values())
 
     def _unprepare(self) -> None:
-        self.prepared_for = None
+        self.settled.forget()
+        if self.prepared_for is not None:  # to set an attribute of a module takes long
+            self.prepared_for = None
         if self.whole is not None:
             self.whole.is_settled = False
 
@@ -271,6 +278,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.refresh(self._effective_adapters(), keep=True)
 
     def _switch(self, action: Callable[[], None]) -> None:
+        self.settled.forget()
         first = next(iter(self.weights.values()), None)
         if first is not None and not (weight := first.tensor).is_meta:
             alone = first.shard is not None or not weight.is_cpu
@@ -304,6 +312,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def mark_active(self, adapter_names: str | list[str], *, inference_mode: bool) -> None:
         """Activate adapters without writing; while one is added, its pool is not complete."""
+        self.settled.forget()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def act_at_once(self, adapter_names: list[str]) -> None:
@@ -313,6 +322,7 @@ class SFALayer(nn.Module, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on or off; off computes with the pretrained weight, to the bit."""
+        self.settled.forget()
         super().enable_adapters(enabled)
         if not self.merged and not self.in_graph:
             self._switch(self.withdraw)
@@ -354,9 +364,10 @@ class SFALayer(nn.Module, BaseTunerLayer):
             ValueError: If `safe_merge` finds a value that is not finite.
         """
         names = [a for a in check_adapters_to_merge(self, adapter_names) if self.has_adapter(a)]
-        if safe_merge:
-            for name in names:
-                self._check_finite(name)
+        for name in names if safe_merge else ():
+            slices = [w.slices[name] for w in self.weights.values() if name in w.slices]
+            projections = [m[name] for m in (self.sfa_down, self.sfa_up) if name in m]
+            refuse_infinite(name, projections, [part.change() for part in slices])
         self.merged_adapters.extend(names)
         if names:
             self._switch(lambda: self.refresh(self.merged_adapters))
@@ -369,25 +380,14 @@ class SFALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
         self._switch(self.withdraw)
 
-    def _check_finite(self, name: str) -> None:
-        tensors: list[Tensor] = []
-        if name in self.sfa_down:
-            tensors += [*self.sfa_down[name].parameters(), *self.sfa_up[name].parameters()]
-        tensors += [w.slices[name].change() for w in self.weights.values() if name in w.slices]
-        if not all(bool(torch.isfinite(t).all()) for t in tensors):
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {name} seems to be broken"
-            )
-
     def unload(self) -> nn.Module:
         """Return what stands in the wrapper's place afterwards: the base layer, merged or not."""
         base = self.get_base_layer()
         if not self.merged:
             self.withdraw()
             return base
-        kept = [
-            (self.sfa_down[a], self.sfa_up[a]) for a in self.merged_adapters if a in self.sfa_down
-        ]
+        downs, ups = self.sfa_down, self.sfa_up
+        kept = [(downs[name], ups[name]) for name in self.merged_adapters if name in downs]
         return AdaptedLayer(base, kept) if kept else base
 
     # --- state ---------------------------------------------------------------------------------
@@ -403,9 +403,8 @@ class SFALayer(nn.Module, BaseTunerLayer):
                 adapter.look()
         state = super().state_dict(*args, **kwargs)
         start = kwargs.get("prefix", args[1] if len(args) > 1 else "")
-        for name in self.sfa_packed:
-            state.pop(f"{start}sfa_pool.{name}", None)
-            state.pop(f"{start}sfa_slots.{name}", None)
+        for kind, name in itertools.product(("sfa_pool", "sfa_slots"), self.sfa_packed):
+            state.pop(f"{start}{kind}.{name}", None)
         for name, weight in self.weights.items():
             key = f"{start}base_layer.{name}"
             if weight.live and not self.merged and key in state:

@@ -261,3 +261,24 @@ def _callers() -> Iterator[nn.Module]:
         if frame.f_code.co_name == "_call_impl":  # to look into others would keep what they hold
             yield frame.f_locals["self"]
         frame = frame.f_back
+
+
+def move(containers: Iterable[Any], adapter_name: str, device: torch.device) -> None:
+    """Move what containers hold for an adapter to a device, where it and the device are real."""
+    for container in containers:
+        if adapter_name in container:
+            item = container[adapter_name]
+            tensors = [item] if isinstance(item, Tensor) else list(item.parameters())
+            if device.type != "meta" and not any(t.is_meta for t in tensors):
+                container[adapter_name] = item.to(device)
+
+
+def refuse_infinite(
+    adapter_name: str, projections: Iterable[nn.Module], changes: Iterable[Tensor]
+) -> None:
+    """Refuse to merge an adapter of a layer with numbers that are not finite (ValueError)."""
+    parameters = chain.from_iterable(module.parameters() for module in projections)
+    if not all(bool(torch.isfinite(t).all()) for t in chain(parameters, changes)):
+        raise ValueError(
+            f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+        )
