@@ -14,12 +14,11 @@ import os
 import sys
 import types
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 
-import torch
 from coverage import CoverageData
 
 PACKAGE = "sfa_peft"
@@ -96,17 +95,32 @@ class Loader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> types.CodeType:
         """Compile anew: a cached file would be read by processes that note nothing."""
-        return compile(noted(self.get_data(self.path)), self.path, "exec", dont_inherit=True)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        setattr(module, _NOTE, _ran.setdefault(self.path, set()).add)
-        setattr(module, _COMPILING, torch.compiler.is_compiling)
-        super().exec_module(module)
+        tree = noted(self.get_data(self.path), self.path)
+        return compile(tree, self.path, "exec", dont_inherit=True)
 
 
-def noted(source: bytes) -> ast.Module:
+def noter(path: str) -> Callable[[int], None]:
+    """Return what a line of a file calls when it runs."""
+    return _ran.setdefault(path, set()).add
+
+
+def noted(source: bytes, path: str) -> ast.Module:
     """Parse a module, and put a note in front of each statement."""
-    return ast.fix_missing_locations(_Noter().visit(ast.parse(source)))
+    tree = _Noter().visit(ast.parse(source))
+    start = f"""
+{_NOTE} = __import__({__name__!r}, fromlist=["noter"]).noter({path!r})
+{_COMPILING} = __import__("torch").compiler.is_compiling
+"""
+    first = next((i for i, s in enumerate(tree.body) if not _must_be_first(s)), len(tree.body))
+    tree.body[first:first] = ast.parse(start).body
+    return ast.fix_missing_locations(tree)
+
+
+def _must_be_first(statement: ast.stmt) -> bool:
+    """It is a docstring, or another constant; or an import from the future."""
+    if isinstance(statement, ast.Expr):
+        return isinstance(statement.value, ast.Constant)
+    return isinstance(statement, ast.ImportFrom) and statement.module == "__future__"
 
 
 class _Noter(ast.NodeTransformer):
@@ -136,14 +150,12 @@ def _note_tried(branches: Sequence[ast.ExceptHandler | ast.match_case], places: 
 
 
 def _with_notes(statement: ast.stmt) -> list[ast.stmt]:
-    if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-        return [statement]  # a docstring must stay first, and no constant runs
+    if isinstance(statement, ast.Expr) and _must_be_first(statement):
+        return [statement]  # no constant runs
     decorators = getattr(statement, "decorator_list", [])
     lines = [statement.lineno, *(decorator.lineno for decorator in decorators)]
     notes = [_note(line, statement) for line in lines]
-    if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
-        return [statement, *notes]  # nothing may stand before it
-    return [*notes, statement]
+    return [statement, *notes] if _must_be_first(statement) else [*notes, statement]
 
 
 def _note(line: int, where: ast.stmt) -> ast.stmt:

@@ -193,6 +193,13 @@ def test_a_compiled_function_is_one_graph_as_without_notes(module):
     assert lines._ran == {str(module): {1}}
 
 
+def test_a_module_of_the_package_runs_as_a_program_too(module):
+    module.write_text("print(1)\n")
+    code = lines.Loader("of_its_own", str(module)).get_code("of_its_own")
+    exec(code, {"__name__": "__main__"})  # as runpy does, which makes no module
+    assert lines._ran == {str(module): {1}}
+
+
 def test_notes_begin_before_the_package_is_imported_or_not_at_all(monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [])
     monkeypatch.delenv(lines.FOLDER, raising=False)
