@@ -151,7 +151,7 @@ def test_the_error_says_which_layers_of_a_block_are_known():
     model = VisionTransformer()
     model.blocks[1].mlp = nn.Identity()
     message = refusal(model)
-    assert "in some of `blocks.#` a layer by its name is missing" in message
+    assert "some of `blocks.#` lack a linear layer of a known name" in message
     assert "(found: attn.proj, attn.qkv, mlp.fc1, mlp.fc2)" in message
 
 

@@ -231,7 +231,7 @@ def doubt(rows: Sequence[Row]) -> str:
     partial = [row for row in rows if not row.whole]
     if partial:
         found = ", ".join(partial[0].layers)
-        return f"in some of `{partial[0].name}` a layer by its name is missing (found: {found})"
+        return f"some of `{partial[0].name}` lack a linear layer of a known name (found: {found})"
     return "which of them read the image is not clear"
 
 
