@@ -200,7 +200,7 @@ class Adapter:
         self._in_steps = steps
 
     def begin(self, check: Callable[[Pool], None]) -> None:
-        """Begin the selection of a loop that will call `count_step`, if `check` finds it possible."""
+        """Begin the selection of a loop that will call `count_step`, if `check` lets it."""
         pool, length = self.pool, self.config.total_steps
         if pool is None or length is None or pool.driver is not None or not self.needs_selector:
             return
