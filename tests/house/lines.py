@@ -10,6 +10,7 @@ combine` and `coverage report` read it.
 import ast
 import importlib.abc
 import importlib.machinery
+import marshal
 import os
 import sys
 import types
@@ -94,9 +95,18 @@ class Loader(importlib.machinery.SourceFileLoader):
     """Loads a module whose lines note that they run."""
 
     def get_code(self, fullname: str) -> types.CodeType:
-        """Compile anew: a cached file would be read by processes that note nothing."""
+        """Compile once for all processes of a run, beside their lines and not beside the module."""
+        kept = Path(os.environ[FOLDER], f"{fullname}.code") if FOLDER in os.environ else None
+        if kept is not None and kept.exists():
+            return marshal.loads(kept.read_bytes())
         tree = noted(self.get_data(self.path), self.path)
-        return compile(tree, self.path, "exec", dont_inherit=True)
+        code = compile(tree, self.path, "exec", dont_inherit=True)
+        if kept is not None:
+            partial = kept.with_suffix(f".{uuid.uuid4().hex}")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(marshal.dumps(code))
+            partial.replace(kept)
+        return code
 
 
 def noter(path: str) -> Callable[[int], None]:
@@ -160,9 +170,6 @@ def _with_notes(statement: ast.stmt) -> list[ast.stmt]:
 
 def _note(line: int, where: ast.stmt) -> ast.stmt:
     """Return the note; torch.compile drops it, for nothing may be done beside the work there."""
-    call = f"{_COMPILING}() or {_NOTE}({line})"
-    (note,) = ast.parse(call).body
-    for node in ast.walk(note):
-        if hasattr(node, "lineno"):
-            ast.copy_location(node, where)
-    return note
+    compiling = ast.Call(ast.Name(_COMPILING, ast.Load()), [], [])
+    runs = ast.Call(ast.Name(_NOTE, ast.Load()), [ast.Constant(line)], [])
+    return ast.copy_location(ast.Expr(ast.BoolOp(ast.Or(), [compiling, runs])), where)

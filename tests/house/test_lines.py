@@ -147,6 +147,7 @@ def run(path, loader) -> None:
 @pytest.fixture
 def module(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "_ran", {})
+    monkeypatch.delenv(lines.FOLDER, raising=False)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "of_its_own.py"
     path.write_text(SOURCE)
@@ -191,6 +192,17 @@ def test_a_compiled_function_is_one_graph_as_without_notes(module):
     assert out.tolist() == [4, 4]
     assert graphs == [["placeholder", "call_function", "call_function", "output"]]
     assert lines._ran == {str(module): {1}}
+
+
+def test_what_one_process_compiled_notes_the_same_in_another(module, tmp_path, monkeypatch):
+    monkeypatch.setenv(lines.FOLDER, str(tmp_path / "folder"))
+    run(module, lines.Loader)
+    first = {path: set(ran) for path, ran in lines._ran.items()}
+    assert [file.name for file in (tmp_path / "folder").iterdir()] == ["of_its_own.code"]
+    monkeypatch.setattr(lines, "_ran", {})
+    monkeypatch.setattr(lines, "noted", None)
+    run(module, lines.Loader)
+    assert lines._ran == first
 
 
 def test_a_module_of_the_package_runs_as_a_program_too(module):
