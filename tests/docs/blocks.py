@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[2]
 PRELUDES = Path(__file__).parent / "preludes"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [page for page in PAGES if "_build" not in page.parts]
+PAGES = [page for page in PAGES if not {"_build", "decisions"} & {*page.parts}]
 #: What a block is about that needs a package which the checks do not install: it is compiled only.
 OPTIONAL = {
     "lightning.pytorch": "lightning",

@@ -122,6 +122,7 @@ def test_own_data_and_an_own_backbone_are_trained_on(
     options: list[Any] = ["--backbone", backbone, "--budget", 0.2, "--output_dir", tmp_path / "out"]
     if task == "depth_estimation":
         options += ["--dataset_name", make_depth_folder(tmp_path / "data"), "--max_depth", 10]
+        options += ["--image_size", 64]
     else:
         folder = make_coco_folder(tmp_path / "data")
         options += ["--dataset_name", folder, "--dataset_format", "coco", "--image_size", 64]

@@ -53,7 +53,7 @@ def test_two_processes_leave_one_result(
     # 5 images: one process has an image more than the other.
     options = [*("--max_steps", "8", "--per_device_train_batch_size", "2", "--budget", "0.2")]
     options += ["--max_eval_samples", "5", "--backbone", str(backbone), "--output_dir", str(out)]
-    options += ["--dataset_name", str(folder)] if own_data else []
+    options += ["--dataset_name", str(folder), "--image_size", "64"] if own_data else []
     program = (SCRIPT, *options, "--test_scales", "1", "1.5")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

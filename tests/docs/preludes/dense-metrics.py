@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+import sfa_peft.dense
 from sfa_peft.dense import (
     CLASS_NAMES,
     THING_NAMES,
@@ -23,3 +25,6 @@ depth_model = DeconvForDepthEstimation(DeconvDepthConfig(swinv2_config(), max_de
 mask2former.config.num_labels = len(names)
 pixel_values = torch.randn(1, 3, 512, 530)
 predicted = labels = np.zeros((1, 512, 530), int)
+# Two scales in place of six: the page's picture is as large as its windows.
+fewer = partial(sfa_peft.dense.multi_scale_probabilities, scales=(0.5, 1.0))
+monkeypatch.setattr(sfa_peft.dense, "multi_scale_probabilities", fewer)
