@@ -39,13 +39,16 @@ class Owner(Protocol):
 
     def parameter(self, name: str) -> Tensor:
         """Return the tensor that a parameter of the layer is now."""
+        ...
 
     def columns_worth(self, name: str) -> float | None:
         """Return what `find_support` asks of the matrix of a linear layer; None of others."""
+        ...
 
     @property
     def merged(self) -> bool:
         """Whether changes stay in the layer's weights until they are unmerged."""
+        ...
 
 
 class Weight:
@@ -138,7 +141,9 @@ class Weight:
                 self._withdraw(weight)
                 if self.tensor_stamp != stamp_of(weight):
                     self.forget()  # somebody replaced or changed the weight
-                self._write_all(stack, stamps, weight, keep=keep)
+                alone = len(stack) == 1 and not stack[0][1]
+                if not (alone and self._write_finished(stack[0][0], stamps, weight, keep=keep)):
+                    self._write_stack(stack, weight)
                 PAIRS.note(before, self.written, weight)
             self.live = tuple([name for name, whole in stack if not whole])
             self.tensor_stamp = stamp_of(weight)
@@ -366,19 +371,6 @@ class Weight:
             return False
         self.written, self.in_graph = [after], False
         return True
-
-    def _write_all(
-        self,
-        stack: tuple[tuple[str, bool], ...],
-        stamps: tuple[Any, ...],
-        weight: Tensor,
-        *,
-        keep: bool,
-    ) -> None:
-        """Write a stack onto the originals."""
-        alone = len(stack) == 1 and not stack[0][1]
-        if not (alone and self._write_finished(stack[0][0], stamps, weight, keep=keep)):
-            self._write_stack(stack, weight)
 
     def _write_stack(self, stack: tuple[tuple[str, bool], ...], weight: Tensor) -> None:
         """Write originals plus changes, and what is needed to train them."""
