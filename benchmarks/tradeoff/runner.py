@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,8 @@ class Runner:
         """Run until nothing is left or the time is up; return how many runs ended."""
         # Forked: torch and the scripts are imported once. No thread of torch's has begun yet.
         context, tqdm.monitor_interval = multiprocessing.get_context("fork"), 0
+        # Nor may it have asked a card for anything but its presence: a fork could not use it then.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         ended: list[Run] = []
         with tqdm(
             bar_format="{percentage:3.0f}%|{bar:20}| {elapsed} < {remaining}{postfix}"
