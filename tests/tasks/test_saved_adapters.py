@@ -31,7 +31,7 @@ def test_a_report_counts_what_the_model_holds(saved):
     report = inspect(folder)
     rows = selection_summary(model)
     assert report.selected == sum(row["selected"] for row in rows)
-    assert report.rows == rows
+    assert list(report.rows) == rows
     layers = adapter_layers(model, "default")
     assert sum(part.layers for part in report.parts) == len(layers)
     for part in report.parts:
