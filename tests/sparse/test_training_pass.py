@@ -10,6 +10,7 @@ from torch import nn
 
 from sfa_peft import SFAConfig, SFASelector
 from sfa_peft.sparse import training_pass
+from sfa_peft.sparse.gradient import Observer
 from sfa_peft.sparse.training_pass import TrainingPass
 from sfa_peft.sparse.weight import Weight
 from sfa_peft.tuner.adapted_layers import find_pool
@@ -186,3 +187,33 @@ def test_forwards_of_a_frozen_graph_and_a_later_one_have_their_own_gradients(mlp
     torch.testing.assert_close(together, parts[0] + parts[1])
     again = torch.autograd.grad(one.sum(), values)[0]
     assert torch.equal(again, parts[0])
+
+
+def test_the_gradient_of_a_weight_is_taken_as_soon_as_it_is_there(monkeypatch):
+    """Not at the end of the backward, where those of all weights would be in memory together."""
+    model, order = adapted(), []
+    selector = SFASelector(model.train(), total_steps=STEPS)
+    assert selector.schedule is not None
+    call = Observer.__call__
+    monkeypatch.setattr(
+        Observer, "__call__", lambda self, grad: (order.append("weight"), call(self, grad))
+    )
+
+    def watch(_module, _args, out):
+        out.register_hook(lambda _: order.append("first layer"))
+
+    model.get_submodule("base_model.model.conv").register_forward_hook(watch)
+    for _ in range(2):
+        order.clear()
+        model(batch()).square().mean().backward()
+        # Those of the last layer, and of the one that is called twice, come before the first's.
+        assert order == ["weight", "weight", "first layer", "weight"]
+
+
+def test_weights_written_in_several_groups_are_as_in_one(monkeypatch):
+    one = train(adapted())
+    monkeypatch.setattr(training_pass, "_TOGETHER", 20)
+    several = train(adapted())
+
+    assert one[0] == several[0]
+    assert torch.equal(one[1], several[1])

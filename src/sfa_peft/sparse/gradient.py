@@ -171,6 +171,10 @@ class Tap(NamedTuple):
     support: Support | None = None  # where nothing else of the gradient is wanted
 
 
+#: Number of a node that runs as soon as it can, as those that accumulate gradients do.
+_AT_ONCE = 2**63 - 1
+
+
 class Tapped(NamedTuple):
     """What adapters want from a weight's gradient, and what stands for where it goes."""
 
@@ -185,7 +189,14 @@ class Tapped(NamedTuple):
         if any(part.dtype != weight.dtype for part in self.stand_ins):
             return self  # autograd would add what several uses hand back in the weight's dtype
         with torch.enable_grad():
-            return self._replace(alias=LiveWeight.apply(weight, self.taps, *self.stand_ins))
+            alias = LiveWeight.apply(weight, self.taps, *self.stand_ins)
+        # Backwards go from the latest node to the earliest. This one is older than the forward: it
+        # would come last, and the gradients of all weights would wait for it in memory.
+        first = getattr(alias.grad_fn, "_set_sequence_nr", None)
+        if first is None:  # torch is too old
+            return self
+        first(_AT_ONCE)
+        return self._replace(alias=alias)
 
     def dense(self) -> Tapped:
         """Return the same for a backward that computes the whole gradient."""

@@ -9,6 +9,7 @@ waits for in every step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,48 +20,57 @@ from .entries import Entries
 from .weight import Weight, stamp_of
 from .write_lock import put, writable
 
+#: Most entries of weights that are written together: their temporary copies take 16 bytes each.
+_TOGETHER = 1 << 18
+
+
+class Group(NamedTuple):
+    """Some weights that follow each other, and what stays as it is from one pick to the next.
+
+    Attributes:
+        members: Each weight and its entries; None where nothing is selected.
+        counts: Their numbers of entries.
+        order: Which of the pool's ranges of slots are theirs, in the order of weights.
+        indices: Positions of all entries in their weights; None where there are none.
+        undo: What the weights have there originally.
+    """
+
+    members: list[tuple[Weight, Entries | None]]
+    counts: list[int]
+    order: list[int]
+    indices: Tensor | None
+    undo: Tensor | None
+
+    def places(self) -> Sequence[Tensor]:
+        """Return the positions of each weight's entries, int64."""
+        if self.indices is None:
+            return [torch.empty(0, dtype=torch.int64, device="cpu")] * len(self.counts)
+        return self.indices.long().split(self.counts)
+
+    def originals(self) -> Sequence[Tensor]:
+        """Return what each weight holds without the changes."""
+        return self.places() if self.undo is None else self.undo.split(self.counts)
+
+    def entries_of(self, pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return what each weight holds with the values of the pool's ranges in it."""
+        if self.undo is None:
+            return self.places()
+        own = [pieces[i] for i in self.order]
+        return adapt(self.undo, own[0] if len(own) == 1 else torch.cat(own)).split(self.counts)
+
 
 class Plan(NamedTuple):
     """What stays as it is from one pick to the next.
 
     Attributes:
         layout: The pool's, which is another object after a pick.
-        members: Each weight and its entries, in the pool's order; None where nothing is selected.
-        counts: Their numbers of entries.
-        sizes: Of the ranges of slots, in the order of slots.
-        order: Places of those ranges in the order of weights; None where it is the same.
-        indices: Positions of all entries in their weights, in the order of weights.
-        undo: What the weights have there originally.
+        sizes: Of its ranges of slots, in the order of slots.
+        groups: All weights of the pool.
     """
 
     layout: list[Spans]
-    members: list[tuple[Weight, Entries | None]]
-    counts: list[int]
     sizes: list[int]
-    order: list[int] | None
-    indices: Tensor | None
-    undo: Tensor | None
-
-    def entries_of(self, values: Tensor) -> list[Tensor]:
-        """Return what each weight holds with the values of the pool in it."""
-        if self.undo is None:
-            return [values[:0]] * len(self.counts)
-        change = values[: self.undo.numel()]
-        if self.order is not None:
-            pieces = change.split(self.sizes)
-            change = torch.cat([pieces[i] for i in self.order])
-        return list(adapt(self.undo, change).split(self.counts))
-
-    def originals(self) -> list[Tensor]:
-        """Return what each weight holds without the changes."""
-        places = self.places()
-        return places if self.undo is None else list(self.undo.split(self.counts))
-
-    def places(self) -> list[Tensor]:
-        """Return the positions of each weight's entries, int64."""
-        if self.indices is None:
-            return [torch.empty(0, dtype=torch.int64, device="cpu")] * len(self.counts)
-        return list(self.indices.long().split(self.counts))
+    groups: list[Group]
 
 
 class TrainingPass:
@@ -102,20 +112,24 @@ class TrainingPass:
 
     def _write(self, plan: Plan, stamps: tuple[Any, ...]) -> list[Weight]:
         """Write what values changed; return the weights that something else happened to."""
-        stack, missed = ((self.pool.adapter_name, False),), []
-        due = []
-        for number, (weight, entries) in enumerate(plan.members):
-            now = stamp_of(weight.tensor)
-            if not _is_free(weight, self.pool.adapter_name, entries, now):
-                missed.append(weight)
-            elif weight.stamp != (stack, now, stamps):
-                due.append((number, weight, entries))
-        if due:
-            written, places = plan.entries_of(self.pool.values.detach()), plan.places()
+        name, missed = self.pool.adapter_name, []
+        stack = ((name, False),)
+        pieces = self.pool.values.detach()[: sum(plan.sizes)].split(plan.sizes)
+        for group in plan.groups:
+            due = []
+            for number, (weight, entries) in enumerate(group.members):
+                now = stamp_of(weight.tensor)
+                if not _is_free(weight, name, entries, now):
+                    missed.append(weight)
+                elif weight.stamp != (stack, now, stamps):
+                    due.append((number, weight, entries))
+            if not due:
+                continue
+            written, places = group.entries_of(pieces), group.places()
             with writable(due[0][1].tensor):
                 for number, weight, entries in due:
                     put(weight.tensor, places[number], written[number])
-                    weight.live, weight.in_graph = (stack[0][0],), False
+                    weight.live, weight.in_graph = (name,), False
                     weight.written = [] if entries is None else [entries]
                     weight.tensor_stamp = stamp_of(weight.tensor)
                     weight.stamp = stack, weight.tensor_stamp, stamps
@@ -123,18 +137,23 @@ class TrainingPass:
 
     def end(self) -> None:
         """Put the pretrained entries back, but into merged layers."""
-        pool, plan, due = self.pool, self._find(), []
-        members = [(w, None) for w in pool.weights] if plan is None else plan.members
-        for number, (weight, entries) in enumerate(members):
-            if weight.owner.merged:
-                continue
-            name, now = pool.adapter_name, stamp_of(weight.tensor)
-            if plan and weight.live == (name,) and _is_free(weight, name, entries, now):
-                due.append((number, weight))
-            else:
+        name, plan = self.pool.adapter_name, self._find()
+        for weight in self.pool.weights if plan is None else ():
+            if not weight.owner.merged:
                 weight.withdraw()
-        if due and plan is not None:
-            places, undo = plan.places(), plan.originals()
+        for group in () if plan is None else plan.groups:
+            due = []
+            for number, (weight, entries) in enumerate(group.members):
+                now = stamp_of(weight.tensor)
+                if weight.owner.merged:
+                    continue
+                if weight.live == (name,) and _is_free(weight, name, entries, now):
+                    due.append((number, weight))
+                else:
+                    weight.withdraw()
+            if not due:
+                continue
+            places, undo = group.places(), group.originals()
             with writable(due[0][1].tensor):
                 for number, weight in due:
                     put(weight.tensor, places[number], undo[number])
@@ -166,20 +185,29 @@ class TrainingPass:
             return None  # made by the first forward after a pick
         ranges = sorted((a, b) for spans in layout for a, b in spans)
         number = {span: i for i, span in enumerate(ranges)}
-        order = [number[span] for spans in layout for span in spans]
-        there = [own for own in entries if own is not None]
-        indices, undo = (_joined([getattr(e, n) for e in there]) for n in ("indices", "undo"))
-        if there and (indices is None or undo is None):
-            return None
-        return Plan(
-            layout,
-            list(zip(weights, entries, strict=True)),
-            [span_length(spans) for spans in layout],
-            [b - a for a, b in ranges],
-            None if order == list(range(len(order))) else order,
-            indices,
-            undo,
-        )
+        groups = []
+        for first, last in _cuts([span_length(spans) for spans in layout]):
+            own = entries[first:last]
+            there = [e for e in own if e is not None]
+            indices, undo = (_joined([getattr(e, n) for e in there]) for n in ("indices", "undo"))
+            if there and (indices is None or undo is None):
+                return None
+            members = list(zip(weights[first:last], own, strict=True))
+            counts = [span_length(spans) for spans in layout[first:last]]
+            order = [number[span] for spans in layout[first:last] for span in spans]
+            groups.append(Group(members, counts, order, indices, undo))
+        return Plan(layout, [b - a for a, b in ranges], groups)
+
+
+def _cuts(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Cut a row of weights into groups by their numbers of entries; yield (first, last + 1)."""
+    first = number = 0
+    for last, count in enumerate(counts):
+        if number and number + count > _TOGETHER:
+            yield first, last
+            first, number = last, 0
+        number += count
+    yield first, len(counts)
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
