@@ -123,7 +123,7 @@ def sizes(everything: list[Path], core: list[Path]) -> list[Number]:
     files = [(counts.num_lines(path), str(path.relative_to(ROOT))) for path in everything]
     return [
         Number("core: files", len(core), 65, reached=91),
-        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=19_330),
+        Number("core: lines", sum(map(counts.num_lines, core)), 10_800, reached=19_350),
         Number("tuner: files beside upstream", len(tuner), 16),
         largest("longest function, lines", functions, 60),
         largest("longest file, lines", files, 450),
