@@ -144,9 +144,9 @@ class TrainingPass:
         for group in () if plan is None else plan.groups:
             due = []
             for number, (weight, entries) in enumerate(group.members):
-                now = stamp_of(weight.tensor)
                 if weight.owner.merged:
                     continue
+                now = stamp_of(weight.tensor)
                 if weight.live == (name,) and _is_free(weight, name, entries, now):
                     due.append((number, weight))
                 else:

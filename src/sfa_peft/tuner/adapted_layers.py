@@ -231,13 +231,12 @@ def remove(model: nn.Module) -> None:
 def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
     if is_recorded():
         return None
+    found, steps = getattr(model, _ATTRIBUTE), model.training and torch.is_grad_enabled()
     if not torch.compiler.is_compiling():
-        steps = model.training and torch.is_grad_enabled()
         _look(model, steps=steps)
         if steps:
-            _begin_pass(getattr(model, _ATTRIBUTE))
+            _begin_pass(found)
         return None
-    found = getattr(model, _ATTRIBUTE)
     if not found.layers:
         return None
     inputs = [*args, *kwargs.values()]
@@ -246,7 +245,6 @@ def _before_forward(model: nn.Module, args: Any, kwargs: Any) -> Any:
         return None
     found.is_traced = True
     found.is_tapped = torch.is_grad_enabled() and len(_trained(found)) > 0
-    steps = model.training and torch.is_grad_enabled()
 
     def arrived(x: Any) -> Any:
         is_tensor = isinstance(x, Tensor)
@@ -270,7 +268,9 @@ def _begin_pass(found: CompiledPass) -> None:
     if adapter.pool.training_pass.begin():
         for layer in found.layers:
             alone = all(adapter.name in weight.slices for weight in layer.weights.values())
-            layer.prepared_for = found if alone else None
+            wanted = found if alone else None
+            if layer.prepared_for is not wanted:  # to set an attribute of a module takes long
+                layer.prepared_for = wanted
         found.is_open, found.thread = True, threading.get_ident()
 
 
